@@ -1,0 +1,37 @@
+"""Native Sparse Attention (arXiv 2502.11089) in PyTorch: right, fast, and it says what it runs."""
+
+from nsa.attention import nsa_attention, select_blocks
+from nsa.backends import Resolution, resolve
+from nsa.config import KV, NSAConfig
+from nsa.errors import (
+    BackendUnavailable,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NSAError,
+    SettingsError,
+    ShapeError,
+)
+from nsa.module import NSAttention
+from nsa.settings import Settings, use_settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KV",
+    "BackendUnavailable",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "NSAConfig",
+    "NSAError",
+    "NSAttention",
+    "Resolution",
+    "Settings",
+    "SettingsError",
+    "ShapeError",
+    "nsa_attention",
+    "resolve",
+    "select_blocks",
+    "use_settings",
+]

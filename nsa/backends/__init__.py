@@ -1,0 +1,183 @@
+"""The table of backends, and the choice among them.
+
+A backend asked for by name runs or raises :class:`nsa.BackendUnavailable`; only ``auto`` chooses,
+and it logs its choice with the reason once. Branches of an FA-2 backend that a flag sends to
+``sdpa`` are looked up here as well: backends do not import each other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import cast
+
+import torch
+
+from nsa.backends.contract import STEPS, Backend, Problem
+from nsa.config import NSAConfig, nearest
+from nsa.errors import BackendUnavailable, SettingsError
+from nsa.settings import BACKENDS, Settings, current_settings
+
+_LOG = logging.getLogger("nsa")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One backend of the table."""
+
+    module: str | None
+    """Where its steps are, imported when first used; None while it is not written."""
+    summary: str
+    in_auto: bool = True
+    """Whether ``auto`` may choose it."""
+
+
+TABLE: Mapping[str, Row] = MappingProxyType(
+    {
+        "reference": Row(
+            module="nsa.reference",
+            summary="the oracle: dense masks, explicit softmax, quadratic",
+            in_auto=False,
+        ),
+        "sdpa": Row(
+            module="nsa.backends.sdpa",
+            summary="pure PyTorch, vectorised and chunked, memory linear in T",
+        ),
+        "fa2-dense": Row(module=None, summary="FlashAttention-2 on regular batches"),
+        "fa2-varlen": Row(module=None, summary="FlashAttention-2 on packed sequences"),
+        "compiled": Row(module=None, summary="torch.compile, FlexAttention and Triton kernels"),
+    }
+)
+
+_AUTO_ORDER = {
+    "cuda": ("compiled", "fa2-varlen", "fa2-dense", "sdpa"),
+    "cpu": ("sdpa",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What runs a problem, and why."""
+
+    backend: str
+    reason: str
+    per_branch: Mapping[str, str]
+    """Backend of each step: "compressed", "select", "selected", "window"."""
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.reason})"
+
+
+def load(name: str) -> Backend:
+    """The steps of a backend of the table."""
+    module = TABLE[name].module
+    assert module is not None, f"{name} has no module"
+    return cast(Backend, importlib.import_module(module))
+
+
+def unavailable(name: str, problem: Problem) -> str | None:
+    """Why the backend cannot run the problem, or None if it can."""
+    row = TABLE[name]
+    if row.module is None:
+        return f"{name} is not part of this version of nsa yet"
+    check = getattr(load(name), "unavailable", None)
+    return None if check is None else check(problem)
+
+
+def resolve(
+    config: NSAConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    length: int,
+    packed: bool,
+    needs_grad: bool,
+    backend: str | None = None,
+    settings: Settings | None = None,
+) -> Resolution:
+    """Decides which backend runs a problem.
+
+    Args:
+        config: what to compute.
+        device, dtype: of q.
+        length: T of a regular batch, the longest sequence of a packed one, in tokens.
+        packed: whether ``cu_seqlens`` is given.
+        needs_grad: whether a backward pass may follow.
+        backend: a name, which beats the environment; None obeys ``NSA_BACKEND`` and
+            ``NSA_USE_FA2``.
+        settings: the settings in force; None takes the current ones.
+
+    Raises:
+        BackendUnavailable: the backend asked for cannot run this problem.
+        SettingsError: there is no backend of that name, or the environment is wrong.
+    """
+    settings = current_settings() if settings is None else settings
+    problem = Problem(
+        config=config,
+        device=torch.device(device),
+        dtype=dtype,
+        length=length,
+        packed=packed,
+        needs_grad=needs_grad,
+    )
+    return _resolve(problem, backend, settings)
+
+
+@lru_cache(maxsize=1024)
+def _resolve(problem: Problem, backend: str | None, settings: Settings) -> Resolution:
+    name, asked = _requested(problem, backend, settings)
+    if name != "auto":
+        why_not = unavailable(name, problem)
+        if why_not is not None:
+            others = [row for row in TABLE if unavailable(row, problem) is None]
+            raise BackendUnavailable(
+                f"{asked} asks for {name}, which cannot run this: {why_not}; "
+                f"backends that can: {', '.join(others)}"
+            )
+        return _resolution(name, asked)
+    skipped = []
+    order = _AUTO_ORDER.get(problem.device.type, ("sdpa",))
+    for candidate in order:
+        if candidate.startswith("fa2-") and settings.use_fa2 is False:
+            skipped.append(f"{candidate}: NSA_USE_FA2=0")
+            continue
+        why_not = unavailable(candidate, problem)
+        if why_not is None:
+            reason = f"auto on {problem.device.type}"
+            if skipped:
+                reason += f"; {'; '.join(skipped)}"
+            _log_once(candidate, reason)
+            return _resolution(candidate, reason)
+        skipped.append(why_not)
+    raise BackendUnavailable(f"auto found no backend: {'; '.join(skipped)}")
+
+
+def _requested(problem: Problem, backend: str | None, settings: Settings) -> tuple[str, str]:
+    """The name asked for, and who asks."""
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise SettingsError(
+                f"backend: expected one of the known names, got {backend!r}; "
+                f"{nearest(backend, BACKENDS)}"
+            )
+        if backend != "auto":
+            return backend, f"backend={backend!r}"
+        return backend, "backend='auto'"
+    if settings.backend != "auto":
+        return settings.backend, f"NSA_BACKEND={settings.backend}"
+    if settings.use_fa2:
+        return ("fa2-varlen" if problem.packed else "fa2-dense"), "NSA_USE_FA2=1"
+    return "auto", "auto"
+
+
+def _resolution(name: str, reason: str) -> Resolution:
+    return Resolution(name, reason, MappingProxyType(dict.fromkeys(STEPS, name)))
+
+
+@lru_cache(maxsize=None)
+def _log_once(name: str, reason: str) -> None:
+    _LOG.info("backend %s: %s", name, reason)

@@ -1,0 +1,105 @@
+"""What a backend is: four step functions under one private signature.
+
+The public functions validate; a backend trusts its arguments. B batch, T query tokens, S key
+tokens, N compressed blocks, H query heads, K key/value heads, D key size, V value size.
+
+Common to every step:
+    cu_seqlens: int32 ``[n_seq + 1]`` on q's device, or None for a regular batch. Packed input has
+        B = 1 and ``q_start`` 0.
+    max_seqlen: an upper bound of the packed lengths (int), or None.
+    q_start: the position of q's first row in its sequence; keys start at position 0, so that
+        decode is no special case.
+
+Every ``out`` has q's dtype; every ``lse`` is ``[B, T, H]``, natural log, fp32 (fp64 for fp64) and
+detached; a row that sees no key has out 0 and lse −inf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nsa.config import NSAConfig
+
+STEPS = ("compressed", "select", "selected", "window")
+"""The names under which ``Resolution.per_branch`` lists what runs each step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What a backend is asked to run, as far as it decides whether the backend can."""
+
+    config: NSAConfig
+    device: torch.device
+    dtype: torch.dtype
+    length: int
+    """The longest sequence, in tokens (T for a regular batch)."""
+    packed: bool
+    needs_grad: bool
+
+
+class Backend(Protocol):
+    """The steps of one backend; a module with these functions is one."""
+
+    def compressed_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        q_start: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """q ``[B, T, H, D]``, k ``[B, N, K, D]``, v ``[B, N, K, V]`` -> (out, lse)."""
+        ...
+
+    def select_blocks(
+        self,
+        q: Tensor,
+        k_cmp: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        q_start: int = 0,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """q ``[B, T, H, D]``, k_cmp ``[B, N, K, D]`` -> int32 ``[B, T, K, n]``.
+
+        ``lse`` is the compressed branch's, if it has been computed.
+        """
+        ...
+
+    def selected_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_idx: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        q_start: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """q ``[B, T, H, D]``, k ``[B, S, K, D]``, v ``[B, S, K, V]`` -> (out, lse)."""
+        ...
+
+    def window_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        q_start: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """q ``[B, T, H, D]``, k ``[B, S, K, D]``, v ``[B, S, K, V]`` -> (out, lse)."""
+        ...

@@ -1,0 +1,57 @@
+"""Numbers and sizes shared by the chunked steps of the ``sdpa`` backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+CPU_CHUNK_ELEMENTS = 2**19
+"""Scores in flight on a CPU: 2 MiB of fp32, so that a chunk stays in the second-level cache."""
+CUDA_CHUNK_ELEMENTS = 2**26
+"""Scores in flight on a GPU: 256 MiB of fp32, enough to fill it, little beside the model."""
+
+NEG_INF = float("-inf")
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def chunk_elements(device: torch.device) -> int:
+    """How many scores one chunk may hold on this device."""
+    return CPU_CHUNK_ELEMENTS if device.type == "cpu" else CUDA_CHUNK_ELEMENTS
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics and sums are fp32, fp64 for fp64 input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products read: half types stay as they are only where a GPU sums them in fp32."""
+    return x.dtype if x.is_cuda else accumulation_dtype(x.dtype)
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product with sums and result in the accumulation dtype."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b)
+
+
+def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, S, K, D]`` -> contiguous ``[B*K, S, D]`` in the given dtype."""
+    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+def without_autocast(function: _F) -> _F:
+    """Runs a static autograd method outside autocast: its dtypes are chosen, not to be lowered."""
+
+    @wraps(function)
+    def wrapper(ctx: Any, first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(ctx, first, *args)
+
+    return wrapper  # type: ignore[return-value]

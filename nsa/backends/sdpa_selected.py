@@ -1,0 +1,223 @@
+"""Selected attention of the ``sdpa`` backend, forward and backward, over the tiles of
+:mod:`nsa.backends.sdpa_tiles`.
+
+B batch, T query tokens, S key tokens, C tokens of a chunk, H query heads, K key/value heads,
+G heads per group, D key size, V value size, n listed blocks, L tokens of a block, m queries of a
+tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nsa.backends.sdpa_numerics import (
+    NEG_INF,
+    accumulation_dtype,
+    bmm,
+    chunk_elements,
+    operand_dtype,
+    without_autocast,
+)
+from nsa.backends.sdpa_tiles import (
+    TILE_ROWS,
+    Blocks,
+    Tiles,
+    batches,
+    from_blocks,
+    make_tiles,
+    number_blocks,
+    to_blocks,
+)
+from nsa.config import NSAConfig
+
+
+class Sizes(NamedTuple):
+    """How the work is cut."""
+
+    tokens: int
+    """Query tokens of a chunk, whose partial results are held at once."""
+    tile: int
+    """Queries of a tile, m."""
+    tiles: int
+    """Tiles whose scores are computed at once."""
+
+
+def sizes(block_idx: Tensor, blocks: Blocks, G: int, widest: int) -> Sizes:
+    """Cuts the work so that partial results and scores fit the device's chunk."""
+    K, n = block_idx.shape[-2:]
+    budget = chunk_elements(block_idx.device)
+    m = max(1, TILE_ROWS // G)
+    per_token = K * n * G * widest
+    # partial results pass through once; a longer chunk fills its tiles better
+    tokens = max(1, (8 * budget if block_idx.device.type == "cpu" else 2 * budget) // per_token)
+    return Sizes(tokens, m, max(1, budget // (m * G * blocks.size)))
+
+
+def _tile_scores(q_t: Tensor, k_t: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """``[tiles, m*G, L]``, −inf where the query does not see the key."""
+    scores = bmm(q_t, k_t.mT).mul_(scale)
+    tiles, m = visible.shape
+    L = k_t.shape[1]
+    hidden = torch.arange(L, device=visible.device) >= visible[..., None]
+    scores.view(tiles, m, -1, L).masked_fill_(hidden[:, :, None], NEG_INF)
+    return scores
+
+
+class SelectedAttention(torch.autograd.Function):
+    """``(q, k, v, block_idx, config, cu_seqlens, q_start) -> out, lse``; see the contract."""
+
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_idx: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None,
+        q_start: int,
+    ) -> tuple[Tensor, Tensor]:
+        B, T, H, D = q.shape
+        K, V = k.shape[2], v.shape[3]
+        G, dtype, acc = H // K, operand_dtype(q), accumulation_dtype(q.dtype)
+        blocks = number_blocks(q, k, config, cu_seqlens, q_start)
+        k_blocks, v_blocks = to_blocks(k, blocks, dtype), to_blocks(v, blocks, dtype)
+        q_rows = q.reshape(B * T * K, G * D)
+        lists = block_idx.reshape(B * T, K, -1)
+        cut = sizes(lists, blocks, G, max(D, V))
+        out = q.new_empty(B * T * K, G, V)
+        lse = q.new_empty(B * T * K, G, dtype=acc)
+        for first in range(0, B * T, cut.tokens):
+            here = slice(first * K, min(first + cut.tokens, B * T) * K)
+            tiles = make_tiles(lists[first : first + cut.tokens], blocks, first, cut.tile)
+            partial = _partials(
+                tiles, q_rows[here], k_blocks, v_blocks, cut, config.softmax_scale, G
+            )
+            out[here], lse[here] = _merge(tiles, *partial)
+        out, lse = out.view(B, T, H, V), lse.view(B, T, H)
+        ctx.save_for_backward(q, k, v, block_idx, cu_seqlens, out, lse)
+        ctx.config, ctx.q_start = config, q_start
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, block_idx, cu_seqlens, out, lse = ctx.saved_tensors
+        config = ctx.config
+        B, T, H, D = q.shape
+        K, V = k.shape[2], v.shape[3]
+        G, dtype = H // K, operand_dtype(q)
+        blocks = number_blocks(q, k, config, cu_seqlens, ctx.q_start)
+        k_blocks, v_blocks = to_blocks(k, blocks, dtype), to_blocks(v, blocks, dtype)
+        q_rows = q.reshape(B * T * K, G * D)
+        dout_rows = dout.reshape(B * T * K, G * V)
+        delta = (dout.to(lse.dtype) * out).sum(-1).view(B * T * K, G)
+        lse = lse.masked_fill(lse == NEG_INF, 0.0).view(B * T * K, G)
+        lists = block_idx.reshape(B * T, K, -1)
+        cut = sizes(lists, blocks, G, max(D, V))
+        dq = q.new_empty(B * T * K, G * D)
+        dk = torch.zeros_like(k_blocks, dtype=lse.dtype)
+        dv = torch.zeros_like(v_blocks, dtype=lse.dtype)
+        for first in range(0, B * T, cut.tokens):
+            here = slice(first * K, min(first + cut.tokens, B * T) * K)
+            tiles = make_tiles(lists[first : first + cut.tokens], blocks, first, cut.tile)
+            rows = q_rows[here], dout_rows[here], lse[here], delta[here]
+            partial = _tile_gradients(
+                tiles, *rows, k_blocks, v_blocks, dk, dv, cut, config.softmax_scale
+            )
+            picked = partial.index_select(0, tiles.slot.flatten()).view(*tiles.slot.shape, G * D)
+            dq[here] = picked.masked_fill_(~tiles.listed[..., None], 0.0).sum(1)
+        return (
+            dq.view(B, T, H, D),
+            from_blocks(dk, blocks, k),
+            from_blocks(dv, blocks, v),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _partials(
+    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, cut: Sizes, scale: float, G: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of every tile row to its one block, not yet divided by its sum.
+
+    Returns:
+        ``weighted [rows, G, V]``, ``highest [rows, G]`` (the score subtracted before the
+        exponential) and ``total [rows, G]``.
+    """
+    m, D, V, dtype = cut.tile, k.shape[-1], v.shape[-1], k.dtype
+    acc = accumulation_dtype(dtype)
+    weighted = torch.zeros(max(1, tiles.count) * m, G, V, dtype=acc, device=q.device)
+    highest = torch.zeros(max(1, tiles.count) * m, G, dtype=acc, device=q.device)
+    total = torch.zeros_like(highest)
+    for run in batches(tiles.count, cut.tiles):
+        rows = slice(run.start * m, run.stop * m)
+        q_t = q.index_select(0, tiles.rows[rows]).to(dtype).view(-1, m * G, D)
+        k_t, v_t = k.index_select(0, tiles.block[run]), v.index_select(0, tiles.block[run])
+        p = _tile_scores(q_t, k_t, tiles.visible[run], scale)
+        top = p.amax(-1, keepdim=True)
+        top.masked_fill_(top == NEG_INF, 0.0)
+        p.sub_(top).exp_()
+        total[rows] = p.sum(-1).view(-1, G)
+        highest[rows] = top.view(-1, G)
+        weighted[rows] = bmm(p.to(dtype), v_t).view(-1, G, V)
+    return weighted, highest, total
+
+
+def _merge(
+    tiles: Tiles, weighted: Tensor, highest: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Joins each query's partial results: out ``[C*K, G, V]`` and lse ``[C*K, G]``."""
+    queries, n = tiles.slot.shape
+    slot = tiles.slot.flatten()
+    high = highest.index_select(0, slot).view(queries, n, -1)
+    high.masked_fill_(~tiles.listed[..., None], NEG_INF)
+    peak = high.amax(1, keepdim=True)
+    peak.masked_fill_(peak == NEG_INF, 0.0)
+    weight = high.sub_(peak).exp_()
+    sums = (weight * total.index_select(0, slot).view_as(weight)).sum(1)
+    parts = weighted.index_select(0, slot).view(queries, n, *weighted.shape[1:])
+    out = parts.mul_(weight[..., None]).sum(1)
+    out = out.div_(sums.masked_fill(sums == 0, 1.0)[..., None])
+    return out, sums.log_().add_(peak[:, 0])
+
+
+def _tile_gradients(
+    tiles: Tiles,
+    q: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cut: Sizes,
+    scale: float,
+) -> Tensor:
+    """Adds to dk and dv ``[K * count, L, …]``; returns each row's share of dq ``[rows, G*D]``."""
+    m, G, D, V, dtype = cut.tile, lse.shape[-1], k.shape[-1], v.shape[-1], k.dtype
+    shares = torch.zeros(max(1, tiles.count) * m, G * D, dtype=lse.dtype, device=q.device)
+    for run in batches(tiles.count, cut.tiles):
+        rows = slice(run.start * m, run.stop * m)
+        query, block = tiles.rows[rows], tiles.block[run]
+        q_t = q.index_select(0, query).to(dtype).view(-1, m * G, D)
+        do_t = dout.index_select(0, query).to(dtype).view(-1, m * G, V)
+        k_t, v_t = k.index_select(0, block), v.index_select(0, block)
+        p = _tile_scores(q_t, k_t, tiles.visible[run], scale)
+        p.sub_(lse.index_select(0, query).view(-1, m * G, 1)).exp_()
+        dv.index_add_(0, block, bmm(p.to(dtype).mT, do_t))
+        ds = bmm(do_t, v_t.mT).sub_(delta.index_select(0, query).view(-1, m * G, 1))
+        ds = ds.mul_(p).mul_(scale).to(dtype)
+        shares[rows] = bmm(ds, k_t).view(-1, G * D)
+        dk.index_add_(0, block, bmm(ds.mT, q_t))
+    return shares

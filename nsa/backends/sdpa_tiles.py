@@ -1,0 +1,148 @@
+"""Selected attention as equal tiles: queries that read the same block sit side by side.
+
+A pair (query, listed block) is a row of work. Sorted by block and cut into tiles of ``m`` queries,
+the pairs become equal matrix products of ``m*G`` query rows with one block of ``l'`` keys, and a
+block is fetched once for m queries rather than for each. The partial results of a query's blocks
+are then merged by their log-sum-exp.
+
+C query tokens of a chunk, K key/value heads, G heads per group, D key size, V value size,
+n listed blocks, P = C*K*n pairs, L tokens of a block, m queries of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa.blocks import num_select_blocks
+from nsa.config import NSAConfig
+from nsa.varlen import select_members, token_members
+
+TILE_ROWS = 64
+"""Query rows of a tile: what a matrix unit or a CPU's register blocking wants at least."""
+
+
+class Blocks(NamedTuple):
+    """How tokens and selection blocks of the whole batch are numbered, one after the other."""
+
+    count: int
+    """Blocks of the batch (an upper bound when packed)."""
+    size: int
+    """Tokens of a block, L."""
+    position: Tensor
+    """int64 ``[B*T]``, position of each query in its sequence."""
+    base: Tensor
+    """int64 ``[B*T]``, the number of the first block of each query's sequence."""
+    tokens: Tensor | None
+    """int64 ``[count, L]``, the key tokens of each block when packed; None when regular."""
+    token_row: Tensor | None
+    """int64 ``[S]``, block * L + offset of each key token when packed; None when regular."""
+
+
+def number_blocks(
+    q: Tensor, k: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, q_start: int
+) -> Blocks:
+    """Numbers the blocks of a regular ``[B, T]`` or a packed batch; nothing is read back."""
+    B, T, S, size = q.shape[0], q.shape[1], k.shape[1], config.select_block
+    if cu_seqlens is None:
+        per_row = num_select_blocks(S, config)
+        position = torch.arange(q_start, q_start + T, device=q.device).repeat(B)
+        base = torch.arange(B, device=q.device)[:, None].expand(B, T).reshape(-1) * per_row
+        return Blocks(B * per_row, size, position, base, None, None)
+    token, block = token_members(cu_seqlens, T), select_members(cu_seqlens, T, config)
+    base = block.starts[token.seq]
+    first = cu_seqlens.long()[block.seq] + block.index * size
+    tokens = first[:, None] + torch.arange(size, device=q.device)
+    token_row = (base + token.index // size) * size + token.index % size
+    count = block.index.numel()
+    return Blocks(count, size, token.index, base, tokens.clamp_max(max(T - 1, 0)), token_row)
+
+
+def to_blocks(x: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """``[B, S, K, D]`` -> contiguous ``[K * count, L, D]``; places without a token hold anything."""
+    B, S, K, D = x.shape
+    if blocks.tokens is not None:
+        x = x[0].to(dtype).permute(1, 0, 2).index_select(1, blocks.tokens.flatten())
+        return x.reshape(K * blocks.count, blocks.size, D)
+    x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, blocks.count // B * blocks.size - S))
+    return x.permute(2, 0, 1, 3).reshape(K * blocks.count, blocks.size, D)
+
+
+def from_blocks(x: Tensor, blocks: Blocks, like: Tensor) -> Tensor:
+    """The inverse of :func:`to_blocks`, in the shape and dtype of ``like``."""
+    B, S, K, D = like.shape
+    x = x.view(K, blocks.count * blocks.size, D)
+    if blocks.token_row is not None:
+        return x.index_select(1, blocks.token_row).transpose(0, 1)[None].to(like.dtype)
+    return x.view(K, B, -1, D)[:, :, :S].permute(1, 2, 0, 3).to(like.dtype)
+
+
+class Tiles(NamedTuple):
+    """The pairs of one chunk of queries, sorted into tiles."""
+
+    count: int
+    block: Tensor
+    """int64 ``[tiles]``, the row of :func:`to_blocks` that the tile reads."""
+    rows: Tensor
+    """int64 ``[tiles * m]``, the query (token * K + head, within the chunk) of each row."""
+    visible: Tensor
+    """int64 ``[tiles, m]``, keys of the block that the query sees; 0 in an unused row."""
+    slot: Tensor
+    """int64 ``[C*K, n]``, the row of each pair."""
+    listed: Tensor
+    """bool ``[C*K, n]``, False for padding and for blocks past the query."""
+
+
+def make_tiles(block_idx: Tensor, blocks: Blocks, first: int, m: int) -> Tiles:
+    """Sorts the pairs of the queries ``first … first + C - 1``; block_idx is ``[C, K, n]``."""
+    C, K, n = block_idx.shape
+    device = block_idx.device
+    position = blocks.position[first : first + C, None, None]
+    base = blocks.base[first : first + C, None, None]
+    index = block_idx.long()
+    seen = (position - index * blocks.size + 1).clamp_max(blocks.size)
+    listed = (index >= 0) & (seen > 0)
+    nowhere = K * blocks.count
+    head = torch.arange(K, device=device)[:, None] * blocks.count
+    pair_block = torch.where(listed, head + base + index, nowhere).flatten()
+    sorted_block, pair = pair_block.sort(stable=True)
+    number = torch.arange(pair.numel(), device=device)
+    starts = torch.ones_like(sorted_block, dtype=torch.bool)
+    starts[1:] = sorted_block[1:] != sorted_block[:-1]
+    rank = number - torch.where(starts, number, 0).cummax(0).values
+    lane = rank % m
+    tile = (lane == 0).cumsum(0) - 1
+    if device.type == "cpu":  # nothing to wait for: count exactly, the unlisted pairs aside
+        in_use = int((sorted_block < nowhere).sum())
+        count = int(tile[in_use - 1]) + 1 if in_use else 0
+    else:
+        count = pair.numel() // m + min(pair.numel(), nowhere + 1)
+    row = (tile * m + lane).clamp_max(max(count * m - 1, 0))
+    used = sorted_block < nowhere
+    row_or_spare = torch.where(used, row, count * m)
+    rows = torch.zeros(count * m + 1, dtype=torch.int64, device=device)
+    rows[row_or_spare] = pair // n
+    visible = torch.zeros(count * m + 1, dtype=torch.int64, device=device)
+    visible[row_or_spare] = seen.flatten()[pair]
+    block = torch.zeros(count + 1, dtype=torch.int64, device=device)
+    block[torch.where(used, tile, count)] = sorted_block
+    slot = torch.empty_like(row)
+    slot[pair] = row
+    return Tiles(
+        count,
+        block[:count],
+        rows[: count * m],
+        visible[: count * m].view(count, m),
+        slot.view(C * K, n),
+        listed.reshape(C * K, n),
+    )
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Cuts ``count`` tiles into runs of at most ``size``."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

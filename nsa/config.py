@@ -1,0 +1,217 @@
+"""What to compute: the frozen, validated configuration of Native Sparse Attention."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+from nsa.errors import ConfigError
+
+Compression = Literal["mlp", "linear", "mean"]
+Gate = Literal["sigmoid", "softmax"]
+
+
+class KV(NamedTuple):
+    """Keys and values of one branch."""
+
+    k: Tensor
+    """``[B, S, Hkv, Dk]``"""
+    v: Tensor
+    """``[B, S, Hkv, Dv]``"""
+
+
+def nearest(name: object, known: list[str] | tuple[str, ...]) -> str:
+    """A hint that lists the known names, the closest one first if there is one."""
+    folded = {option.lower(): option for option in known}
+    close = difflib.get_close_matches(str(name).lower(), folded, n=1)
+    hint = f"did you mean {folded[close[0]]!r}? " if close else ""
+    return f"{hint}(known: {', '.join(known)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NSAConfig:
+    """Geometry and options of one NSA layer (arXiv 2502.11089, §3); lengths are in tokens.
+
+    Raises :class:`nsa.ConfigError` when a rule of the method is broken.
+    """
+
+    num_heads: int = 64
+    """Query heads, Hq."""
+    num_kv_heads: int = 4
+    """Key/value heads, Hkv; the group is G = Hq / Hkv."""
+    head_dim: int = 128
+    """Size of a query and key head, Dk."""
+    value_dim: int | None = None
+    """Size of a value head, Dv; None means ``head_dim``. Read it as :attr:`dv`."""
+    compress_block: int = 32
+    """Tokens in one compressed block, l."""
+    compress_stride: int = 16
+    """Tokens between the starts of compressed blocks, d."""
+    select_block: int = 64
+    """Tokens in one selection block, l'."""
+    num_selected: int = 16
+    """Selection blocks each query reads, n, the forced ones included."""
+    num_initial: int = 1
+    """Blocks at the start of the sequence that are always read."""
+    num_local: int = 2
+    """Blocks up to the query's own that are always read."""
+    window: int = 512
+    """Tokens of the sliding window, w, the query's own included."""
+    scale: float | None = None
+    """Softmax scale of every branch; None means ``head_dim ** -0.5``. Read it as
+    :attr:`softmax_scale`."""
+    compression: Compression = "mlp"
+    """How φ turns a block into one key or value."""
+    gate: Gate = "sigmoid"
+    """Activation of the layer's branch gates."""
+    independent_kv: bool = True
+    """Whether every branch has key/value projections of its own (§3.3.3)."""
+    rope_theta: float | None = 10_000.0
+    """Base of the rotary embedding; None means no rotary embedding."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type == "int":
+                _require_int(field.name, getattr(self, field.name))
+        for name in (
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "compress_block",
+            "compress_stride",
+            "select_block",
+            "num_selected",
+            "window",
+        ):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("num_initial", "num_local"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        if self.value_dim is not None:
+            _require_int("value_dim", self.value_dim)
+            _require(self.value_dim >= 1, "value_dim", "at least 1, or None", self.value_dim)
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            f"a multiple of num_kv_heads={self.num_kv_heads}",
+            self.num_heads,
+        )
+        stride = self.compress_stride
+        for name in ("compress_block", "select_block"):
+            _require(
+                getattr(self, name) % stride == 0,
+                name,
+                f"a multiple of compress_stride={stride}",
+                getattr(self, name),
+            )
+        _require(
+            self.compress_block <= self.select_block,
+            "compress_block",
+            f"at most select_block={self.select_block}",
+            self.compress_block,
+        )
+        forced = self.num_initial + self.num_local
+        _require(
+            forced <= self.num_selected,
+            "num_initial + num_local",
+            f"at most num_selected={self.num_selected}",
+            forced,
+        )
+        if self.scale is not None:
+            ok = _is_number(self.scale) and math.isfinite(self.scale)
+            _require(ok, "scale", "a finite number, or None", self.scale)
+        for name, kind in (("compression", Compression), ("gate", Gate)):
+            value, known = getattr(self, name), get_args(kind)
+            if value not in known:
+                raise ConfigError(
+                    f"{name}: expected one of the known names, got {value!r}; "
+                    f"{nearest(value, known)}"
+                )
+        _require(
+            isinstance(self.independent_kv, bool),
+            "independent_kv",
+            "True or False",
+            self.independent_kv,
+        )
+        if self.rope_theta is not None:
+            ok = _is_number(self.rope_theta) and math.isfinite(self.rope_theta)
+            ok = ok and self.rope_theta > 0
+            _require(ok, "rope_theta", "a finite number > 0, or None", self.rope_theta)
+            _require(
+                self.head_dim % 2 == 0,
+                "head_dim",
+                "even under RoPE (or rope_theta=None)",
+                self.head_dim,
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head, G."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def dv(self) -> int:
+        """Size of a value head, Dv."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on every q·k."""
+        return self.head_dim**-0.5 if self.scale is None else float(self.scale)
+
+    def num_compressed(self, length: int) -> int:
+        """Compressed blocks N of a sequence of ``length`` tokens; a partial tail makes none."""
+        if length < self.compress_block:
+            return 0
+        return (length - self.compress_block) // self.compress_stride + 1
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> NSAConfig:
+        """A named configuration, with ``changes`` applied: "paper", "small" or "tiny"."""
+        if name not in _PRESETS:
+            raise ConfigError(
+                f"preset: expected one of the known names, got {name!r}; "
+                f"{nearest(name, tuple(_PRESETS))}"
+            )
+        unknown = [key for key in changes if key not in {f.name for f in fields(cls)}]
+        if unknown:
+            names = tuple(f.name for f in fields(cls))
+            raise ConfigError(
+                f"expected names of NSAConfig, got {unknown[0]!r}; {nearest(unknown[0], names)}"
+            )
+        return replace(cls(**_PRESETS[name]), **changes)
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"head_dim": 192, "value_dim": 128},
+    "small": {"num_heads": 12, "num_kv_heads": 2, "head_dim": 64},
+    "tiny": {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "compress_block": 16,
+        "compress_stride": 8,
+        "select_block": 32,
+        "num_selected": 4,
+        "num_initial": 1,
+        "num_local": 1,
+        "window": 64,
+    },
+}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {got!r}")

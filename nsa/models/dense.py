@@ -1,0 +1,87 @@
+"""Dense causal attention, the layer that NSA is compared with.
+
+Shapes: B batch, T tokens, H query heads, K key/value heads, D key size, V value size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nsa.config import NSAConfig
+from nsa.errors import ShapeError
+from nsa.rope import apply_rope
+
+
+class DenseAttention(nn.Module):
+    """Causal grouped-query attention over every earlier token, with one shared K/V projection.
+
+    Heads, head sizes, scale and RoPE come from the NSA configuration, so that a dense model and an
+    NSA model differ in nothing but what a query reads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        config: NSAConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+        self.q_proj = linear(dim, heads * config.head_dim)
+        self.k_proj = linear(dim, kv_heads * config.head_dim)
+        self.v_proj = linear(dim, kv_heads * config.dv)
+        self.o_proj = linear(heads * config.dv, dim)
+
+    def reset_parameters(self) -> None:
+        """Draws the projections anew, as ``nn.Linear`` does."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            projection.reset_parameters()
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        """Attends over a regular batch.
+
+        Args:
+            x: ``[B, T, dim]``.
+            cu_seqlens: must be None: packed input needs block-diagonal attention, which this layer
+                does not have.
+            max_seqlen: must be None, for the same reason.
+
+        Returns:
+            ``[B, T, dim]``.
+
+        Raises:
+            ShapeError: for packed input.
+        """
+        if cu_seqlens is not None or max_seqlen is not None:
+            raise ShapeError(
+                "expected a regular batch [B, T, dim] for dense attention, got packed sequences "
+                "(cu_seqlens); unpack them, or use attention='nsa'"
+            )
+        batch, length, _ = x.shape
+        config = self.config
+        q_BTHD = self.q_proj(x).view(batch, length, config.num_heads, config.head_dim)
+        k_BTKD = self.k_proj(x).view(batch, length, config.num_kv_heads, config.head_dim)
+        v_BTKV = self.v_proj(x).view(batch, length, config.num_kv_heads, config.dv)
+        if config.rope_theta is not None:
+            q_BTHD = apply_rope(q_BTHD, config.rope_theta)
+            k_BTKD = apply_rope(k_BTKD, config.rope_theta)
+        out_BHTV = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2),
+            k_BTKD.transpose(1, 2),
+            v_BTKV.transpose(1, 2),
+            is_causal=True,
+            scale=config.softmax_scale,
+            enable_gqa=config.group > 1,
+        )
+        return self.o_proj(out_BHTV.transpose(1, 2).reshape(batch, length, -1))

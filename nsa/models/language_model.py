@@ -1,0 +1,225 @@
+"""A Llama-style decoder: embedding, pre-norm blocks of attention and SwiGLU, norm, head.
+
+Shapes: B batch, T tokens, C vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nsa.backends import Resolution
+from nsa.errors import ConfigError, ShapeError
+from nsa.models.config import ModelConfig
+from nsa.models.dense import DenseAttention
+from nsa.module import NSAttention
+
+_INIT_STD = 0.02
+"""Standard deviation of every matrix at the start, as in GPT-2 and Llama."""
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202), without biases."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., dim]`` to ``[..., dim]``."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert config.hidden_dim is not None  # resolved by ModelConfig
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.attention: NSAttention | DenseAttention
+        if config.attention == "nsa":
+            self.attention = NSAttention(
+                config.dim, config.nsa, backend=backend, device=device, dtype=dtype
+            )
+        else:
+            self.attention = DenseAttention(config.dim, config.nsa, device=device, dtype=dtype)
+        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.mlp = SwiGLU(config.dim, config.hidden_dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+        """``[B, T, dim]`` to ``[B, T, dim]``."""
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next token from those before it.
+
+    Args:
+        config: the sizes.
+        backend: the NSA backend; None lets the settings decide. Must be None with
+            ``attention="dense"``, which has no backends to choose from.
+        activation_checkpointing: recompute each block in the backward pass in place of keeping its
+            activations: less memory, about a third more time. Affects training only.
+        device: where the parameters live; "meta" makes shapes only (then ``to_empty`` and
+            :meth:`reset_parameters`).
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        backend: str | None = None,
+        activation_checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.attention == "dense" and backend is not None:
+            raise ConfigError(
+                f"backend: expected None with attention='dense', got {backend!r}; backends belong "
+                "to attention='nsa'"
+            )
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
+        self.blocks = nn.ModuleList(
+            Block(config, backend=backend, device=device, dtype=dtype)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.head: nn.Linear | None = None
+        if not config.tied_embeddings:
+            self.head = nn.Linear(
+                config.dim, config.vocab_size, bias=False, device=device, dtype=dtype
+            )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew: normal(0, 0.02), the projections that write into the residual
+        stream smaller by ``sqrt(2 * num_layers)`` so that its variance does not grow with depth.
+
+        φ and the gates keep the initialisation of their own layer.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.RMSNorm, NSAttention)):
+                module.reset_parameters()
+        residual_std = _INIT_STD / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            parent, _, leaf = name.rpartition(".")
+            if leaf != "weight" or "norm" in parent or ".compress_" in parent:
+                continue
+            if parent.endswith("attention.gate_proj"):
+                continue
+            writes_residual = parent.endswith((".o_proj", ".down_proj"))
+            nn.init.normal_(parameter, std=residual_std if writes_residual else _INIT_STD)
+
+    @property
+    def resolution(self) -> Resolution | None:
+        """Which NSA backend ran and why (:class:`nsa.Resolution`); None before the first forward,
+        and for a dense model."""
+        for module in self.modules():
+            if isinstance(module, NSAttention):
+                return module.resolution
+        return None
+
+    def num_parameters(self) -> int:
+        """Trainable numbers in the model."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Scores every possible next token after each token.
+
+        Args:
+            tokens: int64 ``[B, T]``, values in ``[0, vocab_size)``.
+            cu_seqlens: int32 ``[n_seq + 1]`` when ``tokens`` is ``[1, total]`` of sequences packed
+                end to end; None for a regular batch.
+            max_seqlen: length of the longest packed sequence; None means ``total``.
+
+        Returns:
+            Logits ``[B, T, C]``.
+
+        Raises:
+            ShapeError: for tokens of another shape or dtype, and for packed input to a dense model.
+        """
+        if tokens.ndim != 2 or tokens.dtype != torch.int64:
+            raise ShapeError(
+                f"tokens: expected int64 [B, T], got {_name(tokens.dtype)} {list(tokens.shape)}"
+            )
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                # Nothing in a block draws random numbers, so no RNG state is stashed per block.
+                x = checkpoint(
+                    block, x, cu_seqlens, max_seqlen, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = block(x, cu_seqlens, max_seqlen)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(x), weight)
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy, in nats per token, in fp32 (fp64 for an fp64 model).
+
+        Args:
+            tokens: as in :meth:`forward`.
+            targets: int64 ``[B, T]``: the token that follows each of ``tokens``; -100 is left out.
+            cu_seqlens: as in :meth:`forward`.
+            max_seqlen: as in :meth:`forward`.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ShapeError: when ``targets`` does not match ``tokens``, and as :meth:`forward`.
+        """
+        if targets.shape != tokens.shape or targets.dtype != torch.int64:
+            raise ShapeError(
+                f"targets: expected int64 {list(tokens.shape)} like tokens, got "
+                f"{_name(targets.dtype)} {list(targets.shape)}"
+            )
+        logits = self(tokens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

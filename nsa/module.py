@@ -1,0 +1,165 @@
+"""NSAttention: the layer, projections and gates included.
+
+B batch, T tokens, H query heads, K key/value heads, D key size, V value size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nsa import validate
+from nsa.attention import needs_grad, run
+from nsa.backends import Resolution, resolve
+from nsa.compress import Compress
+from nsa.config import KV, NSAConfig
+from nsa.errors import ConfigError, ShapeError
+from nsa.rope import apply_rope
+from nsa.settings import current_settings
+from nsa.varlen import token_members
+
+BRANCHES = ("compressed", "selected", "window")
+
+
+class NSAttention(nn.Module):
+    """Causal self-attention by Native Sparse Attention (arXiv 2502.11089).
+
+    Args:
+        dim: width of the model.
+        config: heads, blocks, window, compression, gate, RoPE.
+        backend: a name of the backend table; None obeys the settings in force now.
+        device, dtype: of the parameters; the meta device works.
+
+    Parameters are named ``q_proj``, ``k_proj.{compressed,selected,window}``, ``v_proj.{…}`` (plain
+    ``k_proj`` and ``v_proj`` when ``independent_kv=False``), ``o_proj``, ``gate_proj`` (head-major,
+    branch minor), ``compress_k`` and ``compress_v``.
+
+    The settings are bound when the layer is built; :attr:`resolution` tells what ran last.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        config: NSAConfig,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+            raise ConfigError(f"dim: expected an int >= 1, got {dim!r}")
+        self.dim, self.config, self.backend = dim, config, backend
+        self.settings = current_settings()
+        self.resolution: Resolution | None = None
+        """What ran the last forward, and why; None before the first."""
+        H, K, D, V = config.num_heads, config.num_kv_heads, config.head_dim, config.dv
+
+        def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        def per_branch(make: Callable[[], nn.Linear]) -> nn.Module:
+            if not config.independent_kv:
+                return make()
+            return nn.ModuleDict({branch: make() for branch in BRANCHES})
+
+        self.q_proj = linear(dim, H * D)
+        self.k_proj = per_branch(lambda: linear(dim, K * D))
+        self.v_proj = per_branch(lambda: linear(dim, K * V))
+        self.gate_proj = linear(dim, H * len(BRANCHES), bias=True)
+        self.compress_k = Compress(config, D, device=device, dtype=dtype)
+        self.compress_v = Compress(config, V, device=device, dtype=dtype)
+        self.o_proj = linear(H * V, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew; every gate starts half open."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, Compress)):
+                module.reset_parameters()
+        nn.init.zeros_(self.gate_proj.bias)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, backend={self.backend!r}, {self.config}"
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        """Attends within each sequence.
+
+        Args:
+            x: ``[B, T, dim]``, or ``[1, total, dim]`` packed.
+            cu_seqlens: int32 ``[n_seq + 1]`` for packed input, on x's device.
+            max_seqlen: an upper bound of the packed lengths, in tokens.
+
+        Returns:
+            ``[B, T, dim]``.
+
+        Raises:
+            ShapeError: inputs that do not fit.
+            DataError: values that are not finite (``NSA_CHECK=1`` only).
+            BackendUnavailable: the backend asked for cannot run this.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ShapeError(f"x: expected [B, T, {self.dim}], got {list(x.shape)}")
+        settings, config = self.settings, self.config
+        validate.check_packing(x, cu_seqlens, max_seqlen, check=settings.check)
+        B, T, _ = x.shape
+        q = self._rotate(self.q_proj(x).view(B, T, config.num_heads, -1), cu_seqlens)
+        selected, window, tokens = (self._kv(x, branch, cu_seqlens) for branch in _KV_ORDER)
+        compressed = KV(
+            self.compress_k(tokens.k, cu_seqlens).to(q.dtype),
+            self.compress_v(tokens.v, cu_seqlens).to(q.dtype),
+        )
+        gates = self._gates(x)
+        if settings.check:
+            validate.check_finite(q=q, gates=gates, selected_k=selected.k, window_k=window.k)
+        self.resolution = resolve(
+            config,
+            device=q.device,
+            dtype=q.dtype,
+            length=T if max_seqlen is None else max_seqlen,
+            packed=cu_seqlens is not None,
+            needs_grad=needs_grad(q, *compressed, *selected, *window, gates),
+            backend=self.backend,
+            settings=settings,
+        )
+        out = run(
+            self.resolution,
+            q,
+            compressed,
+            selected,
+            window,
+            gates,
+            config,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            block_idx=None,
+            settings=settings,
+        )
+        return self.o_proj(out.flatten(2))
+
+    def _kv(self, x: Tensor, branch: str, cu_seqlens: Tensor | None) -> KV:
+        k_proj, v_proj = self.k_proj, self.v_proj
+        if isinstance(k_proj, nn.ModuleDict) and isinstance(v_proj, nn.ModuleDict):
+            k_proj, v_proj = k_proj[branch], v_proj[branch]
+        shape = (*x.shape[:2], self.config.num_kv_heads, -1)
+        return KV(self._rotate(k_proj(x).view(shape), cu_seqlens), v_proj(x).view(shape))
+
+    def _rotate(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        theta = self.config.rope_theta
+        if theta is None:
+            return x
+        positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).index
+        return apply_rope(x, theta, positions)
+
+    def _gates(self, x: Tensor) -> Tensor:
+        logits = self.gate_proj(x).view(*x.shape[:2], self.config.num_heads, len(BRANCHES))
+        if self.config.gate == "sigmoid":
+            return logits.sigmoid()
+        return logits.softmax(-1)
+
+
+_KV_ORDER = ("selected", "window", "compressed")

@@ -1,0 +1,271 @@
+"""How to run: the ``NSA_…`` environment flags, read once and strictly.
+
+The environment is read when ``nsa`` is imported and never again. A mistake in it is kept and raised
+at the first use, so that ``python -m nsa.tools.diagnose`` can still explain it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+from nsa.config import nearest
+from nsa.errors import SettingsError
+
+BACKENDS = ("auto", "reference", "sdpa", "fa2-dense", "fa2-varlen", "compiled")
+PROVIDERS = ("auto", "flash_attn", "aten", "math")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The flags of one process, typed; each field is ``NSA_`` and its name in capitals.
+
+    Raises :class:`nsa.SettingsError` for a value out of range or flags that contradict each other.
+    """
+
+    backend: str = "auto"
+    """The backend; "auto" lets the library choose and log its choice."""
+    use_fa2: bool | None = None
+    """True: FlashAttention-2 or an error. False: "auto" never takes it."""
+    use_fa2_win: bool | None = None
+    """The same for the window branch inside an FA-2 backend; False sends it to ``sdpa``."""
+    use_fa2_cmp: bool | None = None
+    """The same for the compressed branch inside an FA-2 backend."""
+    fa2_min_len_win: int = 1
+    """A batch whose longest sequence is shorter uses ``sdpa`` for the window branch (tokens)."""
+    fa2_min_len_cmp: int = 1
+    """The same for the compressed branch (tokens)."""
+    fa2_provider: str = "auto"
+    """Where FlashAttention-2 comes from."""
+    prealloc_varlen_n: int = 0
+    """Rows of the varlen workspace that is kept between calls."""
+    prealloc_varlen_k: int = 0
+    """Keys of the varlen workspace that is kept between calls."""
+    check: bool = False
+    """Costly checks: finite inputs, index ranges, ``cu_seqlens`` on CUDA."""
+    log: str = "warning"
+    """Level of the ``nsa`` logger."""
+    nvtx: bool = False
+    """NVTX ranges around each branch, for a profiler."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _CHECKS[field.name](f"{field.name}", getattr(self, field.name))
+        fa2 = self.backend.startswith("fa2-")
+        if self.use_fa2 is True and self.backend != "auto" and not fa2:
+            raise SettingsError(
+                f"NSA_USE_FA2=1 contradicts NSA_BACKEND={self.backend}: expected NSA_BACKEND "
+                "unset, auto, fa2-dense or fa2-varlen; unset one of the two"
+            )
+        if self.use_fa2 is False and fa2:
+            raise SettingsError(
+                f"NSA_USE_FA2=0 contradicts NSA_BACKEND={self.backend}: expected a backend other "
+                "than FA-2; unset one of the two"
+            )
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+        """Parses every ``NSA_…`` name of ``environ``; the empty string means unset."""
+        values: dict[str, Any] = {}
+        for flag, text in environ.items():
+            if not flag.startswith("NSA_") or not text:
+                continue
+            if flag not in FLAGS:
+                raise SettingsError(
+                    f"{flag}: expected a known flag, got an unknown one; {nearest(flag, FLAGS)}"
+                )
+            name = flag.removeprefix("NSA_").lower()
+            values[name] = _PARSERS[name](flag, text)
+        return cls(**values)
+
+
+def _parse_bool(flag: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise SettingsError(f"{flag}: expected 0 or 1, got {text!r}")
+    return text == "1"
+
+
+def _parse_int(flag: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingsError(f"{flag}: expected an integer, got {text!r}") from None
+
+
+def _parse_str(flag: str, text: str) -> str:
+    return text
+
+
+def _check_choice(known: tuple[str, ...]) -> Callable[[str, object], None]:
+    def check(name: str, value: object) -> None:
+        if value not in known:
+            raise SettingsError(
+                f"NSA_{name.upper()}: expected one of the known names, got {value!r}; "
+                f"{nearest(value, known)}"
+            )
+
+    return check
+
+
+def _check_int(minimum: int) -> Callable[[str, object], None]:
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise SettingsError(
+                f"NSA_{name.upper()}: expected an integer >= {minimum}, got {value!r}"
+            )
+
+    return check
+
+
+def _check_bool(*known: bool | None) -> Callable[[str, object], None]:
+    def check(name: str, value: object) -> None:
+        if not any(value is option for option in known):
+            raise SettingsError(f"NSA_{name.upper()}: expected 0 or 1, got {value!r}")
+
+    return check
+
+
+_CHECKS: dict[str, Callable[[str, object], None]] = {
+    "backend": _check_choice(BACKENDS),
+    "use_fa2": _check_bool(None, False, True),
+    "use_fa2_win": _check_bool(None, False, True),
+    "use_fa2_cmp": _check_bool(None, False, True),
+    "fa2_min_len_win": _check_int(1),
+    "fa2_min_len_cmp": _check_int(1),
+    "fa2_provider": _check_choice(PROVIDERS),
+    "prealloc_varlen_n": _check_int(0),
+    "prealloc_varlen_k": _check_int(0),
+    "check": _check_bool(False, True),
+    "log": _check_choice(LOG_LEVELS),
+    "nvtx": _check_bool(False, True),
+}
+_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    field.name: {"int": _parse_int, "str": _parse_str}.get(str(field.type), _parse_bool)
+    for field in fields(Settings)
+}
+FLAGS = tuple(f"NSA_{field.name.upper()}" for field in fields(Settings))
+
+
+class FlagRow(NamedTuple):
+    """One line of what ``diagnose`` prints about the flags."""
+
+    flag: str
+    value: object
+    source: str
+    """"default", "environment" or "use_settings"."""
+
+
+_environment: dict[str, str] = {}
+_from_environment: Settings | None = None
+_environment_error: str | None = None
+_override: ContextVar[Settings | None] = ContextVar("nsa_settings", default=None)
+
+
+def read_environment(environ: Mapping[str, str] | None = None) -> None:
+    """Reads the flags of the process (once, at import); an error is kept for the first use."""
+    global _from_environment, _environment_error
+    environ = os.environ if environ is None else environ
+    _environment.clear()
+    _environment.update({k: v for k, v in environ.items() if k.startswith("NSA_") and v})
+    try:
+        _from_environment, _environment_error = Settings.from_environ(environ), None
+    except SettingsError as error:
+        _from_environment, _environment_error = None, str(error)
+        return
+    logger = logging.getLogger("nsa")
+    if "NSA_LOG" in _environment:
+        _attach_handler(logger)
+        logger.setLevel(_from_environment.log.upper())
+
+
+def _attach_handler(logger: logging.Logger) -> None:
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+def current_settings() -> Settings:
+    """The settings in force here; raises the kept :class:`SettingsError` of a bad environment."""
+    override = _override.get()
+    if override is not None:
+        return override
+    if _from_environment is None:
+        raise SettingsError(_environment_error or "the environment has not been read")
+    return _from_environment
+
+
+def environment_error() -> str | None:
+    """What was wrong with the environment at import, or None."""
+    return _environment_error
+
+
+def foreign_variable(name: str) -> str | None:
+    """A variable that belongs to another library, for ``diagnose``; None if unset or empty."""
+    return os.environ.get(name) or None
+
+
+@contextlib.contextmanager
+def use_settings(settings: Settings | None = None, **changes: Any) -> Iterator[Settings]:
+    """Puts other settings in force inside a ``with`` block (this thread or task only).
+
+    Args:
+        settings: the base; None takes the settings in force.
+        changes: fields of :class:`Settings` to replace.
+
+    Raises:
+        SettingsError: an unknown field or a value that the field does not take.
+    """
+    names = tuple(field.name for field in fields(Settings))
+    for name in changes:
+        if name not in names:
+            raise SettingsError(
+                f"expected a field of Settings, got {name!r}; {nearest(name, names)}"
+            )
+    before = _override.get() or _from_environment
+    chosen = replace(settings if settings is not None else current_settings(), **changes)
+    token = _override.set(chosen)
+    logger = logging.getLogger("nsa")
+    level = logger.level
+    if before is None or chosen.log != before.log:
+        logger.setLevel(chosen.log.upper())
+    try:
+        yield chosen
+    finally:
+        logger.setLevel(level)
+        _override.reset(token)
+
+
+def explain_settings() -> list[FlagRow]:
+    """Every flag with its value and where that value came from.
+
+    With a bad environment the values are the raw texts, so that the mistake can be seen.
+    """
+    override = _override.get()
+    rows = []
+    for field, flag in zip(fields(Settings), FLAGS, strict=True):
+        base: object = (
+            getattr(_from_environment, field.name)
+            if _from_environment is not None
+            else _environment.get(flag, field.default)
+        )
+        source = "environment" if flag in _environment else "default"
+        if override is not None and getattr(override, field.name) != base:
+            base, source = getattr(override, field.name), "use_settings"
+        rows.append(FlagRow(flag, base, source))
+    known = set(FLAGS)
+    rows += [
+        FlagRow(flag, text, "environment (unknown)")
+        for flag, text in sorted(_environment.items())
+        if flag not in known
+    ]
+    return rows
+
+
+read_environment()

@@ -1,0 +1,209 @@
+"""Bytes to train on: finding text files, splitting them by file, drawing batches by position."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa.errors import DataError
+
+STDLIB = "stdlib"
+SEPARATOR = b"\0"
+"""Stands before every document; text does not contain it."""
+
+_VALIDATION_SHARE = 0.05
+_SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
+_SKIPPED_IN_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """A train and a validation text, in bytes."""
+
+    source: str
+    """What ``--data`` named."""
+    train: np.ndarray
+    """uint8, the training documents end to end."""
+    validation: np.ndarray
+    """uint8, the others."""
+    train_files: int
+    validation_files: int
+    skipped: int
+    """Files left out: empty, unreadable, or not text."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of both splits: equal where training sees the same bytes."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation):
+            digest.update(len(split).to_bytes(8, "little"))
+            digest.update(split.data)
+        return digest.hexdigest()
+
+
+def load_corpus(source: str) -> Corpus:
+    """Reads a text file, every text file under a folder, or the Python standard library.
+
+    Files go to the validation split by a hash of their path relative to the folder (about 5 %), so
+    the split is the same on every machine that has the same files. A single file is cut: its last
+    tenth is the validation split. Everything is kept in memory.
+
+    Args:
+        source: a path, or "stdlib" for the ``*.py`` files of the running Python's standard library,
+            without tests and installed packages.
+
+    Raises:
+        DataError: a path that does not exist, cannot be read, or holds no text.
+    """
+    if source == STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = list(_walk(root, suffix=".py", skipped=_SKIPPED_FOLDERS | _SKIPPED_IN_STDLIB))
+    else:
+        root = Path(source)
+        if not source or not root.exists():
+            raise DataError(
+                f"--data: expected a file or folder of text, got {source!r}, which is "
+                f"not there (or {STDLIB!r} for Python's own source)"
+            )
+        if root.is_file():
+            return _cut_file(root, source)
+        paths = list(_walk(root, suffix="", skipped=_SKIPPED_FOLDERS))
+
+    documents: dict[str, bytes] = {}
+    for path in paths:
+        text = _read_text(path)
+        if text is not None:
+            documents[path.relative_to(root).as_posix()] = text
+    if not documents:
+        raise DataError(
+            f"--data: expected text files in {root}, got {len(paths)} files, none of "
+            "them readable, non-empty text"
+        )
+    if len(documents) == 1:
+        (text,) = documents.values()
+        return _cut(text, source, skipped=len(paths) - 1)
+
+    # The files with the smallest hashes, not those under a threshold: never an empty split.
+    by_hash = sorted(documents, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    count = max(1, round(_VALIDATION_SHARE * len(documents)))
+    validation = set(by_hash[:count])
+    return Corpus(
+        source=source,
+        train=_join([documents[name] for name in sorted(documents) if name not in validation]),
+        validation=_join([documents[name] for name in sorted(validation)]),
+        train_files=len(documents) - count,
+        validation_files=count,
+        skipped=len(paths) - len(documents),
+    )
+
+
+def _walk(root: Path, *, suffix: str, skipped: frozenset[str]) -> Iterator[Path]:
+    """Files under a folder in sorted order, hidden ones and links to folders left out."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(
+            name for name in subfolders if name not in skipped and not name.startswith(".")
+        )
+        for name in sorted(files):
+            if name.endswith(suffix) and not name.startswith("."):
+                yield Path(folder, name)
+
+
+def _read_text(path: Path) -> bytes | None:
+    """The bytes of a text file; None for one that is empty, unreadable, or not text."""
+    try:
+        # A pipe or a device under the folder would block or never end.
+        if not path.is_file():
+            return None
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return data if data.strip() and SEPARATOR not in data else None
+
+
+def _cut_file(path: Path, source: str) -> Corpus:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"--data: cannot read {path}: {error.strerror}") from error
+    if not data.strip():
+        raise DataError(f"--data: expected text in {path}, got an empty file")
+    if SEPARATOR in data:
+        raise DataError(f"--data: expected text in {path}, got a binary file (it has NUL bytes)")
+    return _cut(data, source, skipped=0)
+
+
+def _cut(text: bytes, source: str, *, skipped: int) -> Corpus:
+    cut = len(text) - max(1, len(text) // 10)
+    return Corpus(
+        source=source,
+        train=_join([text[:cut]]),
+        validation=_join([text[cut:]]),
+        train_files=1,
+        validation_files=1,
+        skipped=skipped,
+    )
+
+
+def _join(documents: list[bytes]) -> np.ndarray:
+    joined = b"".join(SEPARATOR + text for text in documents)
+    return np.frombuffer(joined, dtype=np.uint8)
+
+
+def require_length(corpus: Corpus, seq_len: int) -> None:
+    """Refuses a corpus with a split too short for one sequence.
+
+    Raises:
+        DataError: naming the split and both lengths.
+    """
+    for name, split in (("training", corpus.train), ("validation", corpus.validation)):
+        if len(split) < seq_len + 1:
+            raise DataError(
+                f"--data: expected at least {seq_len + 1} bytes in the {name} split "
+                f"(--seq-len {seq_len} and one more), got {len(split)}; give more text or a "
+                "shorter --seq-len"
+            )
+
+
+def training_batch(
+    corpus: Corpus, *, seed: int, index: int, batch_size: int, seq_len: int
+) -> tuple[Tensor, Tensor]:
+    """Batch number ``index`` of a run: windows at random offsets.
+
+    The offsets depend on ``seed`` and ``index`` alone, so a resumed run draws what the interrupted
+    one would have drawn, without replaying anything.
+
+    Returns:
+        tokens and targets, int64 ``[batch_size, seq_len]`` on the CPU.
+    """
+    generator = np.random.default_rng([seed, index])
+    starts = generator.integers(0, len(corpus.train) - seq_len, size=batch_size)
+    return _windows(corpus.train, starts, seq_len)
+
+
+def validation_starts(corpus: Corpus, *, count: int, seq_len: int) -> np.ndarray:
+    """Offsets of at most ``count`` windows, none overlapping, evenly spread over the split."""
+    available = (len(corpus.validation) - 1) // seq_len
+    count = min(count, available)
+    return np.arange(count, dtype=np.int64) * available // count * seq_len
+
+
+def validation_batches(
+    corpus: Corpus, *, count: int, batch_size: int, seq_len: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The validation windows, ``batch_size`` at a time; tokens and targets, int64 ``[B, T]``."""
+    starts = validation_starts(corpus, count=count, seq_len=seq_len)
+    for first in range(0, len(starts), batch_size):
+        yield _windows(corpus.validation, starts[first : first + batch_size], seq_len)
+
+
+def _windows(data: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
+    window = torch.from_numpy(data[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
+    return window[:, :-1].contiguous(), window[:, 1:].contiguous()

@@ -1,0 +1,264 @@
+"""The language model: its configuration, its parts, what it computes."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nsa import ConfigError, NSAConfig, NSAttention, ShapeError
+from nsa.models import DenseAttention, LanguageModel, ModelConfig
+
+HEADS = NSAConfig(
+    num_heads=4, num_kv_heads=2, head_dim=8, compress_block=8, compress_stride=4, select_block=8,
+    num_selected=3, num_local=1, window=8,
+)  # fmt: skip
+
+
+def small(**changes: object) -> ModelConfig:
+    return ModelConfig(**{"dim": 32, "num_layers": 2, "nsa": HEADS, **changes})
+
+
+def bytes_of(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"dim": 0}, "dim: expected an int >= 1, got 0"),
+        ({"num_layers": 2.0}, "num_layers: expected an int >= 1, got 2.0"),
+        ({"vocab_size": True}, "vocab_size: expected an int >= 1, got True"),
+        ({"hidden_dim": -1}, "hidden_dim: expected an int >= 1, got -1"),
+        ({"attention": "dens"}, "attention: .* got 'dens'; did you mean 'dense'?"),
+        ({"norm_eps": 0.0}, "norm_eps: expected a finite float > 0, got 0.0"),
+        ({"norm_eps": math.nan}, "norm_eps: expected a finite float > 0, got nan"),
+        ({"tied_embeddings": 1}, "tied_embeddings: expected True or False, got 1"),
+        ({"nsa": {}}, "nsa: expected an NSAConfig, got {}"),
+    ],
+)
+def test_config_refuses(changes, text):
+    with pytest.raises(ConfigError, match=text):
+        small(**changes)
+
+
+def test_config_resolves_the_hidden_width():
+    assert small(dim=768).hidden_dim == 2048
+    assert small(dim=128).hidden_dim == 320
+    assert small(dim=8).hidden_dim == 64
+    assert small(hidden_dim=100).hidden_dim == 100
+    assert small(dim=128).replace(dim=768).hidden_dim == 2048
+
+
+def test_config_survives_json():
+    config = small(attention="dense", hidden_dim=40)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_config_from_dict_names_what_is_wrong():
+    values = small().to_dict()
+    with pytest.raises(ConfigError, match="names of ModelConfig, got 'dims'; did you mean 'dim'?"):
+        ModelConfig.from_dict({**values, "dims": 3})
+    with pytest.raises(ConfigError, match="names of NSAConfig, got 'windows'"):
+        ModelConfig.from_dict({**values, "nsa": {"windows": 3}})
+    with pytest.raises(ConfigError, match="expected a value for 'num_layers', got none"):
+        ModelConfig.from_dict({"dim": 3, "nsa": {}})
+    with pytest.raises(ConfigError, match="nsa: expected a table of values, got 3"):
+        ModelConfig.from_dict({**values, "nsa": 3})
+
+
+def test_presets():
+    config = ModelConfig.preset("small")
+    assert (config.dim, config.num_layers, config.nsa) == (768, 12, NSAConfig.preset("small"))
+    assert ModelConfig.preset("tiny", attention="dense").attention == "dense"
+    with pytest.raises(ConfigError, match="got 'smal'; did you mean 'small'?"):
+        ModelConfig.preset("smal")
+    with pytest.raises(ConfigError, match="got 'depth'"):
+        ModelConfig.preset("tiny", depth=3)
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_and_loss(attention, tied):
+    model = LanguageModel(small(attention=attention, tied_embeddings=tied))
+    tokens = bytes_of(2, 21)
+    targets = bytes_of(2, 21).roll(1, 1)
+    logits = model(tokens)
+    assert logits.shape == (2, 21, 256)
+    picked = logits.log_softmax(-1).gather(-1, targets[..., None])
+    torch.testing.assert_close(model.loss(tokens, targets), -picked.mean())
+    some = targets.clone()
+    some[0] = -100
+    torch.testing.assert_close(model.loss(tokens, some), -picked[1].mean())
+    assert ("head.weight" in model.state_dict()) is not tied
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_it_learns_a_sequence_by_heart(attention):
+    torch.manual_seed(0)
+    model = LanguageModel(small(attention=attention))
+    text = bytes_of(1, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model.loss(text[:, :-1], text[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3 < math.log(256)
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_a_token_changes_nothing_before_it(attention):
+    model = LanguageModel(small(attention=attention))
+    tokens = bytes_of(1, 40)
+    changed = tokens.clone()
+    changed[0, 25] = (changed[0, 25] + 1) % 256
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(after[:, :25], before[:, :25])
+    assert not torch.equal(after[:, 25], before[:, 25])
+
+
+def test_packed_sequences_are_computed_as_if_alone():
+    model = LanguageModel(small(), dtype=torch.float64)
+    tokens = bytes_of(1, 30)
+    cu_seqlens = torch.tensor([0, 11, 11, 30], dtype=torch.int32)
+    packed = model(tokens, cu_seqlens=cu_seqlens, max_seqlen=19)
+    torch.testing.assert_close(packed[:, :11], model(tokens[:, :11]))
+    torch.testing.assert_close(packed[:, 11:], model(tokens[:, 11:]))
+
+
+def test_dense_attention_matches_explicit_softmax():
+    torch.manual_seed(0)
+    config = NSAConfig(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=6, scale=0.3)
+    layer = DenseAttention(16, config, dtype=torch.float64)
+    x = torch.randn(2, 13, 16, dtype=torch.float64)
+    q = layer.q_proj(x).view(2, 13, 4, 8)
+    k = layer.k_proj(x).view(2, 13, 2, 8)
+    v = layer.v_proj(x).view(2, 13, 2, 6)
+    # Rotation as a product of complex numbers: (low + i high) * exp(i * position * frequency).
+    frequency = 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    turn = torch.polar(
+        torch.ones(13, 4, dtype=torch.float64), torch.arange(13.0)[:, None] * frequency
+    )[:, None]
+
+    def rotate(t):
+        turned = torch.complex(t[..., :4], t[..., 4:]) * turn
+        return torch.cat([turned.real, turned.imag], -1)
+
+    q, k = rotate(q), rotate(k)
+    out = torch.empty(2, 13, 4, 6, dtype=torch.float64)
+    for h in range(4):
+        for t in range(13):
+            scores = 0.3 * torch.einsum("bd,bsd->bs", q[:, t, h], k[:, : t + 1, h // 2])
+            out[:, t, h] = torch.einsum("bs,bsv->bv", scores.softmax(-1), v[:, : t + 1, h // 2])
+    torch.testing.assert_close(layer(x), layer.o_proj(out.flatten(2)))
+
+
+def test_dense_attention_refuses_packed_input():
+    model = LanguageModel(small(attention="dense"))
+    with pytest.raises(ShapeError, match=r"regular batch .* dense attention, got packed sequences"):
+        model(bytes_of(1, 8), cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
+
+
+def test_dense_has_no_backends():
+    with pytest.raises(ConfigError, match="expected None with attention='dense', got 'sdpa'"):
+        LanguageModel(small(attention="dense"), backend="sdpa")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"expected int64 \[B, T\], got int64 \[3\]"),
+        (torch.zeros(1, 3), r"expected int64 \[B, T\], got float32 \[1, 3\]"),
+        (torch.zeros(1, 3, dtype=torch.int32), r"expected int64 \[B, T\], got int32 \[1, 3\]"),
+    ],
+)
+def test_forward_refuses(tokens, text):
+    with pytest.raises(ShapeError, match=text):
+        LanguageModel(small())(tokens)
+
+
+def test_loss_refuses_targets_that_do_not_match():
+    with pytest.raises(ShapeError, match=r"targets: expected int64 \[1, 8\] .* int64 \[1, 7\]"):
+        LanguageModel(small()).loss(bytes_of(1, 8), bytes_of(1, 7))
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_activation_checkpointing_changes_only_the_memory(attention):
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        model = LanguageModel(
+            small(attention=attention), activation_checkpointing=checkpointing
+        ).train()
+        calls = []
+        model.blocks[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        loss = model.loss(bytes_of(2, 20), bytes_of(2, 20).roll(1, 1))
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append((loss, gradients, len(calls)))
+    (loss, gradients, calls), (loss2, gradients2, calls2) = results
+    assert (calls, calls2) == (1, 2)
+    assert torch.equal(loss, loss2)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, gradients2[name]), name
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_initialisation(on_meta):
+    config = small(dim=96, num_layers=8)
+    if on_meta:
+        model = LanguageModel(config, device="meta")
+        assert all(parameter.is_meta for parameter in model.parameters())
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.fill_(math.nan)
+        model.reset_parameters()
+    else:
+        model = LanguageModel(config)
+    block = model.blocks[1]
+    for weight in (model.embedding.weight, block.attention.q_proj.weight, block.mlp.up_proj.weight):
+        assert weight.std() == pytest.approx(0.02, rel=0.1)
+    for weight in (block.attention.o_proj.weight, block.mlp.down_proj.weight):
+        assert weight.std() == pytest.approx(0.02 / 4, rel=0.1)
+    assert torch.equal(block.mlp_norm.weight, torch.ones(96))
+    # φ and the gates are the layer's own business.
+    assert block.attention.compress_k.up.weight.std() > 0.05
+    assert not block.attention.gate_proj.bias.any()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    loss = model.loss(bytes_of(1, 64), bytes_of(1, 64).roll(1, 1))
+    assert float(loss) == pytest.approx(math.log(256), abs=0.3)
+
+
+def test_resolution_tells_what_ran():
+    model = LanguageModel(small(), backend="reference")
+    assert isinstance(model.blocks[0].attention, NSAttention)
+    assert model.resolution is None
+    model(bytes_of(1, 8))
+    assert model.resolution.backend == "reference"
+    dense = LanguageModel(small(attention="dense"))
+    dense(bytes_of(1, 8))
+    assert dense.resolution is None
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_autocast(attention):
+    torch.manual_seed(0)
+    model = LanguageModel(small(attention=attention))
+    tokens = bytes_of(2, 24)
+    exact = model.loss(tokens, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.loss(tokens, tokens)
+    rounded.backward()
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.01, atol=0.0)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_double_precision_loss():
+    model = LanguageModel(small(), dtype=torch.float64)
+    loss = model.loss(bytes_of(1, 8), bytes_of(1, 8))
+    assert loss.dtype == torch.float64
+    expected = F.cross_entropy(model(bytes_of(1, 8))[0], bytes_of(1, 8)[0])
+    torch.testing.assert_close(loss, expected)
