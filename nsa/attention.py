@@ -163,7 +163,9 @@ def check_inputs(
     for part, x in zip("kv", compressed, strict=True):
         validate.check_compressed(f"compressed.{part}", x, q, config, packed=packed)
     if compressed.k.shape[1] != compressed.v.shape[1]:
-        validate.check_like_query("compressed.v", compressed.v, q, (1, compressed.k.shape[1], None, None))
+        validate.check_like_query(
+            "compressed.v", compressed.v, q, (1, compressed.k.shape[1], None, None)
+        )
     validate.check_kv("selected", selected, q, config)
     validate.check_kv("window", window, q, config)
     validate.check_gates(gates, q)
@@ -216,9 +218,7 @@ def run(
                 q, *selected, block_idx, config, cu_seqlens, **packing
             )
         with _range("window", q, settings):
-            out_win, _ = steps["window"].window_attention(
-                q, *window, config, cu_seqlens, **packing
-            )
+            out_win, _ = steps["window"].window_attention(q, *window, config, cu_seqlens, **packing)
         return combine(gates, out_cmp, out_slc, out_win)
 
 

@@ -106,8 +106,10 @@ class NSAttention(nn.Module):
             raise ShapeError(f"x: expected [B, T, {self.dim}], got {list(x.shape)}")
         settings, config = self.settings, self.config
         validate.check_packing(x, cu_seqlens, max_seqlen, check=settings.check)
-        B, T, _ = x.shape
-        q = self._rotate(self.q_proj(x).view(B, T, config.num_heads, -1), cu_seqlens)
+        T = x.shape[1]
+        q = self._rotate(
+            self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim)), cu_seqlens
+        )
         selected, window, tokens = (self._kv(x, branch, cu_seqlens) for branch in _KV_ORDER)
         compressed = KV(
             self.compress_k(tokens.k, cu_seqlens).to(q.dtype),
@@ -145,8 +147,9 @@ class NSAttention(nn.Module):
         k_proj, v_proj = self.k_proj, self.v_proj
         if isinstance(k_proj, nn.ModuleDict) and isinstance(v_proj, nn.ModuleDict):
             k_proj, v_proj = k_proj[branch], v_proj[branch]
-        shape = (*x.shape[:2], self.config.num_kv_heads, -1)
-        return KV(self._rotate(k_proj(x).view(shape), cu_seqlens), v_proj(x).view(shape))
+        k = k_proj(x).unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
+        v = v_proj(x).unflatten(-1, (self.config.num_kv_heads, self.config.dv))
+        return KV(self._rotate(k, cu_seqlens), v)
 
     def _rotate(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         theta = self.config.rope_theta
@@ -156,7 +159,7 @@ class NSAttention(nn.Module):
         return apply_rope(x, theta, positions)
 
     def _gates(self, x: Tensor) -> Tensor:
-        logits = self.gate_proj(x).view(*x.shape[:2], self.config.num_heads, len(BRANCHES))
+        logits = self.gate_proj(x).unflatten(-1, (self.config.num_heads, len(BRANCHES)))
         if self.config.gate == "sigmoid":
             return logits.sigmoid()
         return logits.softmax(-1)

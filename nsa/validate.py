@@ -135,7 +135,9 @@ def _check_packing_values(
     if first != 0:
         raise ShapeError(f"cu_seqlens: expected the first value to be 0, got {first}")
     if bool((lengths < 0).any()):
-        raise ShapeError(f"cu_seqlens: expected values that never decrease, got {_short(cu_seqlens)}")
+        raise ShapeError(
+            f"cu_seqlens: expected values that never decrease, got {_short(cu_seqlens)}"
+        )
     if last != total:
         raise ShapeError(f"cu_seqlens: expected the last value to be the total {total}, got {last}")
     if int(lengths.max()) > longest:

@@ -194,9 +194,9 @@ def test_compress_mlp(run):
 
 def test_rope_turns_the_two_halves_against_each_other(run):
     """Of 4 channels, 0 and 2 turn by the position, 1 and 3 by a tenth of it (theta 100)."""
-    x = np.broadcast_to(np.array([1.0, 1.0, 0.0, 0.0]), (1, 3, 1, 4)).copy()
-    expected = [[math.cos(t), math.cos(t / 10), math.sin(t), math.sin(t / 10)] for t in range(3)]
-    np.testing.assert_allclose(run("apply_rope", x, 100.0)[0, :, 0], expected, atol=1e-15)
+    x = np.broadcast_to(np.array([1.0, 0.0, 0.0, 1.0]), (1, 3, 1, 4)).copy()
+    turned = [[math.cos(t), -math.sin(t / 10), math.sin(t), math.cos(t / 10)] for t in range(3)]
+    np.testing.assert_allclose(run("apply_rope", x, 100.0)[0, :, 0], turned, atol=1e-15)
     cu_seqlens = torch.tensor([0, 1, 3], dtype=torch.int32)
     packed = run("apply_rope", x, 100.0, cu_seqlens)[0, :, 0]
-    np.testing.assert_allclose(packed, [expected[0], expected[0], expected[1]], atol=1e-15)
+    np.testing.assert_allclose(packed, [turned[0], turned[0], turned[1]], atol=1e-15)

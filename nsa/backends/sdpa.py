@@ -146,4 +146,4 @@ def window_attention(
     band = Band(config.window, q_start, seq)
     rows = q.reshape(B, T, K, H // K, D)
     out, lse = band_attention(rows, k, v, band, config.softmax_scale)
-    return out.reshape(B, T, H, -1), lse.reshape(B, T, H)
+    return out.reshape(B, T, H, v.shape[3]), lse.reshape(B, T, H)

@@ -88,7 +88,7 @@ class SelectedAttention(torch.autograd.Function):
         blocks = number_blocks(q, k, config, cu_seqlens, q_start)
         k_blocks, v_blocks = to_blocks(k, blocks, dtype), to_blocks(v, blocks, dtype)
         q_rows = q.reshape(B * T * K, G * D)
-        lists = block_idx.reshape(B * T, K, -1)
+        lists = block_idx.flatten(0, 1)
         cut = sizes(lists, blocks, G, max(D, V))
         out = q.new_empty(B * T * K, G, V)
         lse = q.new_empty(B * T * K, G, dtype=acc)
@@ -120,7 +120,7 @@ class SelectedAttention(torch.autograd.Function):
         dout_rows = dout.reshape(B * T * K, G * V)
         delta = (dout.to(lse.dtype) * out).sum(-1).view(B * T * K, G)
         lse = lse.masked_fill(lse == NEG_INF, 0.0).view(B * T * K, G)
-        lists = block_idx.reshape(B * T, K, -1)
+        lists = block_idx.flatten(0, 1)
         cut = sizes(lists, blocks, G, max(D, V))
         dq = q.new_empty(B * T * K, G * D)
         dk = torch.zeros_like(k_blocks, dtype=lse.dtype)
@@ -173,9 +173,7 @@ def _partials(
     return weighted, highest, total
 
 
-def _merge(
-    tiles: Tiles, weighted: Tensor, highest: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor]:
+def _merge(tiles: Tiles, weighted: Tensor, highest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """Joins each query's partial results: out ``[C*K, G, V]`` and lse ``[C*K, G]``."""
     queries, n = tiles.slot.shape
     slot = tiles.slot.flatten()

@@ -13,13 +13,14 @@ from nsa.config import KV, NSAConfig
 from nsa.reference.attend import accumulation_dtype
 from nsa.reference.branches import compressed_attention, selected_attention, window_attention
 from nsa.reference.compression import apply_rope, compress
-from nsa.reference.selection import select_blocks, selection_scores
+from nsa.reference.selection import overlap_matrix, select_blocks, selection_scores
 
 __all__ = [
     "apply_rope",
     "compress",
     "compressed_attention",
     "nsa_attention",
+    "overlap_matrix",
     "select_blocks",
     "selected_attention",
     "selection_scores",

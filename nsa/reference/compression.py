@@ -52,9 +52,7 @@ def compress(
         ``[B, N, H, D]``; packed, ``[1, T // d, H, D]`` with zeros past the last block.
     """
     if cu_seqlens is not None:
-        parts = [
-            compress(x[:, seq.tokens], weights, config) for seq in spans(cu_seqlens, config)
-        ]
+        parts = [compress(x[:, seq.tokens], weights, config) for seq in spans(cu_seqlens, config)]
         rows = torch.cat(parts, dim=1)
         surplus = x.shape[1] // config.compress_stride - rows.shape[1]
         return F.pad(rows, (0, 0, 0, 0, 0, surplus))

@@ -12,7 +12,9 @@ from torch import Tensor
 from nsa.config import NSAConfig
 
 
-def compressed_mask(T: int, N: int, config: NSAConfig, q_start: int, device: torch.device) -> Tensor:
+def compressed_mask(
+    T: int, N: int, config: NSAConfig, q_start: int, device: torch.device
+) -> Tensor:
     """``[1, T, 1, N]``: block i is visible to query t iff its last token is: i*d + l - 1 <= t."""
     t = torch.arange(q_start, q_start + T, device=device)[:, None]
     i = torch.arange(N, device=device)[None, :]

@@ -19,10 +19,14 @@ from nsa.reference.packing import spans
 def overlap(i: int, j: int, config: NSAConfig) -> int:
     """Tokens that compressed block i and selection block j share."""
     start = max(i * config.compress_stride, j * config.select_block)
-    end = min(
-        i * config.compress_stride + config.compress_block, (j + 1) * config.select_block
-    )
+    end = min(i * config.compress_stride + config.compress_block, (j + 1) * config.select_block)
     return max(0, end - start)
+
+
+def overlap_matrix(N: int, J: int, config: NSAConfig) -> Tensor:
+    """``[N, J]``, the tokens that each compressed block shares with each selection block."""
+    rows = [[overlap(i, j, config) for j in range(J)] for i in range(N)]
+    return torch.tensor(rows, dtype=torch.int64).reshape(N, J)
 
 
 def selection_scores(q: Tensor, k_cmp: Tensor, config: NSAConfig, *, q_start: int = 0) -> Tensor:

@@ -32,7 +32,9 @@ def advice(machine: Machine, flash_attn: Provider, settings_error: str | None) -
 def _about_devices(machine: Machine) -> list[str]:
     found = []
     if machine.gpus_of_driver and not machine.gpus:
-        seen = f"The NVIDIA driver {machine.cuda_driver} sees {machine.gpus_of_driver[0]}, torch not"
+        seen = (
+            f"The NVIDIA driver {machine.cuda_driver} sees {machine.gpus_of_driver[0]}, torch not"
+        )
         hidden = machine.variables.get("CUDA_VISIBLE_DEVICES")
         if machine.cuda_runtime is None:
             found.append(f"{seen}: torch {machine.torch} is a CPU-only build; {_TORCH_INSTALL}.")

@@ -32,6 +32,7 @@ from nsa.tools._files import replace_atomically, sync_folder, write_durably
 FORMAT = 1
 """Raised by one whenever what is written changes."""
 
+_PREFIX = "step-"
 _LATEST = "latest"
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -97,7 +98,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: the disk refused; the checkpoints already there are as they were.
         """
-        final = self.folder / f"step-{step:06d}"
+        final = self.folder / f"{_PREFIX}{step:06d}"
         previous = self.latest()
         if previous == final:  # an interrupt right after a periodic save
             return final
@@ -125,7 +126,7 @@ class CheckpointStore:
 
     def _all(self) -> list[Path]:
         """Every checkpoint, oldest first."""
-        found = [path for path in self.folder.glob("step-*") if path.is_dir()]
+        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir()]
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def _remove(self, path: Path) -> None:
@@ -198,7 +199,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / _MANIFEST).is_file():
+    if path.is_dir() and (path.name.startswith(_PREFIX) or (path / _MANIFEST).exists()):
         return path
     for folder in (path, path / "checkpoints"):
         if (folder / _LATEST).is_file():

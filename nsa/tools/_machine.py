@@ -73,7 +73,7 @@ def look_at_machine() -> Machine:
         cpu=_cpu_name(),
         cores=_cores(),
         memory_gib=_memory_gib(),
-        python=f"{platform.python_version()} ({platform.python_implementation()}), {sys.executable}",
+        python=f"{platform.python_version()}, {sys.executable}",
         nsa=version_of("nsa-torch") or "not installed, imported from a folder",
         torch=torch.__version__,
         torch_threads=torch.get_num_threads(),
@@ -146,7 +146,9 @@ def _ask_driver() -> tuple[str | None, tuple[str, ...]]:
 
 def _cpu_name() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (
+            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        ):
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
