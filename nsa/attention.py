@@ -60,6 +60,7 @@ def nsa_attention(
         BackendUnavailable: the backend asked for cannot run this.
     """
     settings = current_settings()
+    compressed, selected, window = KV(*compressed), KV(*selected), KV(*window)
     check_inputs(
         q,
         compressed,
@@ -124,9 +125,10 @@ def select_blocks(
     packed = cu_seqlens is not None
     validate.check_query(q, config)
     validate.check_packing(q, cu_seqlens, max_seqlen, check=settings.check)
-    validate.check_compressed("k_cmp", k_cmp, q, config, packed=packed)
+    validate.check_compressed("k_cmp", k_cmp, q, config, cu_seqlens, check=settings.check)
     if settings.check:
-        validate.check_finite(q=q)
+        blocks = validate.without_surplus(k_cmp, config, cu_seqlens)
+        validate.check_finite({"q": q, "k_cmp": blocks})
     resolution = resolve(
         config,
         device=q.device,
@@ -156,12 +158,12 @@ def check_inputs(
     settings: Settings,
 ) -> None:
     """Everything that is checked before a backend sees the inputs."""
-    packed = cu_seqlens is not None
     validate.check_query(q, config)
     validate.check_packing(q, cu_seqlens, max_seqlen, check=settings.check)
-    compressed, selected, window = KV(*compressed), KV(*selected), KV(*window)
     for part, x in zip("kv", compressed, strict=True):
-        validate.check_compressed(f"compressed.{part}", x, q, config, packed=packed)
+        validate.check_compressed(
+            f"compressed.{part}", x, q, config, cu_seqlens, check=settings.check
+        )
     if compressed.k.shape[1] != compressed.v.shape[1]:
         validate.check_like_query(
             "compressed.v", compressed.v, q, (1, compressed.k.shape[1], None, None)
@@ -172,16 +174,31 @@ def check_inputs(
     if block_idx is not None:
         validate.check_block_idx(block_idx, q, config, cu_seqlens, check=settings.check)
     if settings.check:
-        validate.check_finite(
-            q=q,
-            selected_k=selected.k,
-            selected_v=selected.v,
-            window_k=window.k,
-            window_v=window.v,
-            gates=gates,
-        )
-        if not packed:  # packed, surplus rows may hold anything
-            validate.check_finite(compressed_k=compressed.k, compressed_v=compressed.v)
+        check_values(q, compressed, selected, window, gates, config, cu_seqlens)
+
+
+def check_values(
+    q: Tensor,
+    compressed: KV,
+    selected: KV,
+    window: KV,
+    gates: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Every input is finite (``NSA_CHECK=1`` only)."""
+    validate.check_finite(
+        {
+            "q": q,
+            "compressed.k": validate.without_surplus(compressed.k, config, cu_seqlens),
+            "compressed.v": validate.without_surplus(compressed.v, config, cu_seqlens),
+            "selected.k": selected.k,
+            "selected.v": selected.v,
+            "window.k": window.k,
+            "window.v": window.v,
+            "gates": gates,
+        }
+    )
 
 
 def run(

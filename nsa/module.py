@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from nsa import validate
-from nsa.attention import needs_grad, run
+from nsa.attention import check_values, needs_grad, run
 from nsa.backends import Resolution, resolve
 from nsa.compress import Compress
 from nsa.config import KV, NSAConfig
-from nsa.errors import ConfigError, ShapeError
+from nsa.errors import ConfigError
 from nsa.rope import apply_rope
 from nsa.settings import current_settings
 from nsa.varlen import token_members
@@ -102,10 +102,11 @@ class NSAttention(nn.Module):
             DataError: values that are not finite (``NSA_CHECK=1`` only).
             BackendUnavailable: the backend asked for cannot run this.
         """
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ShapeError(f"x: expected [B, T, {self.dim}], got {list(x.shape)}")
         settings, config = self.settings, self.config
+        validate.check_layer_input(x, self.dim, self.q_proj.weight)
         validate.check_packing(x, cu_seqlens, max_seqlen, check=settings.check)
+        if settings.check:
+            validate.check_finite({"x": x})
         T = x.shape[1]
         q = self._rotate(
             self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim)), cu_seqlens
@@ -117,7 +118,7 @@ class NSAttention(nn.Module):
         )
         gates = self._gates(x)
         if settings.check:
-            validate.check_finite(q=q, gates=gates, selected_k=selected.k, window_k=window.k)
+            check_values(q, compressed, selected, window, gates, config, cu_seqlens)
         self.resolution = resolve(
             config,
             device=q.device,

@@ -9,13 +9,30 @@ D key size, V value size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
 from nsa.errors import DataError, ShapeError
+from nsa.varlen import compressed_members
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_layer_input(x: Tensor, dim: int, weight: Tensor) -> None:
+    """x is ``[B, T, dim]`` where the layer's weights are, in a dtype that they can be used with."""
+    if x.dim() != 3 or x.shape[-1] != dim:
+        raise ShapeError(f"x: expected [B, T, {dim}], got {list(x.shape)}")
+    if x.device != weight.device:
+        raise ShapeError(f"x: expected the layer's device {weight.device}, got {x.device}")
+    if x.dtype not in _DTYPES:
+        raise ShapeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dtype == weight.dtype or weight.dtype not in _DTYPES:  # quantised weights take any
+        return
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        raise ShapeError(f"x: expected the layer's dtype {weight.dtype}, got {x.dtype}")
 
 
 def check_query(q: Tensor, config: NSAConfig) -> None:
@@ -48,11 +65,21 @@ def check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ShapeError(f"{name}: expected q's device {q.device}, got {x.device}")
 
 
-def check_compressed(name: str, x: Tensor, q: Tensor, config: NSAConfig, *, packed: bool) -> None:
+def check_compressed(
+    name: str,
+    x: Tensor,
+    q: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    *,
+    check: bool,
+) -> None:
     """φ's output: exactly N rows for a regular batch, enough of them for a packed one."""
     size = config.dv if name.endswith(".v") else config.head_dim
-    if packed:
+    if cu_seqlens is not None:
         check_like_query(name, x, q, (1, None, config.num_kv_heads, size))
+        if x.shape[1] < q.shape[1] // config.compress_stride:  # which is always enough
+            _check_compressed_rows(name, x, config, cu_seqlens, check=check)
         return
     rows = config.num_compressed(q.shape[1])
     if x.dim() == 4 and x.shape[1] != rows:
@@ -62,6 +89,22 @@ def check_compressed(name: str, x: Tensor, q: Tensor, config: NSAConfig, *, pack
             f"{config.compress_block}), got {x.shape[1]}"
         )
     check_like_query(name, x, q, (q.shape[0], rows, config.num_kv_heads, size))
+
+
+def _check_compressed_rows(
+    name: str, x: Tensor, config: NSAConfig, cu_seqlens: Tensor, *, check: bool
+) -> None:
+    if not (cu_seqlens.device.type == "cpu" or check):
+        return
+    needed = compressed_members(cu_seqlens, 0, config).starts[-1]
+    if torch.compiler.is_compiling():
+        if check:
+            torch._assert_async(needed <= x.shape[1])
+    elif int(needed) > x.shape[1]:
+        raise ShapeError(
+            f"{name}: expected at least {int(needed)} compressed blocks for these sequences "
+            f"(total // {config.compress_stride} are always enough), got {x.shape[1]}"
+        )
 
 
 def check_kv(name: str, kv: KV, q: Tensor, config: NSAConfig) -> None:
@@ -202,7 +245,15 @@ def _num_blocks_at(q: Tensor, config: NSAConfig, cu_seqlens: Tensor | None) -> T
     return (length + config.select_block - 1) // config.select_block
 
 
-def check_finite(**tensors: Tensor) -> None:
+def without_surplus(x: Tensor, config: NSAConfig, cu_seqlens: Tensor | None) -> Tensor:
+    """φ's output with zeros in the rows past the last block, which may hold anything."""
+    if cu_seqlens is None:
+        return x
+    real = compressed_members(cu_seqlens, x.shape[1], config).seq < cu_seqlens.numel() - 1
+    return x.where(real[:, None, None], 0.0)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """No NaN and no infinity anywhere (``NSA_CHECK=1`` only)."""
     for name, x in tensors.items():
         finite = torch.isfinite(x)
@@ -211,7 +262,7 @@ def check_finite(**tensors: Tensor) -> None:
         elif not bool(finite.all()):
             where = (~finite).nonzero()
             raise DataError(
-                f"{name.replace('_', '.')}: expected finite values, got {where.shape[0]} that are "
+                f"{name}: expected finite values, got {where.shape[0]} that are "
                 f"NaN or infinite, the first at {where[0].tolist()}"
             )
 

@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(store, monkeypatch):
 
 
 _KILL_EVERYWHERE = """
-import os, shutil, signal, sys, warnings
+import builtins, os, shutil, signal, sys, warnings
 from pathlib import Path
 import torch
 from nsa.tools import _checkpoint
@@ -169,21 +169,29 @@ warnings.simplefilter("ignore")  # fork beside torch's threads; the child only w
 root = Path(sys.argv[1])
 calls = ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink", "open")
 originals = {name: getattr(os, name) for name in calls}
+open_file = open
 tensors = lambda step: {"model": {"w": torch.full((50,), float(step))}}
 
 
 def kill_at(count):
     seen = 0
+    def count_and_kill():
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            os.kill(os.getpid(), signal.SIGKILL)
     def wrap(name):
         def call(*arguments, **keywords):
-            nonlocal seen
-            seen += 1
-            if seen == count:
-                os.kill(os.getpid(), signal.SIGKILL)
+            count_and_kill()
             return originals[name](*arguments, **keywords)
         return call
+    def open_and_kill(*arguments, **keywords):
+        file = open_file(*arguments, **keywords)  # emptied by now, and nothing written
+        count_and_kill()
+        return file
     for name in calls:
         setattr(os, name, wrap(name))
+    builtins.open = open_and_kill
 
 
 for count in range(1, 100):

@@ -132,18 +132,26 @@ def test_the_standard_library():
     corpus = load_corpus("stdlib")
     assert len(corpus.train) > 5_000_000
     assert 0.02 < corpus.validation_files / corpus.train_files < 0.1
-    # A module everyone has, and no tests of Python's own.
+    assert b"class ThreadPoolExecutor" in corpus.train.tobytes() + corpus.validation.tobytes()
+
+
+def test_the_standard_library_leaves_out_tests_and_packages(tmp_path, monkeypatch):
+    for name in ("a.py", "b/c.py", "b/test/d.py", "tests/e.py", "site-packages/f.py", "g.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {name}")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: {"stdlib": str(tmp_path)}[name])
+    corpus = load_corpus("stdlib")
     both = corpus.train.tobytes() + corpus.validation.tobytes()
-    assert b"class ThreadPoolExecutor" in both
-    assert b"test.support" not in both or both.count(b"from test.support") < 20
+    assert sorted(both.split(b"\0")[1:]) == [b"text of a.py", b"text of b/c.py"]
 
 
 def test_too_little_for_one_sequence():
     corpus = corpus_of(b"x" * 100, b"y" * 10)
     require_length(corpus, 9)
-    with pytest.raises(DataError, match="at least 11 bytes in the validation split .* got 10"):
+    with pytest.raises(DataError, match=r"at least 11 bytes in the validation split .* got 10"):
         require_length(corpus, 10)
-    with pytest.raises(DataError, match="at least 101 bytes in the training split .* got 100"):
+    with pytest.raises(DataError, match=r"at least 101 bytes in the training split .* got 100"):
         require_length(corpus, 100)
 
 
@@ -175,6 +183,8 @@ def test_validation_windows_do_not_overlap_and_spread():
     corpus = corpus_of(b"", bytes(range(101)))
     assert validation_starts(corpus, count=4, seq_len=10).tolist() == [0, 20, 50, 70]
     assert len(validation_starts(corpus, count=99, seq_len=10)) == 10
+    exact = corpus_of(b"", bytes(100))  # the last window has no byte after it
+    assert len(validation_starts(exact, count=99, seq_len=10)) == 9
     batches = list(validation_batches(corpus, count=3, batch_size=2, seq_len=10))
     assert [len(tokens) for tokens, _ in batches] == [2, 1]
     assert batches[1][1][0].tolist() == list(range(61, 71))

@@ -145,7 +145,7 @@ def test_only_settings_reads_the_environment(path):
         ("nsa.attention", "from nsa import module", ["nsa.module"]),
         ("nsa.attention", "from nsa import NSAttention", ["nsa"]),
         ("nsa.module", "from .models import LanguageModel", ["nsa.models"]),
-        ("nsa.module", "from nsa.testing import parity", ["nsa.testing"]),
+        ("nsa.module", "from nsa.testing import parity", ["nsa.testing.parity"]),
         ("nsa.models.dense", "from ..tools import train", ["nsa.tools.train"]),
         ("nsa.reference.masks", "from nsa.blocks import overlap_weights", ["nsa.blocks"]),
         ("nsa.reference.masks", "from nsa.errors import ShapeError", ["nsa.errors"]),

@@ -58,7 +58,7 @@ def test_config_survives_json():
 
 def test_config_from_dict_names_what_is_wrong():
     values = small().to_dict()
-    with pytest.raises(ConfigError, match="names of ModelConfig, got 'dims'; did you mean 'dim'?"):
+    with pytest.raises(ConfigError, match=r"of ModelConfig, got 'dims'; did you mean 'dim'\?"):
         ModelConfig.from_dict({**values, "dims": 3})
     with pytest.raises(ConfigError, match="names of NSAConfig, got 'windows'"):
         ModelConfig.from_dict({**values, "nsa": {"windows": 3}})
@@ -72,7 +72,7 @@ def test_presets():
     config = ModelConfig.preset("small")
     assert (config.dim, config.num_layers, config.nsa) == (768, 12, NSAConfig.preset("small"))
     assert ModelConfig.preset("tiny", attention="dense").attention == "dense"
-    with pytest.raises(ConfigError, match="got 'smal'; did you mean 'small'?"):
+    with pytest.raises(ConfigError, match=r"got 'smal'; did you mean 'small'\?"):
         ModelConfig.preset("smal")
     with pytest.raises(ConfigError, match="got 'depth'"):
         ModelConfig.preset("tiny", depth=3)

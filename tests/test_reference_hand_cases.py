@@ -20,7 +20,11 @@ def random(*shape):
 def test_the_last_token_of_a_block_is_the_first_that_sees_it(run):
     """With equal scores lse is the log of the number of visible blocks: i*2 + 3 <= t."""
     out, lse = run(
-        "compressed_attention", 0 * ones(1, 10, 1, 1), ones(1, 4, 1, 1), ones(1, 4, 1, 1), config()
+        "compressed_attention",
+        np.zeros((1, 10, 1, 1)),
+        ones(1, 4, 1, 1),
+        ones(1, 4, 1, 1),
+        config(),
     )
     visible = [0, 0, 0, 1, 1, 2, 2, 3, 3, 4]
     expected = [math.log(count) if count else -math.inf for count in visible]
@@ -63,7 +67,6 @@ def test_packed_blocks_stand_without_gaps(run):
 
 def test_selected_attention_reads_the_listed_blocks_up_to_the_query(run):
     """With equal scores the output is the mean of the token numbers it read."""
-    cfg = config(select_block=4)
     lists = {
         0: [0, -1],  # token 0
         2: [-1, -1],  # nothing
@@ -76,8 +79,8 @@ def test_selected_attention_reads_the_listed_blocks_up_to_the_query(run):
     for t, blocks in lists.items():
         block_idx[0, t, 0] = blocks
     v = np.arange(10.0).reshape(1, 10, 1, 1)
-    q = 0 * ones(1, 10, 1, 1)
-    out, lse = run("selected_attention", q, ones(1, 10, 1, 1), v, block_idx, cfg)
+    q = np.zeros((1, 10, 1, 1))
+    out, lse = run("selected_attention", q, ones(1, 10, 1, 1), v, block_idx, config())
     assert out[0, list(lists), 0, 0] == pytest.approx([0, 0, 0, 2, 1.5, 23 / 6])
     counts = [1, 0, 0, 5, 4, 6]
     expected = [math.log(count) if count else -math.inf for count in counts]
@@ -89,7 +92,7 @@ def test_block_numbers_count_from_the_start_of_the_sequence(run):
     block_idx = np.zeros((1, 11, 1, 1), dtype=np.int32)
     block_idx[0, 10] = 1
     v = np.arange(11.0).reshape(1, 11, 1, 1)
-    q = 0 * ones(1, 11, 1, 1)
+    q = np.zeros((1, 11, 1, 1))
     out, _ = run("selected_attention", q, q, v, block_idx, config(), cu_seqlens)
     assert out[0, :, 0, 0] == pytest.approx([0, 0.5, 1, 1.5, 1.5, 5, 5.5, 6, 6.5, 6.5, 9.5])
 
@@ -106,7 +109,7 @@ def test_a_window_of_one_returns_the_value(run):
 
 def test_a_window_holds_the_query_and_those_before_it(run):
     v = np.arange(6.0).reshape(1, 6, 1, 1)
-    q = 0 * ones(1, 6, 1, 1)
+    q = np.zeros((1, 6, 1, 1))
     out, lse = run("window_attention", q, q, v, config(window=3))
     assert out[0, :, 0, 0] == pytest.approx([0, 0.5, 1, 2, 3, 4])
     assert lse[0, :, 0] == pytest.approx(np.log([1, 2, 3, 3, 3, 3]))

@@ -15,7 +15,7 @@ from nsa import reference
 from nsa.config import KV, NSAConfig
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-EXAMPLES = settings(max_examples=50, derandomize=True, deadline=None)
+EXAMPLES = settings(max_examples=50)
 
 CONFIG = NSAConfig(
     num_heads=4,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -70,6 +70,14 @@ class Resolution:
 
     def __str__(self) -> str:
         return f"{self.backend} ({self.reason})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a read-only mapping cannot be pickled, and a layer that is copied takes this along
+        return _restore, (self.backend, self.reason, dict(self.per_branch))
+
+
+def _restore(backend: str, reason: str, per_branch: dict[str, str]) -> Resolution:
+    return Resolution(backend, reason, MappingProxyType(per_branch))
 
 
 def load(name: str) -> Backend:

@@ -1,7 +1,7 @@
 """Causal attention over a band of keys, in chunks of rows: the window, and packed compression.
 
-Row r sees the keys ``r - band < s <= r`` of its own sequence. Rows and keys are numbered alike; a
-row carries M queries per key head (G for the window, d*G for the folded compressed branch).
+Row r sees the keys ``r - band < s <= r`` of its own sequence, itself at least. Rows and keys are
+numbered alike; a row carries M queries per key head (G for the window, d*G for the folded compressed branch).
 
 B batch, R rows, S keys, K key heads, M queries per row and key head, D key size, V value size.
 """
@@ -54,11 +54,11 @@ def chunks(rows: int, keys: int, band: Band, per_row: int, device: torch.device)
     reach = min(band.width, keys)
     # rows * (rows + reach) scores a chunk
     size = max(1, int(((reach * reach + 4 * budget) ** 0.5 - reach) / 2))
+    size = min(size, max(64, reach // 2))  # a longer chunk computes scores that the band hides
     for row in range(0, rows, size):
         row_end = min(row + size, rows)
         first, last = band.first_row + row, band.first_row + row_end - 1
         key, key_end = max(0, first - band.width + 1), min(keys, last + 1)
-        key = min(key, key_end)
         r = torch.arange(first, last + 1, device=device)[:, None]
         s = torch.arange(key, key_end, device=device)
         hidden = (s > r) | (s <= r - band.width)
@@ -92,16 +92,12 @@ class BandAttention(torch.autograd.Function):
         lse = q.new_empty(B * K, R * M, dtype=accumulation_dtype(q.dtype))
         for chunk in chunks(R, S, band, B * K * M, q.device):
             here = slice(chunk.row * M, chunk.row_end * M)
-            if chunk.key == chunk.key_end:
-                out[:, here], lse[:, here] = 0.0, NEG_INF
-                continue
             p = _scores(q_rows, k_rows, chunk, M, scale)
             highest = p.amax(-1, keepdim=True)
-            highest.masked_fill_(highest == NEG_INF, 0.0)
             p.sub_(highest).exp_()
             total = p.sum(-1, keepdim=True)
             weighted = bmm(p.to(dtype), v_rows[:, chunk.key : chunk.key_end])
-            out[:, here] = weighted.div_(total.masked_fill(total == 0, 1.0))
+            out[:, here] = weighted.div_(total)
             lse[:, here] = total.log_().add_(highest)[..., 0]
         out = out.view(B, K, R, M, V).transpose(1, 2)
         lse = lse.view(B, K, R, M).transpose(1, 2)
@@ -122,13 +118,11 @@ class BandAttention(torch.autograd.Function):
         q_rows, k_rows, v_rows = _rows(q, dtype), heads_first(k, dtype), heads_first(v, dtype)
         dout_rows = _rows(dout, dtype)
         delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2).reshape(B * K, R * M, 1)
-        lse_rows = lse.masked_fill(lse == NEG_INF, 0.0).transpose(1, 2).reshape(B * K, R * M, 1)
+        lse_rows = lse.transpose(1, 2).reshape(B * K, R * M, 1)
         dq = torch.zeros_like(q_rows, dtype=lse.dtype)
         dk = torch.zeros_like(k_rows, dtype=lse.dtype)
         dv = torch.zeros_like(v_rows, dtype=lse.dtype)
         for chunk in chunks(R, S, band, B * K * M, q.device):
-            if chunk.key == chunk.key_end:
-                continue
             rows = slice(chunk.row * M, chunk.row_end * M)
             keys = slice(chunk.key, chunk.key_end)
             p = _scores(q_rows, k_rows, chunk, M, scale).sub_(lse_rows[:, rows]).exp_()

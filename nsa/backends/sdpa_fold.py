@@ -76,8 +76,10 @@ def make_fold(
 
 def fold(x: Tensor, shape: Fold, K: int) -> Tensor:
     """``[B, T, H, D]`` -> ``[B, rows, K, stride*G, D]``, query ``(place, group head)`` in order."""
-    B, _, H, D = x.shape
+    B, T, H, D = x.shape
     if shape.tokens is not None:
+        if T == 0:  # every sequence is empty: something for the surplus rows to read
+            x = F.pad(x, (0, 0, 0, 0, 0, 1))
         x = x.index_select(1, shape.tokens)
     else:
         x = x[:, shape.skipped :]

@@ -66,6 +66,8 @@ def to_blocks(x: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """``[B, S, K, D]`` -> contiguous ``[K * count, L, D]``; places without a token hold anything."""
     B, S, K, D = x.shape
     if blocks.tokens is not None:
+        if S == 0:  # every sequence is empty: something for the surplus blocks to read
+            x = F.pad(x, (0, 0, 0, 0, 0, 1))
         x = x[0].to(dtype).permute(1, 0, 2).index_select(1, blocks.tokens.flatten())
         return x.reshape(K * blocks.count, blocks.size, D)
     x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, blocks.count // B * blocks.size - S))

@@ -57,7 +57,7 @@ class ModelConfig:
             raise ConfigError(
                 f"tied_embeddings: expected True or False, got {self.tied_embeddings!r}"
             )
-        eps = self.norm_eps
+        eps: object = self.norm_eps
         if not isinstance(eps, float) or not 0 < eps < math.inf:
             raise ConfigError(f"norm_eps: expected a finite float > 0, got {eps!r}")
 

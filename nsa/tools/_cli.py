@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -70,6 +71,8 @@ def number(text: str) -> float:
 
 def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Runs a tool's body and turns what may go wrong into one line on stderr and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign is no reason to end
     try:
         code = body(argv)
         sys.stdout.flush()

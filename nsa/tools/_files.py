@@ -8,10 +8,14 @@ from pathlib import Path
 
 def write_durably(path: Path, data: bytes) -> None:
     """Writes a new file and waits until it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # write() does not say which file
+        raise
 
 
 def replace_atomically(path: Path, data: bytes) -> None:

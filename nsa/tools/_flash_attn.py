@@ -75,9 +75,9 @@ def look_at_torch(device: torch.device | None) -> Provider:
         )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            out = F.scaled_dot_product_attention(*heads_first, is_causal=True)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return out.transpose(1, 2)
 
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)

@@ -114,15 +114,15 @@ def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     major, minor = properties.major, properties.minor
     built_for = torch.cuda.get_arch_list()
-    # Code for sm_80 runs on every 8.x; code for compute_90 (PTX) on everything from 9.0 on.
-    exact = {f"sm_{major}{low}" for low in range(minor + 1)} & set(built_for)
+    # Code for sm_80 runs on every 8.x, for sm_90a on 9.0 alone, for compute_90 (PTX) from 9.0 on.
+    names = {f"sm_{major}{low}" for low in range(minor + 1)} | {f"sm_{major}{minor}a"}
     ptx = [name for name in built_for if name.startswith("compute_")]
     later = [name for name in ptx if int("0" + _digits(name)) <= 10 * major + minor]
     return Gpu(
         name=properties.name,
         capability=f"{major}.{minor}",
         memory_gib=round(properties.total_memory / GIB, 1),
-        has_kernels=bool(exact or later),
+        has_kernels=bool(names & set(built_for) or later),
     )
 
 

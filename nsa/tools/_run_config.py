@@ -102,7 +102,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seq_len": 256,
         "batch_size": 8,
         "steps": 300,
-        "lr": 2e-3,
+        "lr": 3e-3,
         "warmup": 30,
         "eval_every": 100,
         "eval_windows": 128,
@@ -111,7 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "small": {
         "seq_len": 2048,
-        "batch_size": 16,
+        "batch_size": 8,
         "steps": 300,
         "lr": 1e-3,
         "warmup": 30,

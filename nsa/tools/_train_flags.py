@@ -48,11 +48,20 @@ _HELP = {
     "keep": "checkpoints kept",
     "lr": "learning rate after the warm-up",
     "min_lr": "what the cosine ends at, as a share of --lr",
+    "weight_decay": "of matrices (AdamW)",
+    "beta1": "decay of the mean gradient (AdamW)",
+    "beta2": "decay of the mean squared gradient (AdamW)",
     "grad_clip": "largest norm of the gradient",
     "dim": "width of the residual stream",
+    "num_layers": "blocks",
     "hidden_dim": "width of the SwiGLU",
+    "num_heads": "query heads",
+    "num_kv_heads": "key/value heads",
+    "head_dim": "size of a head",
     "window": "tokens of the sliding window",
     "num_selected": "selection blocks each query reads",
+    "num_initial": "selection blocks at the start that are always read",
+    "num_local": "selection blocks up to the query's own that are always read",
     "select_block": "tokens in a selection block",
     "compress_block": "tokens in a compressed block",
     "compress_stride": "tokens between compressed blocks",
@@ -60,6 +69,7 @@ _HELP = {
 
 
 def train_parser() -> Parser:
+    """Every flag of ``train``; one that is not given is None, so that presets can fill it."""
     parser = Parser(
         prog="python -m nsa.tools.train",
         description="Train a byte-level language model with Native Sparse Attention.",
@@ -86,13 +96,15 @@ def train_parser() -> Parser:
     )
     training = parser.add_argument_group("training (lengths in bytes, counts in steps)")
     for name in _TRAIN_INTEGERS:
-        training.add_argument(flag(name), type=integer, metavar="N", help=_HELP.get(name))
+        training.add_argument(flag(name), type=integer, metavar="N", help=_HELP[name])
     for name in _TRAIN_NUMBERS:
-        training.add_argument(flag(name), type=number, metavar="X", help=_HELP.get(name))
+        training.add_argument(flag(name), type=number, metavar="X", help=_HELP[name])
     model = parser.add_argument_group("model")
     for name in (*_MODEL_FLAGS, *_NSA_FLAGS):
-        model.add_argument(flag(name), type=integer, metavar="N", help=_HELP.get(name))
-    model.add_argument("--compression", choices=get_args(Compression), help="how φ compresses")
+        model.add_argument(flag(name), type=integer, metavar="N", help=_HELP[name])
+    model.add_argument(
+        "--compression", choices=get_args(Compression), help="how blocks are compressed"
+    )
     model.add_argument("--gate", choices=get_args(Gate), help="activation of the branch gates")
     return parser
 

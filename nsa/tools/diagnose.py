@@ -227,9 +227,9 @@ def _parity(name: str, trials: list[Trial]) -> tuple[list[ParityResult], list[st
         try:
             rows = [(row.name, row.error, row.bound) for row in attention_parity(name, inputs)]
             faults = selection_faults(name, inputs)
-        except RuntimeError as error:  # what a kernel raises that cannot run after all
-            message = " ".join(str(error).split())
-            problems.append(f"{name} failed, {trial}: {type(error).__name__}: {message}")
+        except RuntimeError as failure:  # what a kernel raises that cannot run after all
+            message = " ".join(str(failure).split())
+            problems.append(f"{name} failed, {trial}: {type(failure).__name__}: {message}")
             continue
         for tensor, error, bound in [*rows, ("selection", float(len(faults)), 0.0)]:
             result = ParityResult(

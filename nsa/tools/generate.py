@@ -175,16 +175,10 @@ def sample(
 def _print_stream(prompt: bytes, stream: Iterator[int]) -> None:
     """Writes the text as it comes; bytes that are not UTF-8 become replacement characters."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    _write(decoder.decode(prompt))
+    print(decoder.decode(prompt), end="", flush=True)
     for token in stream:
-        _write(decoder.decode(bytes([token])))
-    _write(decoder.decode(b"", final=True) + "\n")
-
-
-def _write(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+        print(decoder.decode(bytes([token])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ A run is a folder (``--out``)::
     config.json      the resolved configuration
     metrics.jsonl    loss, gradient norm, learning rate, speed, validation loss
     checkpoints/     see nsa.tools._checkpoint
+
+``--resume`` goes on bit for bit: on a CPU with the same number of threads, on a GPU as far as its
+kernels are deterministic. One process at a time may write to a run.
 """
 
 from __future__ import annotations
@@ -60,10 +63,11 @@ def _main(argv: Sequence[str] | None) -> int:
     trainer = Trainer(config, corpus)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        if checkpoint.state["threads"] != torch.get_num_threads():
+        before, now = checkpoint.state["threads"], torch.get_num_threads()
+        if trainer.device.type == "cpu" and before != now:
             print(
-                f"note: saved with {checkpoint.state['threads']} threads, going on with "
-                f"{torch.get_num_threads()}: results may differ in the last bits"
+                f"note: saved with {before} threads, going on with {now}: results may differ in "
+                "the last bits"
             )
     out.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
     _describe(out, config, corpus, trainer)

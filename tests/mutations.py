@@ -1,0 +1,150 @@
+"""Do the tests notice? Breaks one line at a time and expects a test to turn red.
+
+    python -m tests.mutations            # all of them
+    python -m tests.mutations oracle     # those whose name contains a word
+
+Each breakage is applied to a copy of the tree. Those of the oracle must be caught by the NumPy
+oracle alone, so only ``tests/test_reference_parity.py`` runs for them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NUMPY = ("tests/test_reference_parity.py",)
+BACKENDS = ("tests/test_parity.py", "tests/test_backend_properties.py")
+PIECES = ("tests/test_compress_rope.py",)
+LAYER = ("tests/test_module.py",)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One line that is made wrong."""
+
+    name: str
+    path: str
+    old: str
+    """Must occur exactly once in the file."""
+    new: str
+    tests: tuple[str, ...]
+
+
+def oracle(name: str, file: str, old: str, new: str) -> Mutation:
+    return Mutation(f"oracle: {name}", f"nsa/reference/{file}", old, new, NUMPY)
+
+
+def sdpa(name: str, file: str, old: str, new: str) -> Mutation:
+    return Mutation(f"sdpa: {name}", f"nsa/backends/{file}", old, new, BACKENDS)
+
+
+MUTATIONS = (
+    oracle("window off by one", "masks.py", "t - config.window < s", "t - config.window <= s"),
+    oracle("visibility < for <=", "masks.py", "(last_token <= t)", "(last_token < t)"),
+    oracle("selected sees the future", "masks.py", "listed & (s <= t)", "listed"),
+    oracle("empty rows have lse 0", "attend.py", "highest + total.log()", "highest + total.clamp_min(1e-300).log()"),
+    oracle("scale forgotten", "attend.py", "scores = scale * ", "scores = "),
+    oracle(
+        "overlap weights 1,2,2,2,2",
+        "selection.py",
+        "end = min(i * config.compress_stride + config.compress_block, (j + 1) * config.select_block)",
+        "end = i * config.compress_stride + config.compress_block if start < (j + 1) * config.select_block else 0",
+    ),
+    oracle(
+        "initial blocks not forced",
+        "selection.py",
+        "((j < config.num_initial) | (j > own - config.num_local))",
+        "(j > own - config.num_local)",
+    ),
+    oracle(
+        "one local block too many",
+        "selection.py",
+        "(j > own - config.num_local)",
+        "(j >= own - config.num_local)",
+    ),
+    oracle("the block in progress does not count", "selection.py", "candidate = j <= own", "candidate = j < own"),
+    oracle("one head of the group decides", "selection.py", "p_BTKGN.sum(3)", "p_BTKGN[:, :, :, 0]"),
+    oracle("ties to the higher index", "selection.py", "order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]", "order = (J - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices)[..., :n]"),
+    oracle("gate order swapped", "__init__.py", "gates.to(dtype).unbind(-1)", "gates.to(dtype).flip(-1).unbind(-1)"),
+    oracle("position embedding forgotten", "compression.py", "(blocks_BNHLD + weights[\"position\"])", "blocks_BNHLD"),
+    oracle("rotation the other way", "compression.py", "turned = pairs * rotation", "turned = pairs * rotation.conj()"),
+    oracle("packed positions run on", "compression.py", "t[start:end] -= start", "t[start:end] -= 0"),
+    sdpa("window off by one", "sdpa_band.py", "(s <= r - band.width)", "(s < r - band.width)"),
+    sdpa("sequences leak", "sdpa_band.py", "if band.row_seq is not None:", "if band.row_seq is None and False:"),
+    sdpa("empty rows divide by zero", "sdpa_selected.py", "sums.masked_fill(sums == 0, 1.0)[..., None]", "sums[..., None]"),
+    sdpa("delta forgotten in the window's backward", "sdpa_band.py", ".sub_(delta[:, rows])", ""),
+    sdpa("dk without its scale", "sdpa_band.py", "ds = ds.mul_(p).mul_(scale).to(dtype)", "ds = ds.mul_(p).to(dtype)"),
+    sdpa("fold off by one", "sdpa_fold.py", "max(0, block - 1 - q_start)", "max(0, block - q_start)"),
+    sdpa("surplus rows are read", "sdpa.py", "k, v = k.where(real, 0.0), v.where(real, 0.0)", "pass"),
+    sdpa("overlap weights 1,2,2,2,2", "../blocks.py", "tokens = min(start + block, config.select_block) - max(start, 0)", "tokens = min(block, start + block)"),
+    sdpa("initial blocks not forced", "sdpa_select.py", "((j < config.num_initial) | (j > own[..., None] - config.num_local))", "(j > own[..., None] - config.num_local)"),
+    sdpa("ties to the higher index", "sdpa_select.py", "add_(_INDEX_LIMIT - j)", "add_(_INDEX_LIMIT - J + 1 + j)"),
+    sdpa("own block read to its end", "sdpa_tiles.py", "seen = (position - index * blocks.size + 1).clamp_max(blocks.size)", "seen = torch.where(position >= index * blocks.size, blocks.size, 0)"),
+    sdpa("merge without weights", "sdpa_selected.py", "parts.mul_(weight[..., None]).sum(1)", "parts.sum(1)"),
+    sdpa("unlisted pairs counted in dq", "sdpa_selected.py", "picked.masked_fill_(~tiles.listed[..., None], 0.0).sum(1)", "picked.sum(1)"),
+    sdpa("lse of empty rows", "sdpa_selected.py", "sums.log_().add_(peak[:, 0])", "sums.clamp_min_(1e-30).log_().add_(peak[:, 0])"),
+    Mutation("φ: position embedding forgotten", "nsa/compress.py", "(blocks_BNKLD + self.position.to(x.dtype))", "blocks_BNKLD", PIECES),
+    Mutation("φ: packed blocks one token late", "nsa/compress.py", "first[:, None] + torch.arange(block", "first[:, None] + 1 + torch.arange(block", PIECES),
+    Mutation("φ: tanh for erf", "nsa/compress.py", "F.gelu(self.up(flat))", "F.gelu(self.up(flat), approximate=\"tanh\")", PIECES),
+    Mutation("RoPE: rotation the other way", "nsa/rope.py", "low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D", "low * cos_T1D + high * sin_T1D, high * cos_T1D - low * sin_T1D", PIECES),
+    Mutation("RoPE: wrong frequencies", "nsa/rope.py", "torch.arange(0, size, 2, device=x.device, dtype=torch.float64) / size", "torch.arange(0, size, 2, device=x.device, dtype=torch.float64) / (size + 2)", PIECES),
+    Mutation("layer: RoPE on V", "nsa/module.py", "return KV(self._rotate(k, cu_seqlens), v)", "return KV(self._rotate(k, cu_seqlens), self._rotate(v, cu_seqlens) if v.shape[-1] % 2 == 0 else v)", LAYER),
+    Mutation("layer: positions do not restart", "nsa/module.py", "positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).index", "positions = None", LAYER),
+    Mutation("layer: gates branch-major", "nsa/module.py", "logits = self.gate_proj(x).unflatten(-1, (self.config.num_heads, len(BRANCHES)))", "logits = self.gate_proj(x).unflatten(-1, (len(BRANCHES), self.config.num_heads)).mT", LAYER),
+    Mutation("layer: branches swapped", "nsa/module.py", "selected, window, tokens = (", "window, selected, tokens = (", LAYER),
+    Mutation("combine: gate order swapped", "nsa/attention.py", "zip(gates.unbind(-1), outputs, strict=True)", "zip(gates.flip(-1).unbind(-1), outputs, strict=True)", BACKENDS),
+)  # fmt: skip
+
+
+def caught(mutation: Mutation) -> tuple[bool, str]:
+    """Whether a test turns red, and its last line of output."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("nsa", "tests", "pyproject.toml"):
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tree / name)
+        path = tree / mutation.path
+        text = path.read_text()
+        if text.count(mutation.old) != 1:
+            return False, f"the line to break occurs {text.count(mutation.old)} times, expected 1"
+        path.write_text(text.replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, *mutation.tests],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        if done.returncode == 1 and failures:
+            return True, failures[0].removeprefix("FAILED ")
+        return False, (done.stdout.splitlines() or [done.stderr])[-1]
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    missed = 0
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        for mutation, (red, line) in zip(chosen, pool.map(caught, chosen), strict=True):
+            missed += not red
+            print(f"{'caught' if red else 'MISSED'}  {mutation.name:45s} {line[:110]}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Edges that are legal: one token, fewer than a block, empty sequences, strided tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nsa import KV, use_settings
+from nsa.testing import make_inputs
+from tests.entries import CONFIG, REGULAR, attention, selection
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    "lengths", [1, 3, 4, 6, 7, (1,), (3, 3), (0, 5, 0), (0, 1), (0,), (0, 0, 0)], ids=str
+)
+def test_edges_run_forward_and_backward(lengths: int | tuple[int, ...], backend: str) -> None:
+    if isinstance(lengths, int):
+        inputs = make_inputs(CONFIG, length=lengths, batch=2)
+    else:
+        inputs = make_inputs(CONFIG, lengths=lengths)
+    with use_settings(check=True):
+        out = attention(inputs, backend)
+        assert selection(inputs, backend).shape == (*inputs.q.shape[:2], 2, 4)
+    assert out.shape == (*inputs.q.shape[:3], CONFIG.dv)
+    assert out.isfinite().all()
+    for leaf, grad in zip(
+        inputs.leaves(), torch.autograd.grad(out.sum(), inputs.leaves()), strict=True
+    ):
+        assert grad.shape == leaf.shape
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [(0,), (0, 0)])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_surplus_rows_of_empty_sequences(lengths: tuple[int, ...], backend: str) -> None:
+    inputs = make_inputs(CONFIG, lengths=lengths)
+    rows = KV(torch.ones(1, 3, 2, 8).requires_grad_(), torch.ones(1, 3, 2, 6).requires_grad_())
+    inputs = replace(inputs, compressed=rows)
+    out = attention(inputs, backend)
+    assert out.shape == (1, 0, 4, 6)
+    assert selection(inputs, backend).shape == (1, 0, 2, 4)
+    for grad in torch.autograd.grad(out.sum(), rows):
+        assert not grad.any()
+
+
+def test_plain_pairs_are_as_good_as_kv() -> None:
+    kv = {name: tuple(getattr(REGULAR, name)) for name in ("compressed", "selected", "window")}
+    assert not any(isinstance(pair, KV) for pair in kv.values())
+    assert torch.equal(attention(replace(REGULAR, **kv)), attention(REGULAR))
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in REGULAR.leaves()]
+    assert not any(x.is_contiguous() for x in strided)
+    torch.testing.assert_close(attention(REGULAR.with_leaves(tuple(strided))), attention(REGULAR))
