@@ -6,6 +6,10 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
 WORKERS ?= 2
 
+# Threads that spin while they wait make torch ten times slower as soon as anything else runs.
+OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

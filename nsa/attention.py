@@ -217,25 +217,31 @@ def run(
 ) -> Tensor:
     """Runs the steps of a resolution on inputs that have been checked."""
     steps = {step: load(name) for step, name in resolution.per_branch.items()}
-    packing = {"max_seqlen": max_seqlen}
+    # another backend's log-sum-exp would make the list depend on how branches are split
+    share = resolution.per_branch["compressed"] == resolution.per_branch["select"]
     with torch.autocast(q.device.type, enabled=False):
         with _range("compressed", q, settings):
             out_cmp, lse = steps["compressed"].compressed_attention(
-                q, *compressed, config, cu_seqlens, **packing
+                q, *compressed, config, cu_seqlens, max_seqlen=max_seqlen
             )
         if block_idx is None:
-            # another backend's log-sum-exp would make the list depend on how branches are split
-            same = resolution.per_branch["compressed"] == resolution.per_branch["select"]
             with _range("select", q, settings):
                 block_idx = steps["select"].select_blocks(
-                    q, compressed.k, config, cu_seqlens, lse=lse if same else None, **packing
+                    q,
+                    compressed.k,
+                    config,
+                    cu_seqlens,
+                    max_seqlen=max_seqlen,
+                    lse=lse if share else None,
                 )
         with _range("selected", q, settings):
             out_slc, _ = steps["selected"].selected_attention(
-                q, *selected, block_idx, config, cu_seqlens, **packing
+                q, *selected, block_idx, config, cu_seqlens, max_seqlen=max_seqlen
             )
         with _range("window", q, settings):
-            out_win, _ = steps["window"].window_attention(q, *window, config, cu_seqlens, **packing)
+            out_win, _ = steps["window"].window_attention(
+                q, *window, config, cu_seqlens, max_seqlen=max_seqlen
+            )
         return combine(gates, out_cmp, out_slc, out_win)
 
 

@@ -30,7 +30,7 @@ def block_tokens(x: Tensor, config: NSAConfig, cu_seqlens: Tensor | None = None)
             return x.unfold(1, block, stride).transpose(3, 4)
         return x[:, :0, :, None].expand(-1, -1, -1, block, -1)
     rows = compressed_members(cu_seqlens, length // stride, config)
-    first = cu_seqlens.long()[rows.seq] + rows.index * stride
+    first = cu_seqlens.long()[rows.seq] + rows.rank * stride
     token = first[:, None] + torch.arange(block, device=x.device)
     return x[:, token.clamp_max(length - 1)].transpose(2, 3)
 

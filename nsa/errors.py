@@ -1,4 +1,4 @@
-"""One exception class per kind of mistake; everything the library raises on purpose is an NSAError."""
+"""One exception class per kind of mistake; what the library raises on purpose is an NSAError."""
 
 
 class NSAError(Exception):

@@ -156,7 +156,7 @@ class NSAttention(nn.Module):
         theta = self.config.rope_theta
         if theta is None:
             return x
-        positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).index
+        positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).rank
         return apply_rope(x, theta, positions)
 
     def _gates(self, x: Tensor) -> Tensor:

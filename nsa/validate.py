@@ -127,7 +127,7 @@ def check_gates(gates: Tensor, q: Tensor) -> None:
 def check_packing(
     x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, *, check: bool
 ) -> None:
-    """``cu_seqlens`` is int32 ``[n_seq + 1]``, ascending from 0 to the total; x is ``[1, total, …]``."""
+    """``cu_seqlens`` is int32 ``[n_seq + 1]``, from 0 up to the total of x ``[1, total, …]``."""
     if cu_seqlens is None:
         if max_seqlen is not None:
             raise ShapeError(

@@ -19,7 +19,7 @@ class Members(NamedTuple):
 
     seq: Tensor
     """int64 ``[items]``, the sequence of each item; n_seq for a surplus item."""
-    index: Tensor
+    rank: Tensor
     """int64 ``[items]``, its number within that sequence."""
     starts: Tensor
     """int64 ``[n_seq + 1]``, the first item of each sequence."""

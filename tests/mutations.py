@@ -97,7 +97,7 @@ MUTATIONS = (
     Mutation("RoPE: rotation the other way", "nsa/rope.py", "low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D", "low * cos_T1D + high * sin_T1D, high * cos_T1D - low * sin_T1D", PIECES),
     Mutation("RoPE: wrong frequencies", "nsa/rope.py", "torch.arange(0, size, 2, device=x.device, dtype=torch.float64) / size", "torch.arange(0, size, 2, device=x.device, dtype=torch.float64) / (size + 2)", PIECES),
     Mutation("layer: RoPE on V", "nsa/module.py", "return KV(self._rotate(k, cu_seqlens), v)", "return KV(self._rotate(k, cu_seqlens), self._rotate(v, cu_seqlens) if v.shape[-1] % 2 == 0 else v)", LAYER),
-    Mutation("layer: positions do not restart", "nsa/module.py", "positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).index", "positions = None", LAYER),
+    Mutation("layer: positions do not restart", "nsa/module.py", "positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).rank", "positions = None", LAYER),
     Mutation("layer: gates branch-major", "nsa/module.py", "logits = self.gate_proj(x).unflatten(-1, (self.config.num_heads, len(BRANCHES)))", "logits = self.gate_proj(x).unflatten(-1, (len(BRANCHES), self.config.num_heads)).mT", LAYER),
     Mutation("layer: branches swapped", "nsa/module.py", "selected, window, tokens = (", "window, selected, tokens = (", LAYER),
     Mutation("combine: gate order swapped", "nsa/attention.py", "zip(gates.unbind(-1), outputs, strict=True)", "zip(gates.flip(-1).unbind(-1), outputs, strict=True)", BACKENDS),

@@ -1,4 +1,4 @@
-"""What every backend owes besides accuracy: causality, no leak, finite outputs, decode positions."""
+"""What every backend owes besides accuracy: causality, no leak, finite outputs, positions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def forward(backend: str, inputs: Inputs, *, blocks: Tensor | None = None) -> Te
 
 
 def changed_from(inputs: Inputs, first: int, value: float) -> Inputs:
-    """Token ``first`` and every block that holds it, set to ``value`` in every input of an NSA step.
+    """Token ``first`` and every block that holds it, set to ``value`` in all inputs of a step.
 
     φ is outside these functions, so the compressed blocks that would change are changed by hand.
     """

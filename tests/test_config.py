@@ -40,6 +40,10 @@ def test_lengths_have_a_least_value(name):
         NSAConfig(**{name: least - 1})
 
 
+def test_every_block_may_be_forced():
+    assert NSAConfig(num_initial=1, num_local=2, num_selected=3).num_selected == 3
+
+
 def test_no_block_needs_to_be_forced():
     assert NSAConfig(num_initial=0, num_local=0, num_selected=1).num_selected == 1
 

@@ -56,3 +56,14 @@ def test_inputs_need_not_be_contiguous() -> None:
     strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in REGULAR.leaves()]
     assert not any(x.is_contiguous() for x in strided)
     torch.testing.assert_close(attention(REGULAR.with_leaves(tuple(strided))), attention(REGULAR))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_autocast_lowers_nothing_here(backend: str) -> None:
+    """Types are those of the arguments; only the projections of a layer follow autocast."""
+    inputs = make_inputs(CONFIG, length=90)  # 15 blocks, of which 2 are for the scores to choose
+    want = attention(inputs, backend), selection(inputs, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = attention(inputs, backend), selection(inputs, backend)
+    assert got[0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

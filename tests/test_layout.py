@@ -214,6 +214,12 @@ def test_import_nsa_needs_torch_and_numpy_alone():
     assert brought_in("import nsa") == {"modules": ["nsa"], "cuda": False, "compiler": False}
 
 
+def test_diagnose_needs_what_is_always_installed():
+    found = brought_in("import nsa.tools.diagnose")
+    assert set(found["modules"]) <= {"nsa", "rich"}
+    assert not found["cuda"]
+
+
 def test_a_heavier_import_is_seen():
     modules = brought_in("import nsa, rich.table, safetensors")["modules"]
     assert {"nsa", "rich", "safetensors"} <= set(modules)

@@ -1,31 +1,19 @@
-"""The training tool: what it writes and prints, going on after any kind of stop, and refusing."""
+"""The training tool: what it writes and prints, what a step computes, what it refuses."""
 
-import errno
 import json
 import math
-import os
-import random
-import shutil
-import signal
-import subprocess
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from training_runs import flags, metrics, start, write_texts
+from training_runs import config_of, error_of, flags, metrics, start, write_texts
 
-from nsa import CheckpointError, ConfigError
+from nsa import ConfigError
 from nsa.tools import train
-from nsa.tools._checkpoint import CheckpointStore, load_checkpoint
+from nsa.tools._checkpoint import load_checkpoint
 from nsa.tools._data import load_corpus, training_batch
-from nsa.tools._interrupt import StopRequest
-from nsa.tools._metrics import MetricsFile
 from nsa.tools._progress import Display
 from nsa.tools._run_config import RunConfig, TrainConfig
-from nsa.tools._train_flags import new_config, train_parser
-from nsa.tools._trainer import GROUPS, Trainer
+from nsa.tools._trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -39,34 +27,6 @@ def finished(tmp_path_factory, data):
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert train.main([*flags(data=data), "--out", str(out)]) == 0
     return out
-
-
-def weights(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return load_checkpoint(run, ("model", "optimizer")).tensors
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    """Bit for bit: metrics, weights, optimizer, random state."""
-    assert metrics(run) == metrics(other)
-    mine, theirs = (load_checkpoint(path, GROUPS) for path in (run, other))
-    assert mine.step == theirs.step
-    assert mine.state["rng"] == theirs.state["rng"]
-    for group in GROUPS:
-        assert mine.tensors[group].keys() == theirs.tensors[group].keys()
-        for name, tensor in mine.tensors[group].items():
-            assert torch.equal(tensor, theirs.tensors[group][name]), name
-
-
-def error_of(capsys, argv: list[str]) -> str:
-    """The one line on stderr of a command that must fail with exit code 2."""
-    capsys.readouterr()
-    assert train.main(argv) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
-
-
-# What a run leaves and prints.
 
 
 def test_a_run_leaves_its_configuration_metrics_and_checkpoints(finished):
@@ -138,14 +98,6 @@ def test_a_live_display(capsys):
         assert expected in out
 
 
-# What a step computes.
-
-
-def config_of(data: Path, **changes: object) -> RunConfig:
-    arguments = train_parser().parse_strictly(flags(data=data, **changes))
-    return new_config({k: v for k, v in vars(arguments).items() if v is not None})
-
-
 def test_learning_rate():
     values = {
         "data": "x", "device": "cpu", "precision": "fp32", "backend": None, "seq_len": 8,
@@ -178,6 +130,12 @@ def test_gradient_accumulation_is_the_mean_over_the_batches(data):
     torch.testing.assert_close(result.loss, torch.stack(losses).mean())
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-7)
+    batches = [
+        training_batch(corpus, seed=0, index=index, batch_size=2, seq_len=48) for index in (3, 4, 5)
+    ]
+    with torch.no_grad():
+        losses = [trainer.model.loss(*batch) for batch in batches]
+    torch.testing.assert_close(trainer.train_step().loss, torch.stack(losses).mean())
 
 
 def test_gradients_are_clipped(data):
@@ -210,151 +168,6 @@ def test_options_of_a_step(data, changes):
     assert other.model.activation_checkpointing is values["activation_checkpointing"]
 
 
-# Going on.
-
-
-def test_killed_and_resumed_is_the_same_run(finished, data, tmp_path):
-    """SIGKILL at some step; the rest in a new process."""
-    out = tmp_path / "killed"
-    process = start("nsa.tools.train", *flags(data=data), "--out", out)
-    _wait_for_step(process, out, 6)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    latest = CheckpointStore(out / "checkpoints", keep=2).latest()
-    assert latest is None or load_checkpoint(latest, ()).step < 12, "it ended before the kill"
-    resumed = start("nsa.tools.train", "--out", out, "--resume")
-    printed, errors = resumed.communicate()
-    assert (resumed.returncode, errors) == (0, "")
-    assert "backend      sdpa" in printed
-    assert_same_run(out, finished)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first(finished, data, tmp_path, number):
-    out = tmp_path / "stopped"
-    process = start("nsa.tools.train", *flags(data=data, save_every=1000), "--out", out)
-    _wait_for_step(process, out, 3)
-    process.send_signal(number)
-    printed, errors = process.communicate()
-    assert (process.returncode, errors) == (130, "")
-    assert f"go on with: python -m nsa.tools.train --out {out} --resume" in printed
-    assert 3 <= load_checkpoint(out, ()).step < 12
-    assert train.main(["--out", str(out), "--resume"]) == 0
-    assert_same_run(out, finished)
-
-
-def _wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int) -> None:
-    path, deadline = out / "metrics.jsonl", time.monotonic() + 60
-    while not (path.exists() and f'"step": {step},' in path.read_text()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def _stop_after(monkeypatch, steps: int) -> None:
-    """Sends SIGINT to this process in the given step."""
-    original = Trainer.train_step
-
-    def step(self):
-        result = original(self)
-        if self.step == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-        return result
-
-    monkeypatch.setattr(Trainer, "train_step", step)
-
-
-def test_the_random_generators_go_on(data, tmp_path):
-    """Nothing draws from them today; whatever will must not repeat itself after a stop."""
-
-    def draws() -> list[float]:
-        return [random.random(), random.gauss(0, 1), np.random.normal(), float(torch.rand(()))]
-
-    trainer = Trainer(config_of(data), load_corpus(str(data)))
-    trainer.train_step()
-    draws()
-    path = CheckpointStore(tmp_path, keep=1).save(1, trainer.tensors(), trainer.state())
-    expected = draws()
-    resumed = Trainer(config_of(data), load_corpus(str(data)))
-    resumed.restore(load_checkpoint(path, GROUPS))
-    assert draws() == expected
-
-
-@pytest.mark.parametrize("stop", [1, 6, 8, 11])
-def test_interrupted_anywhere(finished, data, tmp_path, monkeypatch, capsys, stop):
-    out, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        _stop_after(patch, stop)
-        assert train.main([*flags(data=data), "--out", str(out)]) == 130
-    assert load_checkpoint(out, ()).step == stop
-    assert f"stopped and saved at step {stop}" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is handler
-    with open(out / "metrics.jsonl", "a") as file:  # as a kill in the next steps would leave it
-        file.write('{"step": 12, "loss": 9.0}\n{"step": 13, "lo')
-    torch.manual_seed(123)  # a new process would not share this one's state
-    assert train.main([*flags(data=data), "--out", str(out), "--resume"]) == 0
-    assert_same_run(out, finished)
-
-
-def test_an_interrupt_in_the_last_step_is_too_late(finished, data, tmp_path, monkeypatch):
-    _stop_after(monkeypatch, 12)
-    assert train.main([*flags(data=data), "--out", str(tmp_path / "run")]) == 0
-    assert_same_run(tmp_path / "run", finished)
-
-
-def test_a_second_interrupt_does_not_wait():
-    before = signal.getsignal(signal.SIGINT)
-    with StopRequest() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_killed_before_the_first_checkpoint(finished, data, tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "config.json").write_bytes((finished / "config.json").read_bytes())
-    (out / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes()[:150])
-    assert train.main(["--out", str(out), "--resume"]) == 0
-    assert_same_run(out, finished)
-
-
-def test_resuming_a_finished_run_shows_its_result(finished, tmp_path, capsys):
-    run = shutil.copytree(finished, tmp_path / "run")
-    assert train.main(["--out", str(run), "--resume"]) == 0
-    out = capsys.readouterr().out
-    assert "going on from step 12" in out
-    assert "backend      sdpa" in out
-    assert "bigram" in out
-    assert_same_run(run, finished)
-
-
-def test_what_changes_no_number_may_change(finished, data, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 5)
-        train.main([*flags(data=data), "--out", str(out)])
-    assert train.main(["--out", str(out), "--resume", "--save-every", "1", "--keep", "5"]) == 0
-    assert len(list((out / "checkpoints").glob("step-*"))) == 5
-    assert_same_run(out, finished)
-
-
-def test_metrics_keep_their_lines_apart(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\nnot json\n[]\n{"step": "x"}\n{"step": 2}\n{"step": 3}\n{"st')
-    with MetricsFile(path, step=2) as file:
-        file.write(step=3, loss=0.5)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
-
-
-# Refusing.
-
-
 def test_an_existing_run_is_not_overwritten(finished, data, capsys):
     before = (finished / "config.json").stat().st_mtime_ns
     error = error_of(capsys, [*flags(data=data), "--out", str(finished)])
@@ -362,72 +175,6 @@ def test_an_existing_run_is_not_overwritten(finished, data, capsys):
         f"{finished} already holds a run: expected --resume to go on with it, or another --out"
     )
     assert (finished / "config.json").stat().st_mtime_ns == before
-
-
-def test_nothing_to_resume(tmp_path, capsys):
-    error = error_of(capsys, ["--out", str(tmp_path / "no"), "--resume"])
-    assert error == (
-        f"--resume: expected a run in {tmp_path / 'no'}, got no config.json; start one without "
-        "--resume"
-    )
-    assert not (tmp_path / "no").exists()
-
-
-def test_another_configuration_is_refused_by_name(finished, data, capsys):
-    before = sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*"))
-    argv = ["--out", str(finished), "--resume", "--window", "8", "--lr", "0.5", "--steps", "20"]
-    error = error_of(capsys, argv)
-    assert "holds a run of another configuration" in error
-    assert "window 16 -> 8" in error
-    assert "lr 0.003 -> 0.5" in error
-    assert "steps 12 -> 20" in error
-    assert "dim" not in error
-    error = error_of(capsys, ["--out", str(finished), "--resume", "--preset", "small"])
-    assert "num_layers 1 -> 12" in error
-    assert sorted((p, p.stat().st_mtime_ns) for p in finished.rglob("*")) == before
-
-
-def test_other_data_is_refused(finished, tmp_path, capsys):
-    other = write_texts(tmp_path / "other", files=9)
-    error = error_of(capsys, ["--out", str(finished), "--resume", "--data", str(other)])
-    assert "expected the bytes it was trained on" in error
-
-
-def test_the_same_data_may_move(finished, tmp_path, capsys):
-    same = write_texts(tmp_path / "elsewhere")
-    run = shutil.copytree(finished, tmp_path / "run")
-    assert train.main(["--out", str(run), "--resume", "--data", str(same)]) == 0
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_refused(data, tmp_path, capsys, name):
-    out = tmp_path / "run"
-    train.main([*flags(data=data, steps=2), "--out", str(out)])
-    file = out / "checkpoints" / "step-000002" / name
-    file.write_bytes(file.read_bytes()[:100])
-    error = error_of(capsys, ["--out", str(out), "--resume"])
-    assert error.startswith(f"{file} is damaged: expected ")
-    assert error.endswith("bytes, got 100")
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {}, "train": {}}', "\xff"])
-def test_a_damaged_config_is_refused(tmp_path, capsys, text):
-    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    error = error_of(capsys, ["--out", str(tmp_path), "--resume"])
-    assert error.startswith(f"{tmp_path / 'config.json'} is damaged: ")
-
-
-def test_tensors_of_another_model_are_refused(finished, data):
-    checkpoint = load_checkpoint(finished, GROUPS)
-    corpus = load_corpus(str(data))
-    with pytest.raises(CheckpointError, match=r"expected torch.float32 \[256, 48\], got .*, 32\]"):
-        Trainer(config_of(data, dim=48), corpus).restore(checkpoint)
-    del checkpoint.tensors["model"]["norm.weight"]
-    with pytest.raises(CheckpointError, match=r"expected a tensor named 'norm\.weight', got none"):
-        Trainer(config_of(data), corpus).restore(checkpoint)
-    checkpoint.tensors["model"]["extra"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match="the model has no tensor named 'extra'"):
-        Trainer(config_of(data), corpus).restore(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -470,8 +217,10 @@ def test_a_backend_that_cannot_run_leaves_no_run(data, tmp_path, capsys):
     assert train.main(argv) == 0  # nothing in the way
 
 
-def test_divergence_is_not_saved(data, tmp_path, capsys):
-    argv = [*flags(data=data, lr=1e30, save_every=1, warmup=0), "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_divergence_is_not_saved(data, tmp_path, capsys, log_every):
+    changes = {"lr": 1e30, "save_every": 1, "warmup": 0, "log_every": log_every}
+    argv = [*flags(data=data, **changes), "--out", str(tmp_path / "run")]
     error = error_of(capsys, argv)
     assert "expected a finite number, got nan" in error
     assert "lower --lr" in error
@@ -481,36 +230,8 @@ def test_divergence_is_not_saved(data, tmp_path, capsys):
         )
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
-    finished, data, tmp_path, capsys, monkeypatch
-):
-    out = tmp_path / "run"
-    original = os.fsync
-
-    def refuse(descriptor):
-        if (out / "checkpoints" / "latest").exists():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", refuse)
-        error = error_of(capsys, [*flags(data=data), "--out", str(out)])
-    assert "No space left on device" in error
-    assert load_checkpoint(out, ()).step == 4
-    assert train.main(["--out", str(out), "--resume"]) == 0
-    assert_same_run(out, finished)
-
-
-def test_a_disk_that_refuses_metrics(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl", step=0)
-    file._file.close()
-    file._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the context manager
-    with pytest.raises(Exception, match="No space left on device"), file:
-        file.write(step=1)
-
-
 def test_a_reader_that_leaves(data, tmp_path):
-    process = start("nsa.tools.train", *flags(data=data), "--out", tmp_path / "run")
+    process = start("-m", "nsa.tools.train", *flags(data=data), "--out", tmp_path / "run")
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""

@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from nsa.tools import train
+from nsa.tools._run_config import RunConfig
+from nsa.tools._train_flags import new_config, train_parser
 
 MODEL = {
     "dim": 32,
@@ -62,13 +67,28 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return lines
 
 
-def start(module: str, *arguments: object) -> "subprocess.Popen[str]":
-    """A tool in a process of its own, with as many threads as this one (sums depend on it)."""
+def start(*arguments: object) -> "subprocess.Popen[str]":
+    """Python in a process of its own, with as many threads as this one (sums depend on it)."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[1],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
+
+
+def config_of(data: Path, **changes: object) -> RunConfig:
+    """The configuration of a small run."""
+    arguments = train_parser().parse_strictly(flags(data=data, **changes))
+    return new_config({k: v for k, v in vars(arguments).items() if v is not None})
+
+
+def error_of(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    """The one line on stderr of a training command that must fail with exit code 2."""
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")

@@ -11,7 +11,7 @@ import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -186,6 +186,6 @@ def _resolution(name: str, reason: str) -> Resolution:
     return Resolution(name, reason, MappingProxyType(dict.fromkeys(STEPS, name)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_once(name: str, reason: str) -> None:
     _LOG.info("backend %s: %s", name, reason)

@@ -96,7 +96,7 @@ def select_blocks(
         number = torch.arange(shape.first_row, shape.first_row + shape.rows, device=q.device)
         longest = q_start + T
     else:
-        number = compressed_members(cu_seqlens, N, config).index
+        number = compressed_members(cu_seqlens, N, config).rank
         longest = T if max_seqlen is None else max_seqlen
     # a query that sees no compressed block stands in the first selection block (l <= l')
     first_only = torch.full((config.num_selected,), -1, dtype=torch.int32, device=q.device)

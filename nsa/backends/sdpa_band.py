@@ -1,7 +1,8 @@
 """Causal attention over a band of keys, in chunks of rows: the window, and packed compression.
 
 Row r sees the keys ``r - band < s <= r`` of its own sequence, itself at least. Rows and keys are
-numbered alike; a row carries M queries per key head (G for the window, d*G for the folded compressed branch).
+numbered alike; a row carries M queries per key head (G for the window, d*G for the folded
+compressed branch).
 
 B batch, R rows, S keys, K key heads, M queries per row and key head, D key size, V value size.
 """
@@ -77,7 +78,7 @@ def _scores(q: Tensor, k: Tensor, chunk: Chunk, M: int, scale: float) -> Tensor:
 
 
 class BandAttention(torch.autograd.Function):
-    """``(q [B,R,K,M,D], k [B,S,K,D], v [B,S,K,V], band, scale) -> out [B,R,K,M,V], lse [B,R,K,M]``."""
+    """``(q [B,R,K,M,D], k [B,S,K,D], v [B,S,K,V], band, scale)`` to out ``[B,R,K,M,V]`` and lse."""
 
     @staticmethod
     @without_autocast

@@ -56,9 +56,9 @@ def make_fold(
     token, row = token_members(cu_seqlens, T), compressed_members(cu_seqlens, N, config)
     starts = cu_seqlens.long()
     real = row.seq < cu_seqlens.numel() - 1
-    first = starts[row.seq] + row.index * stride + block - 1
+    first = starts[row.seq] + row.rank * stride + block - 1
     tokens = first[:, None] + torch.arange(stride, device=starts.device)
-    since = token.index - (block - 1)
+    since = token.rank - (block - 1)
     places = (row.starts[token.seq] * stride + since).clamp(0, max(N * stride - 1, 0))
     return Fold(
         N,
@@ -90,7 +90,7 @@ def fold(x: Tensor, shape: Fold, K: int) -> Tensor:
 
 
 def unfold(x: Tensor, shape: Fold, T: int, empty: float) -> Tensor:
-    """The inverse of :func:`fold` for ``[B, rows, K, stride*G, D]``; ``empty`` where no block is seen."""
+    """The inverse of :func:`fold`; ``empty`` where no block is seen."""
     B, rows, K, M, D = x.shape
     x = x.view(B, rows, K, shape.stride, M // shape.stride, D).transpose(2, 3)
     x = x.reshape(B, rows * shape.stride, K * (M // shape.stride), D)

@@ -156,10 +156,10 @@ def _partials(
     """
     m, D, V, dtype = cut.tile, k.shape[-1], v.shape[-1], k.dtype
     acc = accumulation_dtype(dtype)
-    weighted = torch.zeros(max(1, tiles.count) * m, G, V, dtype=acc, device=q.device)
-    highest = torch.zeros(max(1, tiles.count) * m, G, dtype=acc, device=q.device)
+    weighted = torch.zeros(max(1, tiles.total) * m, G, V, dtype=acc, device=q.device)
+    highest = torch.zeros(max(1, tiles.total) * m, G, dtype=acc, device=q.device)
     total = torch.zeros_like(highest)
-    for run in batches(tiles.count, cut.tiles):
+    for run in batches(tiles.total, cut.tiles):
         rows = slice(run.start * m, run.stop * m)
         q_t = q.index_select(0, tiles.rows[rows]).to(dtype).view(-1, m * G, D)
         k_t, v_t = k.index_select(0, tiles.block[run]), v.index_select(0, tiles.block[run])
@@ -202,10 +202,10 @@ def _tile_gradients(
     cut: Sizes,
     scale: float,
 ) -> Tensor:
-    """Adds to dk and dv ``[K * count, L, …]``; returns each row's share of dq ``[rows, G*D]``."""
+    """Adds to dk and dv ``[K * total, L, …]``; returns each row's share of dq ``[rows, G*D]``."""
     m, G, D, V, dtype = cut.tile, lse.shape[-1], k.shape[-1], v.shape[-1], k.dtype
-    shares = torch.zeros(max(1, tiles.count) * m, G * D, dtype=lse.dtype, device=q.device)
-    for run in batches(tiles.count, cut.tiles):
+    shares = torch.zeros(max(1, tiles.total) * m, G * D, dtype=lse.dtype, device=q.device)
+    for run in batches(tiles.total, cut.tiles):
         rows = slice(run.start * m, run.stop * m)
         query, block = tiles.rows[rows], tiles.block[run]
         q_t = q.index_select(0, query).to(dtype).view(-1, m * G, D)

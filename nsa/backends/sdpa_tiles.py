@@ -29,7 +29,7 @@ TILE_ROWS = 64
 class Blocks(NamedTuple):
     """How tokens and selection blocks of the whole batch are numbered, one after the other."""
 
-    count: int
+    total: int
     """Blocks of the batch (an upper bound when packed)."""
     size: int
     """Tokens of a block, L."""
@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
     base: Tensor
     """int64 ``[B*T]``, the number of the first block of each query's sequence."""
     tokens: Tensor | None
-    """int64 ``[count, L]``, the key tokens of each block when packed; None when regular."""
+    """int64 ``[total, L]``, the key tokens of each block when packed; None when regular."""
     token_row: Tensor | None
     """int64 ``[S]``, block * L + offset of each key token when packed; None when regular."""
 
@@ -55,29 +55,29 @@ def number_blocks(
         return Blocks(B * per_row, size, position, base, None, None)
     token, block = token_members(cu_seqlens, T), select_members(cu_seqlens, T, config)
     base = block.starts[token.seq]
-    first = cu_seqlens.long()[block.seq] + block.index * size
+    first = cu_seqlens.long()[block.seq] + block.rank * size
     tokens = first[:, None] + torch.arange(size, device=q.device)
-    token_row = (base + token.index // size) * size + token.index % size
-    count = block.index.numel()
-    return Blocks(count, size, token.index, base, tokens.clamp_max(max(T - 1, 0)), token_row)
+    token_row = (base + token.rank // size) * size + token.rank % size
+    count = block.rank.numel()
+    return Blocks(count, size, token.rank, base, tokens.clamp_max(max(T - 1, 0)), token_row)
 
 
 def to_blocks(x: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
-    """``[B, S, K, D]`` -> contiguous ``[K * count, L, D]``; places without a token hold anything."""
+    """``[B, S, K, D]`` -> contiguous ``[K * total, L, D]``; places without a token hold any."""
     B, S, K, D = x.shape
     if blocks.tokens is not None:
         if S == 0:  # every sequence is empty: something for the surplus blocks to read
             x = F.pad(x, (0, 0, 0, 0, 0, 1))
         x = x[0].to(dtype).permute(1, 0, 2).index_select(1, blocks.tokens.flatten())
-        return x.reshape(K * blocks.count, blocks.size, D)
-    x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, blocks.count // B * blocks.size - S))
-    return x.permute(2, 0, 1, 3).reshape(K * blocks.count, blocks.size, D)
+        return x.reshape(K * blocks.total, blocks.size, D)
+    x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, blocks.total // B * blocks.size - S))
+    return x.permute(2, 0, 1, 3).reshape(K * blocks.total, blocks.size, D)
 
 
 def from_blocks(x: Tensor, blocks: Blocks, like: Tensor) -> Tensor:
     """The inverse of :func:`to_blocks`, in the shape and dtype of ``like``."""
     B, S, K, D = like.shape
-    x = x.view(K, blocks.count * blocks.size, D)
+    x = x.view(K, blocks.total * blocks.size, D)
     if blocks.token_row is not None:
         return x.index_select(1, blocks.token_row).transpose(0, 1)[None].to(like.dtype)
     return x.view(K, B, -1, D)[:, :, :S].permute(1, 2, 0, 3).to(like.dtype)
@@ -86,7 +86,7 @@ def from_blocks(x: Tensor, blocks: Blocks, like: Tensor) -> Tensor:
 class Tiles(NamedTuple):
     """The pairs of one chunk of queries, sorted into tiles."""
 
-    count: int
+    total: int
     block: Tensor
     """int64 ``[tiles]``, the row of :func:`to_blocks` that the tile reads."""
     rows: Tensor
@@ -108,8 +108,8 @@ def make_tiles(block_idx: Tensor, blocks: Blocks, first: int, m: int) -> Tiles:
     index = block_idx.long()
     seen = (position - index * blocks.size + 1).clamp_max(blocks.size)
     listed = (index >= 0) & (seen > 0)
-    nowhere = K * blocks.count
-    head = torch.arange(K, device=device)[:, None] * blocks.count
+    nowhere = K * blocks.total
+    head = torch.arange(K, device=device)[:, None] * blocks.total
     pair_block = torch.where(listed, head + base + index, nowhere).flatten()
     sorted_block, pair = pair_block.sort(stable=True)
     number = torch.arange(pair.numel(), device=device)

@@ -5,6 +5,7 @@ The oracle reads ``cu_seqlens`` back from the device; nothing else in the librar
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,7 +25,7 @@ def spans(cu_seqlens: Tensor, config: NSAConfig) -> list[Span]:
     """One :class:`Span` per sequence, in order."""
     result, first_block = [], 0
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         after = first_block + config.num_compressed(end - start)
         result.append(Span(slice(start, end), slice(first_block, after)))
         first_block = after

@@ -122,7 +122,7 @@ def make_inputs(
 
 
 def random_blocks(inputs: Inputs, width: int, seed: int = 0) -> Tensor:
-    """Any legal list of the given width: blocks past the query and rows without a visible token too.
+    """Any legal list of that width: blocks past the query and rows without a visible token too.
 
     Returns:
         int32 ``[B, T, K, width]``, strictly ascending, then −1.
