@@ -67,3 +67,13 @@ def test_autocast_lowers_nothing_here(backend: str) -> None:
         got = attention(inputs, backend), selection(inputs, backend)
     assert got[0].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(("batch", "length"), [(0, 50), (2, 0), (0, 0)])
+def test_empty_batches(batch: int, length: int, backend: str) -> None:
+    inputs = make_inputs(CONFIG, batch=batch, length=length)
+    out = attention(inputs, backend)
+    assert out.shape == (batch, length, CONFIG.num_heads, CONFIG.dv)
+    grads = torch.autograd.grad(out.sum(), inputs.leaves())
+    assert not any(grad.any() for grad in grads)

@@ -41,7 +41,7 @@ def compressed_attention(
     q_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Folded causal attention; see :class:`nsa.backends.contract.Backend`."""
-    B, T, H, _ = q.shape
+    B, T, _, D = q.shape
     N, K, V = k.shape[1], k.shape[2], v.shape[3]
     shape = make_fold(T, N, config, cu_seqlens, q_start)
     if shape.real is not None:  # whatever stands in surplus rows is not read, NaN included
@@ -51,8 +51,8 @@ def compressed_attention(
     if cu_seqlens is None and 0 < shape.rows == N and shape.first_row == 0 and has_kernel(q):
         M = rows.shape[3]
         out, lse = causal_attention(
-            rows.permute(0, 2, 3, 1, 4).reshape(B * K, M, N, -1),
-            k.transpose(1, 2).reshape(B * K, N, -1),
+            rows.permute(0, 2, 3, 1, 4).reshape(B * K, M, N, D),
+            k.transpose(1, 2).reshape(B * K, N, D),
             v.transpose(1, 2).reshape(B * K, N, V),
             config.softmax_scale,
         )

@@ -43,7 +43,7 @@ def top_blocks(
     R, d, n = shape.rows, shape.stride, config.num_selected
     M = d * (q.shape[2] // K)
     dtype = operand_dtype(q)
-    q_rows = fold(q, shape, K).transpose(1, 2).to(dtype).reshape(B * K, R * M, -1)
+    q_rows = fold(q, shape, K).transpose(1, 2).to(dtype).reshape(B * K, R * M, q.shape[3])
     lse_rows = fold(lse[..., None], shape, K).transpose(1, 2).reshape(B * K, R * M, 1)
     k_rows = heads_first(k_cmp, dtype)
     result = torch.empty(B * K, R * d, n, dtype=torch.int32, device=q.device)
@@ -54,7 +54,7 @@ def top_blocks(
         p = bmm(q_rows[:, rows], k_rows[:, chunk.key : chunk.key_end].mT)
         p.mul_(config.softmax_scale).sub_(lse_rows[:, rows]).exp_()
         p = p.view(B * K, C, M, S).masked_fill_(chunk.hidden, 0.0)
-        p = p.view(B * K, C, d, -1, S).sum(3)
+        p = p.view(B * K, C, d, M // d, S).sum(3)
         if band.row_seq is None:
             last_row = band.first_row + chunk.row_end - 1
             reach = min(longest, last_row * d + config.compress_block + d - 1)

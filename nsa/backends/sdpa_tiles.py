@@ -70,7 +70,7 @@ def to_blocks(x: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
             x = F.pad(x, (0, 0, 0, 0, 0, 1))
         x = x[0].to(dtype).permute(1, 0, 2).index_select(1, blocks.tokens.flatten())
         return x.reshape(K * blocks.total, blocks.size, D)
-    x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, blocks.total // B * blocks.size - S))
+    x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, -S % blocks.size))
     return x.permute(2, 0, 1, 3).reshape(K * blocks.total, blocks.size, D)
 
 
@@ -80,7 +80,7 @@ def from_blocks(x: Tensor, blocks: Blocks, like: Tensor) -> Tensor:
     x = x.view(K, blocks.total * blocks.size, D)
     if blocks.token_row is not None:
         return x.index_select(1, blocks.token_row).transpose(0, 1)[None].to(like.dtype)
-    return x.view(K, B, -1, D)[:, :, :S].permute(1, 2, 0, 3).to(like.dtype)
+    return x.view(K, B, S + -S % blocks.size, D)[:, :, :S].permute(1, 2, 0, 3).to(like.dtype)
 
 
 class Tiles(NamedTuple):
