@@ -151,7 +151,7 @@ def test_only_settings_reads_the_environment(path):
         ("nsa.reference.masks", "from nsa.errors import ShapeError", ["nsa.errors"]),
         ("nsa.backends.sdpa", "from nsa import reference", ["nsa.reference"]),
         ("nsa.backends.sdpa", "from nsa.backends import fa2_dense", ["nsa.backends.fa2_dense"]),
-        ("nsa.backends.fa2_dense", "from . import sdpa_fold", ["nsa.backends.sdpa_fold"]),
+        ("nsa.backends.fa2_dense", "from . import sdpa_band", ["nsa.backends.sdpa_band"]),
         ("nsa.backends.sdpa", "from nsa.attention import run", ["nsa.attention"]),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_wrong_import_is_seen(name, source, wrong):
     [
         ("nsa.settings", "from nsa.config import nearest"),
         ("nsa.reference.masks", "from nsa.config import NSAConfig\nfrom .packing import spans"),
-        ("nsa.backends.sdpa", "from nsa.backends import contract, sdpa_fold"),
+        ("nsa.backends.sdpa", "from nsa.backends import contract, sdpa_band"),
         ("nsa.backends.fa2_dense", "from nsa.backends import load\nfrom . import fa2_providers"),
         ("nsa.tools.bench", "from nsa import reference, nsa_attention"),
         ("nsa.attention", "import torch\nfrom torch import nn"),

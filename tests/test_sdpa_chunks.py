@@ -17,7 +17,7 @@ import nsa.backends
 from nsa import NSAConfig, nsa_attention, reference, select_blocks
 from nsa.backends.sdpa_band import Band, chunks
 from nsa.backends.sdpa_selected import sizes
-from nsa.backends.sdpa_tiles import make_tiles, number_blocks
+from nsa.backends.tiles import make_tiles, number_blocks
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
 ROOT = Path(__file__).resolve().parent.parent

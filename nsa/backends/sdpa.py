@@ -1,9 +1,9 @@
 """The ``sdpa`` backend: pure PyTorch, any device, memory linear in the number of tokens.
 
-- compressed: folded into plain causal attention (:mod:`.sdpa_fold`) and given to PyTorch's fused
+- compressed: folded into plain causal attention (:mod:`.fold`) and given to PyTorch's fused
   kernel where there is one (:mod:`.sdpa_dense`), else, and when packed, to the band;
 - select: chunks of folded rows, scores mapped and ranked on the fly (:mod:`.sdpa_select`);
-- selected: queries sorted by block into equal tiles (:mod:`.sdpa_tiles`, :mod:`.sdpa_selected`);
+- selected: queries sorted by block into equal tiles (:mod:`.tiles`, :mod:`.sdpa_selected`);
 - window: chunks of rows over a band of keys (:mod:`.sdpa_band`).
 
 The step signature is the one of :mod:`nsa.backends.contract`.
@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa.backends.contract import Problem
 from nsa.backends.sdpa_band import Band, band_attention
 from nsa.backends.sdpa_dense import causal_attention, has_kernel
-from nsa.backends.sdpa_fold import Fold, fold, make_fold, unfold
+from nsa.backends.fold import Fold, fold, make_fold, unfold
 from nsa.backends.sdpa_numerics import NEG_INF
 from nsa.backends.sdpa_select import top_blocks
 from nsa.backends.sdpa_selected import SelectedAttention

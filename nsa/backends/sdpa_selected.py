@@ -1,5 +1,5 @@
 """Selected attention of the ``sdpa`` backend, forward and backward, over the tiles of
-:mod:`nsa.backends.sdpa_tiles`.
+:mod:`nsa.backends.tiles`.
 
 B batch, T query tokens, S key tokens, C tokens of a chunk, H query heads, K key/value heads,
 G heads per group, D key size, V value size, n listed blocks, L tokens of a block, m queries of a
@@ -22,7 +22,7 @@ from nsa.backends.sdpa_numerics import (
     operand_dtype,
     without_autocast,
 )
-from nsa.backends.sdpa_tiles import (
+from nsa.backends.tiles import (
     TILE_ROWS,
     Blocks,
     Tiles,
