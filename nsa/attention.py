@@ -139,7 +139,7 @@ def select_blocks(
         backend=backend,
         settings=settings,
     )
-    step = load(resolution.per_branch["select"]).select_blocks
+    step = load(resolution.per_branch["select"], settings).select_blocks
     with torch.autocast(q.device.type, enabled=False):
         return step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
 
@@ -216,9 +216,7 @@ def run(
     settings: Settings,
 ) -> Tensor:
     """Runs the steps of a resolution on inputs that have been checked."""
-    steps = {step: load(name) for step, name in resolution.per_branch.items()}
-    # another backend's log-sum-exp would make the list depend on how branches are split
-    share = resolution.per_branch["compressed"] == resolution.per_branch["select"]
+    steps = {step: load(name, settings) for step, name in resolution.per_branch.items()}
     with torch.autocast(q.device.type, enabled=False):
         with _range("compressed", q, settings):
             out_cmp, lse = steps["compressed"].compressed_attention(
@@ -232,7 +230,7 @@ def run(
                     config,
                     cu_seqlens,
                     max_seqlen=max_seqlen,
-                    lse=lse if share else None,
+                    lse=lse,
                 )
         with _range("selected", q, settings):
             out_slc, _ = steps["selected"].selected_attention(

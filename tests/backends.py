@@ -2,35 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from nsa import NSAConfig
+from nsa import NSAConfig, use_settings
 from nsa.backends import TABLE, unavailable
 from nsa.backends.contract import Problem
+from nsa.settings import current_settings
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
 
 
-def available(device: str) -> list[str]:
-    """Backends of the table that can run a small problem on this device."""
+def available(device: str, dtype: torch.dtype) -> list[str]:
+    """Backends that can run a small problem there; FA-2 on a CPU through its math provider."""
     problem = Problem(
         config=NSAConfig.preset("tiny"),
         device=torch.device(device),
-        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+        dtype=dtype,
         length=64,
         packed=False,
         needs_grad=True,
     )
-    return [name for name in TABLE if unavailable(name, problem) is None]
+    if device == "cuda" and not torch.cuda.is_available():
+        return ["reference", "sdpa"]
+    with fa2_by_math(device):
+        settings = current_settings()
+        return [name for name in TABLE if unavailable(name, problem, settings) is None]
 
 
-def targets(only: tuple[str, ...] | None = None) -> list[object]:
-    """Parameters ``(backend, device)``, the CUDA ones marked ``gpu``."""
+@contextmanager
+def fa2_by_math(device: str) -> Iterator[None]:
+    """On a CPU, FA-2's packing is tested through the provider that needs no GPU."""
+    if device == "cuda":
+        yield
+        return
+    with use_settings(fa2_provider="math"):
+        yield
+
+
+def targets(
+    dtypes: tuple[torch.dtype, ...] = DTYPES, only: tuple[str, ...] | None = None
+) -> list[object]:
+    """Parameters ``(backend, device, dtype)``, the CUDA ones marked ``gpu``."""
     return [
-        pytest.param(name, device, marks=[pytest.mark.gpu] if device == "cuda" else [])
+        pytest.param(
+            name,
+            device,
+            dtype,
+            marks=[pytest.mark.gpu] if device == "cuda" else [],
+            id=f"{name}-{device}-{str(dtype).removeprefix('torch.')}",
+        )
         for device in DEVICES
-        for name in available(device)
+        for dtype in dtypes
+        for name in available(device, dtype)
         if only is None or name in only
     ]
+
+
+def refuses_packed(backend: str) -> bool:
+    """Whether the backend takes regular batches only; then it must say so."""
+    return backend == "fa2-dense"

@@ -89,7 +89,7 @@ MUTATIONS = (
     sdpa("ties to the higher index", "sdpa_select.py", "add_(_INDEX_LIMIT - j)", "add_(_INDEX_LIMIT - J + 1 + j)"),
     sdpa("own block read to its end", "tiles.py", "seen = (position - index * blocks.size + 1).clamp_max(blocks.size)", "seen = torch.where(position >= index * blocks.size, blocks.size, 0)"),
     sdpa("merge without weights", "sdpa_selected.py", "parts.mul_(weight[..., None]).sum(1)", "parts.sum(1)"),
-    sdpa("unlisted pairs counted in dq", "sdpa_selected.py", "picked.masked_fill_(~tiles.listed[..., None], 0.0).sum(1)", "picked.sum(1)"),
+    sdpa("unlisted pairs counted", "tiles.py", "slot[pair] = row_or_spare", "slot[pair] = row"),
     sdpa("lse of empty rows", "sdpa_selected.py", "sums.log_().add_(peak[:, 0])", "sums.clamp_min_(1e-30).log_().add_(peak[:, 0])"),
     Mutation("φ: position embedding forgotten", "nsa/compress.py", "(blocks_BNKLD + self.position.to(x.dtype))", "blocks_BNKLD", PIECES),
     Mutation("φ: packed blocks one token late", "nsa/compress.py", "first[:, None] + torch.arange(block", "first[:, None] + 1 + torch.arange(block", PIECES),

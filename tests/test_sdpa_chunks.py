@@ -189,7 +189,7 @@ def test_tiles_hold_every_listed_pair_once(name: str, m: int) -> None:
     assert lists is not None
     lists = lists.flatten(0, 1)
     blocks = number_blocks(inputs.q, inputs.selected.k, config, inputs.cu_seqlens, 0)
-    tiles = make_tiles(lists, blocks, 0, m)
+    tiles = make_tiles(lists, blocks, 0, m, 1)
     position, base = blocks.position.tolist(), blocks.base.tolist()
     want = {}
     for (token, head, slot), block in zip(

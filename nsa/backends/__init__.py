@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -47,14 +47,20 @@ TABLE: Mapping[str, Row] = MappingProxyType(
             module="nsa.backends.sdpa",
             summary="pure PyTorch, vectorised and chunked, memory linear in T",
         ),
-        "fa2-dense": Row(module=None, summary="FlashAttention-2 on regular batches"),
-        "fa2-varlen": Row(module=None, summary="FlashAttention-2 on packed sequences"),
+        "fa2-dense": Row(
+            module="nsa.backends.fa2_dense",
+            summary="FlashAttention-2 on regular batches",
+        ),
+        "fa2-varlen": Row(
+            module="nsa.backends.fa2_varlen",
+            summary="FlashAttention-2 on packed sequences",
+        ),
         "compiled": Row(module=None, summary="torch.compile, FlexAttention and Triton kernels"),
     }
 )
 
 _AUTO_ORDER = {
-    "cuda": ("compiled", "fa2-varlen", "fa2-dense", "sdpa"),
+    "cuda": ("compiled", "fa2-dense", "fa2-varlen", "sdpa"),
     "cpu": ("sdpa",),
 }
 
@@ -80,20 +86,32 @@ def _restore(backend: str, reason: str, per_branch: dict[str, str]) -> Resolutio
     return Resolution(backend, reason, MappingProxyType(per_branch))
 
 
-def load(name: str) -> Backend:
-    """The steps of a backend of the table."""
+def load(name: str, settings: Settings | None = None) -> Backend:
+    """The steps of a backend of the table, under the settings given or those in force.
+
+    An FA-2 backend has no ``select_blocks``: :attr:`Resolution.per_branch` says what selects.
+    """
+    module = _module(name)
+    bind = getattr(module, "bind", None)
+    if bind is None:
+        return cast(Backend, module)
+    return cast(Backend, bind(current_settings() if settings is None else settings))
+
+
+def _module(name: str) -> ModuleType:
     module = TABLE[name].module
     assert module is not None, f"{name} has no module"
-    return cast(Backend, importlib.import_module(module))
+    return importlib.import_module(module)
 
 
-def unavailable(name: str, problem: Problem) -> str | None:
+def unavailable(name: str, problem: Problem, settings: Settings | None = None) -> str | None:
     """Why the backend cannot run the problem, or None if it can."""
     row = TABLE[name]
     if row.module is None:
         return f"{name} is not part of this version of nsa yet"
-    check = getattr(load(name), "unavailable", None)
-    return None if check is None else check(problem)
+    check = getattr(_module(name), "unavailable", None)
+    settings = current_settings() if settings is None else settings
+    return None if check is None else check(problem, settings)
 
 
 def resolve(
@@ -139,27 +157,27 @@ def resolve(
 def _resolve(problem: Problem, backend: str | None, settings: Settings) -> Resolution:
     name, asked = _requested(problem, backend, settings)
     if name != "auto":
-        why_not = unavailable(name, problem)
+        why_not = unavailable(name, problem, settings)
         if why_not is not None:
-            others = [row for row in TABLE if unavailable(row, problem) is None]
+            others = [row for row in TABLE if unavailable(row, problem, settings) is None]
             raise BackendUnavailable(
                 f"{asked} asks for {name}, which cannot run this: {why_not}; "
                 f"backends that can: {', '.join(others)}"
             )
-        return _resolution(name, asked)
+        return _resolution(name, asked, problem, settings)
     skipped = []
     order = _AUTO_ORDER.get(problem.device.type, ("sdpa",))
     for candidate in order:
         if candidate.startswith("fa2-") and settings.use_fa2 is False:
             skipped.append(f"{candidate}: NSA_USE_FA2=0")
             continue
-        why_not = unavailable(candidate, problem)
+        why_not = unavailable(candidate, problem, settings)
         if why_not is None:
             reason = f"auto on {problem.device.type}"
             if skipped:
                 reason += f"; {'; '.join(skipped)}"
             _log_once(candidate, reason)
-            return _resolution(candidate, reason)
+            return _resolution(candidate, reason, problem, settings)
         skipped.append(why_not)
     raise BackendUnavailable(f"auto found no backend: {'; '.join(skipped)}")
 
@@ -182,8 +200,23 @@ def _requested(problem: Problem, backend: str | None, settings: Settings) -> tup
     return "auto", "auto"
 
 
-def _resolution(name: str, reason: str) -> Resolution:
-    return Resolution(name, reason, MappingProxyType(dict.fromkeys(STEPS, name)))
+def _resolution(name: str, reason: str, problem: Problem, settings: Settings) -> Resolution:
+    """The backend of every step; flags and short batches send FA-2's branches to ``sdpa``."""
+    steps = dict.fromkeys(STEPS, name)
+    if name.startswith("fa2-"):
+        steps["select"] = "sdpa"
+        branches = (
+            ("window", "WIN", settings.use_fa2_win, settings.fa2_min_len_win),
+            ("compressed", "CMP", settings.use_fa2_cmp, settings.fa2_min_len_cmp),
+        )
+        for branch, flag, use, least in branches:
+            if use is False:
+                steps[branch] = "sdpa"
+                reason += f"; {branch} on sdpa: NSA_USE_FA2_{flag}=0"
+            elif use is None and problem.length < least:
+                steps[branch] = "sdpa"
+                reason += f"; {branch} on sdpa: shorter than NSA_FA2_MIN_LEN_{flag}={least}"
+    return Resolution(name, reason, MappingProxyType(steps))
 
 
 @cache

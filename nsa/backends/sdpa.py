@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from nsa.backends.contract import Problem
+from nsa.backends.fold import Fold, fold, make_fold, unfold
 from nsa.backends.sdpa_band import Band, band_attention
 from nsa.backends.sdpa_dense import causal_attention, has_kernel
-from nsa.backends.fold import Fold, fold, make_fold, unfold
 from nsa.backends.sdpa_numerics import NEG_INF
 from nsa.backends.sdpa_select import top_blocks
-from nsa.backends.sdpa_selected import SelectedAttention
+from nsa.backends.sdpa_selected import SelectedAttention, even_heads
 from nsa.config import NSAConfig
+from nsa.settings import Settings
 from nsa.varlen import compressed_members, token_members
 
 
-def unavailable(problem: Problem) -> str | None:
+def unavailable(problem: Problem, settings: Settings) -> str | None:
     """Why this backend cannot run the problem; it runs everything."""
     return None
 
@@ -126,7 +127,10 @@ def selected_attention(
     q_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Tiled attention over listed blocks; see :class:`nsa.backends.contract.Backend`."""
-    return SelectedAttention.apply(q, k, v, block_idx, config, cu_seqlens, q_start)
+    V = v.shape[3]
+    q, k, v = even_heads(q), even_heads(k), even_heads(v)
+    out, lse = SelectedAttention.apply(q, k, v, block_idx, config, cu_seqlens, q_start)
+    return out[..., :V], lse
 
 
 def window_attention(

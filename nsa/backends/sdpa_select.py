@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.backends.sdpa_band import Band, Chunk, chunks
 from nsa.backends.fold import Fold, fold
+from nsa.backends.sdpa_band import Band, Chunk, chunks
 from nsa.backends.sdpa_numerics import NEG_INF, bmm, heads_first, operand_dtype
 from nsa.blocks import num_select_blocks, overlap_weights
 from nsa.config import NSAConfig

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,13 +27,30 @@ from nsa.backends.tiles import (
     TILE_ROWS,
     Blocks,
     Tiles,
-    batches,
     from_blocks,
     make_tiles,
     number_blocks,
+    runs,
     to_blocks,
 )
 from nsa.config import NSAConfig
+
+EVEN = 16
+"""Sizes of a tile's matrices are rounded up to this many elements, 64 bytes of fp32.
+
+Where a tile stands in its run depends on what later tokens chose, and matrix libraries round
+differently for matrices that begin off a cache line. Causality is to be exact to the bit.
+"""
+
+
+def even_heads(x: Tensor) -> Tensor:
+    """``[…, D]`` widened with zeros, which add nothing, to a multiple of :data:`EVEN`."""
+    return F.pad(x, (0, -x.shape[-1] % EVEN)) if x.shape[-1] % EVEN else x
+
+
+def _even(blocks: Tensor) -> Tensor:
+    """``[blocks, L, D]`` with L widened likewise; the keys added are visible to no query."""
+    return F.pad(blocks, (0, 0, 0, -blocks.shape[1] % EVEN)) if blocks.shape[1] % EVEN else blocks
 
 
 class Sizes(NamedTuple):
@@ -68,7 +86,10 @@ def _tile_scores(q_t: Tensor, k_t: Tensor, visible: Tensor, scale: float) -> Ten
 
 
 class SelectedAttention(torch.autograd.Function):
-    """``(q, k, v, block_idx, config, cu_seqlens, q_start) -> out, lse``; see the contract."""
+    """``(q, k, v, block_idx, config, cu_seqlens, q_start) -> out, lse``; see the contract.
+
+    The head sizes have passed :func:`even_heads`.
+    """
 
     @staticmethod
     @without_autocast
@@ -86,7 +107,7 @@ class SelectedAttention(torch.autograd.Function):
         K, V = k.shape[2], v.shape[3]
         G, dtype, acc = H // K, operand_dtype(q), accumulation_dtype(q.dtype)
         blocks = number_blocks(q, k, config, cu_seqlens, q_start)
-        k_blocks, v_blocks = to_blocks(k, blocks, dtype), to_blocks(v, blocks, dtype)
+        k_blocks, v_blocks = _even(to_blocks(k, blocks, dtype)), _even(to_blocks(v, blocks, dtype))
         q_rows = q.reshape(B * T * K, G * D)
         lists = block_idx.flatten(0, 1)
         cut = sizes(lists, blocks, G, max(D, V))
@@ -94,7 +115,8 @@ class SelectedAttention(torch.autograd.Function):
         lse = q.new_empty(B * T * K, G, dtype=acc)
         for first in range(0, B * T, cut.tokens):
             here = slice(first * K, min(first + cut.tokens, B * T) * K)
-            tiles = make_tiles(lists[first : first + cut.tokens], blocks, first, cut.tile)
+            chunk = lists[first : first + cut.tokens]
+            tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
             partial = _partials(
                 tiles, q_rows[here], k_blocks, v_blocks, cut, config.softmax_scale, G
             )
@@ -115,7 +137,7 @@ class SelectedAttention(torch.autograd.Function):
         K, V = k.shape[2], v.shape[3]
         G, dtype = H // K, operand_dtype(q)
         blocks = number_blocks(q, k, config, cu_seqlens, ctx.q_start)
-        k_blocks, v_blocks = to_blocks(k, blocks, dtype), to_blocks(v, blocks, dtype)
+        k_blocks, v_blocks = _even(to_blocks(k, blocks, dtype)), _even(to_blocks(v, blocks, dtype))
         q_rows = q.reshape(B * T * K, G * D)
         dout_rows = dout.reshape(B * T * K, G * V)
         delta = (dout.to(lse.dtype) * out).sum(-1).view(B * T * K, G)
@@ -127,17 +149,18 @@ class SelectedAttention(torch.autograd.Function):
         dv = torch.zeros_like(v_blocks, dtype=lse.dtype)
         for first in range(0, B * T, cut.tokens):
             here = slice(first * K, min(first + cut.tokens, B * T) * K)
-            tiles = make_tiles(lists[first : first + cut.tokens], blocks, first, cut.tile)
+            chunk = lists[first : first + cut.tokens]
+            tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
             rows = q_rows[here], dout_rows[here], lse[here], delta[here]
             partial = _tile_gradients(
                 tiles, *rows, k_blocks, v_blocks, dk, dv, cut, config.softmax_scale
             )
             picked = partial.index_select(0, tiles.slot.flatten()).view(*tiles.slot.shape, G * D)
-            dq[here] = picked.masked_fill_(~tiles.listed[..., None], 0.0).sum(1)
+            dq[here] = picked.sum(1)
         return (
             dq.view(B, T, H, D),
-            from_blocks(dk, blocks, k),
-            from_blocks(dv, blocks, v),
+            from_blocks(dk[:, : blocks.size], blocks, k),
+            from_blocks(dv[:, : blocks.size], blocks, v),
             None,
             None,
             None,
@@ -156,10 +179,10 @@ def _partials(
     """
     m, D, V, dtype = cut.tile, k.shape[-1], v.shape[-1], k.dtype
     acc = accumulation_dtype(dtype)
-    weighted = torch.zeros(max(1, tiles.total) * m, G, V, dtype=acc, device=q.device)
-    highest = torch.zeros(max(1, tiles.total) * m, G, dtype=acc, device=q.device)
+    weighted = torch.zeros(tiles.total * m + 1, G, V, dtype=acc, device=q.device)
+    highest = torch.zeros(tiles.total * m + 1, G, dtype=acc, device=q.device)
     total = torch.zeros_like(highest)
-    for run in batches(tiles.total, cut.tiles):
+    for run in runs(tiles):
         rows = slice(run.start * m, run.stop * m)
         q_t = q.index_select(0, tiles.rows[rows]).to(dtype).view(-1, m * G, D)
         k_t, v_t = k.index_select(0, tiles.block[run]), v.index_select(0, tiles.block[run])
@@ -204,8 +227,8 @@ def _tile_gradients(
 ) -> Tensor:
     """Adds to dk and dv ``[K * total, L, …]``; returns each row's share of dq ``[rows, G*D]``."""
     m, G, D, V, dtype = cut.tile, lse.shape[-1], k.shape[-1], v.shape[-1], k.dtype
-    shares = torch.zeros(max(1, tiles.total) * m, G * D, dtype=lse.dtype, device=q.device)
-    for run in batches(tiles.total, cut.tiles):
+    shares = torch.zeros(tiles.total * m + 1, G * D, dtype=lse.dtype, device=q.device)
+    for run in runs(tiles):
         rows = slice(run.start * m, run.stop * m)
         query, block = tiles.rows[rows], tiles.block[run]
         q_t = q.index_select(0, query).to(dtype).view(-1, m * G, D)

@@ -77,7 +77,7 @@ def to_blocks(x: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
 def from_blocks(x: Tensor, blocks: Blocks, like: Tensor) -> Tensor:
     """The inverse of :func:`to_blocks`, in the shape and dtype of ``like``."""
     B, S, K, D = like.shape
-    x = x.view(K, blocks.total * blocks.size, D)
+    x = x.reshape(K, blocks.total * blocks.size, D)
     if blocks.token_row is not None:
         return x.index_select(1, blocks.token_row).transpose(0, 1)[None].to(like.dtype)
     return x.view(K, B, S + -S % blocks.size, D)[:, :, :S].permute(1, 2, 0, 3).to(like.dtype)
@@ -87,6 +87,8 @@ class Tiles(NamedTuple):
     """The pairs of one chunk of queries, sorted into tiles."""
 
     total: int
+    run: int
+    """Tiles to work on at once."""
     block: Tensor
     """int64 ``[tiles]``, the row of :func:`to_blocks` that the tile reads."""
     rows: Tensor
@@ -94,13 +96,22 @@ class Tiles(NamedTuple):
     visible: Tensor
     """int64 ``[tiles, m]``, keys of the block that the query sees; 0 in an unused row."""
     slot: Tensor
-    """int64 ``[C*K, n]``, the row of each pair."""
+    """int64 ``[C*K, n]``, the row of each pair; ``tiles * m``, a spare one, if it is unlisted."""
     listed: Tensor
     """bool ``[C*K, n]``, False for padding and for blocks past the query."""
 
 
-def make_tiles(block_idx: Tensor, blocks: Blocks, first: int, m: int) -> Tiles:
-    """Sorts the pairs of the queries ``first … first + C - 1``; block_idx is ``[C, K, n]``."""
+def make_tiles(
+    block_idx: Tensor, blocks: Blocks, first: int, m: int, run: int, *, earlier_only: bool = False
+) -> Tiles:
+    """Sorts the pairs of the queries ``first … first + C - 1``; block_idx is ``[C, K, n]``.
+
+    Tiles are worked on ``run`` at a time (fewer where there can't be so many). How many there are
+    depends on what later tokens chose, and so does where a query's tile stands; the matrix products
+    are told neither: every run is as long, since libraries round by the shape of a batch.
+
+    ``earlier_only`` leaves out the block that a query stands in, the only one it sees in part.
+    """
     C, K, n = block_idx.shape
     device = block_idx.device
     position = blocks.position[first : first + C, None, None]
@@ -108,6 +119,8 @@ def make_tiles(block_idx: Tensor, blocks: Blocks, first: int, m: int) -> Tiles:
     index = block_idx.long()
     seen = (position - index * blocks.size + 1).clamp_max(blocks.size)
     listed = (index >= 0) & (seen > 0)
+    if earlier_only:
+        listed &= index < position // blocks.size
     nowhere = K * blocks.total
     head = torch.arange(K, device=device)[:, None] * blocks.total
     pair_block = torch.where(listed, head + base + index, nowhere).flatten()
@@ -118,11 +131,12 @@ def make_tiles(block_idx: Tensor, blocks: Blocks, first: int, m: int) -> Tiles:
     rank = number - torch.where(starts, number, 0).cummax(0).values
     lane = rank % m
     tile = (lane == 0).cumsum(0) - 1
-    if device.type == "cpu":  # nothing to wait for: count exactly, the unlisted pairs aside
+    count = pair.numel() // m + min(pair.numel(), nowhere + 1)  # at most
+    run = max(1, min(run, count))
+    if device.type == "cpu":  # nothing to wait for: count those in use
         in_use = int((sorted_block < nowhere).sum())
         count = int(tile[in_use - 1]) + 1 if in_use else 0
-    else:
-        count = pair.numel() // m + min(pair.numel(), nowhere + 1)
+        count = -(-count // run) * run
     row = (tile * m + lane).clamp_max(max(count * m - 1, 0))
     used = sorted_block < nowhere
     row_or_spare = torch.where(used, row, count * m)
@@ -133,9 +147,10 @@ def make_tiles(block_idx: Tensor, blocks: Blocks, first: int, m: int) -> Tiles:
     block = torch.zeros(count + 1, dtype=torch.int64, device=device)
     block[torch.where(used, tile, count)] = sorted_block
     slot = torch.empty_like(row)
-    slot[pair] = row
+    slot[pair] = row_or_spare
     return Tiles(
         count,
+        run,
         block[:count],
         rows[: count * m],
         visible[: count * m].view(count, m),
@@ -144,7 +159,7 @@ def make_tiles(block_idx: Tensor, blocks: Blocks, first: int, m: int) -> Tiles:
     )
 
 
-def batches(count: int, size: int) -> Iterator[slice]:
-    """Cuts ``count`` tiles into runs of at most ``size``."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def runs(tiles: Tiles) -> Iterator[slice]:
+    """The tiles to work on, one run after the other."""
+    for start in range(0, tiles.total, tiles.run):
+        yield slice(start, min(start + tiles.run, tiles.total))

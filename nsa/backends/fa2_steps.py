@@ -1,0 +1,135 @@
+"""The steps of the FlashAttention-2 backends, bound to a provider.
+
+B batch, T query tokens, S key tokens, N compressed blocks, H query heads, K key/value heads,
+D key size, V value size. The step signature is the one of :mod:`nsa.backends.contract`; selection
+itself is looked up in the table (``per_branch["select"]``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa.backends.fa2_core import FlashAttention, SelectedAttention, pad_heads
+from nsa.backends.fa2_providers import NEG_INF, Call, provider
+from nsa.backends.fold import fold, make_fold, unfold
+from nsa.config import NSAConfig
+from nsa.varlen import compressed_members
+
+
+@dataclass(frozen=True)
+class Steps:
+    """FlashAttention-2 on regular batches, or packed ones where ``cu_seqlens`` is given."""
+
+    source: str
+    """The name of the provider, or "auto"."""
+
+    def compressed_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        q_start: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Folded into causal attention of blocks over blocks."""
+        T, N, K, V = q.shape[1], k.shape[1], k.shape[2], v.shape[3]
+        shape = make_fold(T, N, config, cu_seqlens, q_start)
+        rows = fold(q, shape, K)
+        if shape.real is not None:  # surplus rows are neither read nor written
+            real = shape.real[:, None, None]
+            k, v = k.where(real, 0.0), v.where(real, 0.0)
+            rows = rows.where(real[..., None], 0.0)
+        B, R, _, M, _ = rows.shape
+        if cu_seqlens is None:
+            k, v = k[:, : shape.first_row + R], v[:, : shape.first_row + R]
+            call = Call(scale=config.softmax_scale, causal=True, max_q=R, max_k=k.shape[1])
+        else:
+            cu = compressed_members(cu_seqlens, N, config).starts.to(cu_seqlens.dtype)
+            longest = config.num_compressed(T if max_seqlen is None else max_seqlen)
+            longest = max(1, min(longest, N))
+            call = Call(
+                scale=config.softmax_scale,
+                causal=True,
+                cu_q=cu,
+                cu_k=cu,
+                max_q=longest,
+                max_k=longest,
+            )
+        out, lse = self._attend(rows.flatten(2, 3), k, v, call)
+        out = unfold(out.unflatten(2, (K, M)), shape, T, 0.0)
+        lse = unfold(lse.unflatten(2, (K, M))[..., None], shape, T, NEG_INF)[..., 0]
+        return out[..., :V], lse
+
+    def selected_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_idx: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        q_start: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """The own block causally, earlier ones in tiles, merged by log-sum-exp."""
+        V = v.shape[3]
+        q, k, v = pad_heads(q, k, v)
+        if q.numel() == 0:
+            return _nothing(q, k, v, V)
+        source = provider(self.source, q.device)
+        out, lse = SelectedAttention.apply(q, k, v, block_idx, config, cu_seqlens, q_start, source)
+        return out[..., :V], lse
+
+    def window_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        q_start: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """FA-2's sliding window."""
+        T = q.shape[1]
+        if cu_seqlens is None:
+            k, v = k[:, : q_start + T], v[:, : q_start + T]
+            max_q, max_k = T, k.shape[1]
+        else:
+            max_q = max_k = T if max_seqlen is None else max_seqlen
+        call = Call(
+            scale=config.softmax_scale,
+            causal=True,
+            window=config.window,
+            cu_q=cu_seqlens,
+            cu_k=cu_seqlens,
+            max_q=max_q,
+            max_k=max_k,
+        )
+        return self._attend(q, k, v, call)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        V = v.shape[3]
+        q, k, v = pad_heads(q, k, v)
+        if q.numel() == 0:
+            return _nothing(q, k, v, V)
+        source = provider(self.source, q.device)
+        if call.cu_q is not None:
+            out, lse = FlashAttention.apply(q[0], k[0], v[0], call, source)
+            return out[None, ..., :V], lse[None]
+        out, lse = FlashAttention.apply(q, k, v, call, source)
+        return out[..., :V], lse
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """The result for no rows, through which gradients (of nothing) still flow."""
+    out = q[..., :V] + 0 * (k.sum() + v.sum())
+    return out, q.detach().sum(-1).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
