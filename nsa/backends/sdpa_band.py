@@ -49,14 +49,21 @@ class Chunk(NamedTuple):
     """bool ``[rows, 1, keys]``, True where the row does not see the key."""
 
 
-def chunks(rows: int, keys: int, band: Band, per_row: int, device: torch.device) -> Iterator[Chunk]:
-    """Cuts the rows so that a chunk's scores fit; ``per_row`` is B*K*M."""
-    budget = max(1, chunk_elements(device) // max(1, per_row))
-    reach = min(band.width, keys)
-    # rows * (rows + reach) scores a chunk
-    size = max(1, int(((reach * reach + 4 * budget) ** 0.5 - reach) / 2))
-    size = min(size, max(64, reach // 2))  # a longer chunk computes scores that the band hides
-    for row in range(0, rows, size):
+def chunks(
+    rows: int, keys: int, band: Band, per_row: int, device: torch.device, stretch: int = 1
+) -> Iterator[Chunk]:
+    """Cuts the rows so that a chunk's scores fit; ``per_row`` is B*K*M.
+
+    ``stretch`` allows that many times more scores, for steps whose cost is in the calls.
+    """
+    budget = max(1, stretch * chunk_elements(device) // max(1, per_row))
+    row_end = 0
+    while row_end < rows:
+        row = row_end
+        reach = min(band.width, keys, band.first_row + row + 1)
+        # rows * (rows + reach) scores a chunk
+        size = max(1, int(((reach * reach + 4 * budget) ** 0.5 - reach) / 2))
+        size = min(size, max(64, band.width // 2))  # more would be scores that the band hides
         row_end = min(row + size, rows)
         first, last = band.first_row + row, band.first_row + row_end - 1
         key, key_end = max(0, first - band.width + 1), min(keys, last + 1)

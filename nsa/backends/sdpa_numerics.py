@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-CPU_CHUNK_ELEMENTS = 2**19
-"""Scores in flight on a CPU: 2 MiB of fp32, so that a chunk stays in the second-level cache."""
+CPU_CHUNK_ELEMENTS = 2**18
+"""Scores in flight on a CPU: 1 MiB of fp32, so that a chunk stays in the second-level cache."""
 CUDA_CHUNK_ELEMENTS = 2**26
 """Scores in flight on a GPU: 256 MiB of fp32, enough to fill it, little beside the model."""
 
@@ -34,11 +34,15 @@ def operand_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.is_cuda else accumulation_dtype(x.dtype)
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product with sums and result in the accumulation dtype."""
+def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Batched product with sums and result in the accumulation dtype.
+
+    ``out`` is a buffer to write to, which spares a CPU fresh pages; a GPU's allocator keeps its
+    own.
+    """
     if a.dtype in (torch.float16, torch.bfloat16):
         return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a, b)
+    return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
 
 
 def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,8 @@ from nsa.blocks import num_select_blocks, overlap_weights
 from nsa.config import NSAConfig
 
 _INDEX_LIMIT = 2**31 - 1
+_CPU_STRETCH = 8
+"""A row has d*G queries on every key head: a chunk of the second-level cache would be few rows."""
 
 
 def top_blocks(
@@ -48,7 +50,8 @@ def top_blocks(
     k_rows = heads_first(k_cmp, dtype)
     result = torch.empty(B * K, R * d, n, dtype=torch.int32, device=q.device)
     within = torch.arange(d, device=q.device) + config.compress_block - 1
-    for chunk in chunks(R, k_cmp.shape[1], band, B * K * M, q.device):
+    stretch = _CPU_STRETCH if q.device.type == "cpu" else 1
+    for chunk in chunks(R, k_cmp.shape[1], band, B * K * M, q.device, stretch):
         C, S = chunk.row_end - chunk.row, chunk.key_end - chunk.key
         rows = slice(chunk.row * M, chunk.row_end * M)
         p = bmm(q_rows[:, rows], k_rows[:, chunk.key : chunk.key_end].mT)

@@ -71,15 +71,19 @@ def sizes(block_idx: Tensor, blocks: Blocks, G: int, widest: int) -> Sizes:
     m = max(1, TILE_ROWS // G)
     per_token = K * n * G * widest
     # partial results pass through once; a longer chunk fills its tiles better
-    tokens = max(1, (8 * budget if block_idx.device.type == "cpu" else 2 * budget) // per_token)
+    tokens = max(1, (16 * budget if block_idx.device.type == "cpu" else 2 * budget) // per_token)
     return Sizes(tokens, m, max(1, budget // (m * G * blocks.size)))
 
 
-def _tile_scores(q_t: Tensor, k_t: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """``[tiles, m*G, L]``, −inf where the query does not see the key."""
-    scores = bmm(q_t, k_t.mT).mul_(scale)
+def _tile_scores(
+    q_t: Tensor, k_t: Tensor, visible: Tensor, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """``[tiles, m*G, L]``, −inf where the query does not see the key; any in an unused row."""
+    scores = bmm(q_t, k_t.mT, out).mul_(scale)
     tiles, m = visible.shape
     L = k_t.shape[1]
+    if visible.device.type == "cpu" and not ((visible > 0) & (visible < L)).any():
+        return scores
     hidden = torch.arange(L, device=visible.device) >= visible[..., None]
     scores.view(tiles, m, -1, L).masked_fill_(hidden[:, :, None], NEG_INF)
     return scores
@@ -118,7 +122,7 @@ class SelectedAttention(torch.autograd.Function):
             chunk = lists[first : first + cut.tokens]
             tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
             partial = _partials(
-                tiles, q_rows[here], k_blocks, v_blocks, cut, config.softmax_scale, G
+                tiles, q_rows[here].to(dtype), k_blocks, v_blocks, cut, config.softmax_scale, G
             )
             out[here], lse[here] = _merge(tiles, *partial)
         out, lse = out.view(B, T, H, V), lse.view(B, T, H)
@@ -151,7 +155,7 @@ class SelectedAttention(torch.autograd.Function):
             here = slice(first * K, min(first + cut.tokens, B * T) * K)
             chunk = lists[first : first + cut.tokens]
             tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
-            rows = q_rows[here], dout_rows[here], lse[here], delta[here]
+            rows = q_rows[here].to(dtype), dout_rows[here].to(dtype), lse[here], delta[here]
             partial = _tile_gradients(
                 tiles, *rows, k_blocks, v_blocks, dk, dv, cut, config.softmax_scale
             )
@@ -179,14 +183,19 @@ def _partials(
     """
     m, D, V, dtype = cut.tile, k.shape[-1], v.shape[-1], k.dtype
     acc = accumulation_dtype(dtype)
-    weighted = torch.zeros(tiles.total * m + 1, G, V, dtype=acc, device=q.device)
-    highest = torch.zeros(tiles.total * m + 1, G, dtype=acc, device=q.device)
-    total = torch.zeros_like(highest)
+    weighted = torch.empty(tiles.total * m + 1, G, V, dtype=acc, device=q.device)
+    highest = torch.empty(tiles.total * m + 1, G, dtype=acc, device=q.device)
+    total = torch.empty_like(highest)
+    for spare in (weighted, highest, total):
+        spare[-1] = 0.0
+    taken, scores = _buffers(tiles.run, m * G, q, k, v), None
+    if q.device.type == "cpu":
+        scores = torch.empty(tiles.run, m * G, k.shape[1], dtype=acc)
     for run in runs(tiles):
         rows = slice(run.start * m, run.stop * m)
-        q_t = q.index_select(0, tiles.rows[rows]).to(dtype).view(-1, m * G, D)
-        k_t, v_t = k.index_select(0, tiles.block[run]), v.index_select(0, tiles.block[run])
-        p = _tile_scores(q_t, k_t, tiles.visible[run], scale)
+        q_t = _take(q, tiles.rows[rows], taken[0]).view(-1, m * G, D)
+        k_t, v_t = _take(k, tiles.block[run], taken[1]), _take(v, tiles.block[run], taken[2])
+        p = _tile_scores(q_t, k_t, tiles.visible[run], scale, scores)
         top = p.amax(-1, keepdim=True)
         top.masked_fill_(top == NEG_INF, 0.0)
         p.sub_(top).exp_()
@@ -194,6 +203,20 @@ def _partials(
         highest[rows] = top.view(-1, G)
         weighted[rows] = bmm(p.to(dtype), v_t).view(-1, G, V)
     return weighted, highest, total
+
+
+def _buffers(run: int, rows: int, *tensors: Tensor) -> list[Tensor | None]:
+    """Room for what a run takes of each tensor (the first: queries), on a CPU."""
+    if tensors[0].device.type != "cpu":
+        return [None] * len(tensors)
+    q, *blocks = tensors
+    queries = run * rows // (q.shape[1] // blocks[0].shape[-1])
+    return [q.new_empty(queries, q.shape[1]), *(x.new_empty(run, *x.shape[1:]) for x in blocks)]
+
+
+def _take(x: Tensor, index: Tensor, out: Tensor | None) -> Tensor:
+    """``x[index]``, into a buffer where there is one."""
+    return x.index_select(0, index) if out is None else torch.index_select(x, 0, index, out=out)
 
 
 def _merge(tiles: Tiles, weighted: Tensor, highest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,15 +250,19 @@ def _tile_gradients(
 ) -> Tensor:
     """Adds to dk and dv ``[K * total, L, …]``; returns each row's share of dq ``[rows, G*D]``."""
     m, G, D, V, dtype = cut.tile, lse.shape[-1], k.shape[-1], v.shape[-1], k.dtype
-    shares = torch.zeros(tiles.total * m + 1, G * D, dtype=lse.dtype, device=q.device)
+    shares = torch.empty(tiles.total * m + 1, G * D, dtype=lse.dtype, device=q.device)
+    shares[-1] = 0.0
+    taken = _buffers(tiles.run, m * G, q, k, v)
     for run in runs(tiles):
         rows = slice(run.start * m, run.stop * m)
         query, block = tiles.rows[rows], tiles.block[run]
-        q_t = q.index_select(0, query).to(dtype).view(-1, m * G, D)
-        do_t = dout.index_select(0, query).to(dtype).view(-1, m * G, V)
-        k_t, v_t = k.index_select(0, block), v.index_select(0, block)
+        q_t = _take(q, query, taken[0]).view(-1, m * G, D)
+        do_t = dout.index_select(0, query).view(-1, m * G, V)
+        k_t, v_t = _take(k, block, taken[1]), _take(v, block, taken[2])
         p = _tile_scores(q_t, k_t, tiles.visible[run], scale)
-        p.sub_(lse.index_select(0, query).view(-1, m * G, 1)).exp_()
+        lse_t = lse.index_select(0, query)
+        lse_t = lse_t.masked_fill_(tiles.visible[run].view(-1, 1) == 0, float("inf"))
+        p.sub_(lse_t.view(-1, m * G, 1)).exp_()
         dv.index_add_(0, block, bmm(p.to(dtype).mT, do_t))
         ds = bmm(do_t, v_t.mT).sub_(delta.index_select(0, query).view(-1, m * G, 1))
         ds = ds.mul_(p).mul_(scale).to(dtype)
