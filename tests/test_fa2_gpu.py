@@ -15,7 +15,11 @@ from nsa.backends import load
 from nsa.backends.fa2_core import CHUNK_TOKENS
 from nsa.testing import Inputs, make_inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events"),
+]
 
 CONFIG = NSAConfig(num_heads=8, num_kv_heads=2, head_dim=64)
 BRANCHES = ("compressed", "selected", "window")
@@ -112,5 +116,5 @@ def test_launches_grow_by_chunks_only(branch: str) -> None:
     two, four, eight = counts.values()
     per_chunk = (four - two) / 2
     assert per_chunk == pytest.approx((eight - four) / 4, abs=1)
-    assert per_chunk <= (100 if branch == "selected" else 0)
-    assert two - 2 * per_chunk <= 80
+    assert per_chunk <= (180 if branch == "selected" else 0)
+    assert two - 2 * per_chunk <= 60
