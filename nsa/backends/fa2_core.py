@@ -33,7 +33,9 @@ MAX_HEAD = 256
 MAX_BATCH = 65_535
 """CUDA's limit on the grid dimension in which FA-2 puts the batch."""
 CHUNK_TOKENS = 2048
-"""Query tokens whose partial results are held at once; launches grow with T / CHUNK_TOKENS."""
+"""Query tokens of a chunk at least; launches grow with the number of chunks."""
+CHUNK_ELEMENTS = 2**27
+"""Partial results of a chunk, 256 MiB of bf16, if it is longer than the least."""
 TILE_ROWS = 128
 """Query rows that one FA-2 program takes."""
 MAX_TILE = 32
@@ -172,11 +174,11 @@ class SelectedAttention(torch.autograd.Function):
         k_blocks, v_blocks = to_blocks(k, blocks, k.dtype), to_blocks(v, blocks, v.dtype)
         q_rows = q.reshape(B * T * K, G * P)
         out, lse = torch.empty_like(near), torch.empty_like(near_lse)
-        m = tile_queries(G)
-        for first in range(0, B * T, CHUNK_TOKENS):
-            here = slice(first * K, min(first + CHUNK_TOKENS, B * T) * K)
+        m, size = tile_queries(G), chunk_tokens(lists, G * P)
+        for first in range(0, B * T, size):
+            here = slice(first * K, min(first + size, B * T) * K)
             tiles = make_tiles(
-                lists[first : first + CHUNK_TOKENS], blocks, first, m, MAX_BATCH, earlier_only=True
+                lists[first : first + size], blocks, first, m, MAX_BATCH, earlier_only=True
             )
             parts = near.new_zeros(tiles.total * m + 1, G, P)
             parts_lse = near_lse.new_full((tiles.total * m + 1, G), NEG_INF)
@@ -232,11 +234,11 @@ class SelectedAttention(torch.autograd.Function):
         dv = torch.zeros_like(v_blocks, dtype=lse.dtype)
         q_rows, dout_rows, out_rows = (x.reshape(B * T * K, G * P) for x in (q, dout, out))
         lse_rows = lse.view(B * T * K, G)
-        m = tile_queries(G)
-        for first in range(0, B * T, CHUNK_TOKENS):
-            here = slice(first * K, min(first + CHUNK_TOKENS, B * T) * K)
+        m, size = tile_queries(G), chunk_tokens(lists, G * P)
+        for first in range(0, B * T, size):
+            here = slice(first * K, min(first + size, B * T) * K)
             tiles = make_tiles(
-                lists[first : first + CHUNK_TOKENS], blocks, first, m, MAX_BATCH, earlier_only=True
+                lists[first : first + size], blocks, first, m, MAX_BATCH, earlier_only=True
             )
             shares = q.new_zeros(tiles.total * m + 1, G * P)
             for run in runs(tiles):
@@ -273,6 +275,11 @@ class SelectedAttention(torch.autograd.Function):
         dk[:, there] += own.unfold(dk_near, B, T, keys=True)
         dv[:, there] += own.unfold(dv_near, B, T, keys=True)
         return dq.view(B, T, H, P).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 5
+
+
+def chunk_tokens(lists: Tensor, per_pair: int) -> int:
+    """Query tokens whose partial results are held at once; lists ``[B*T, K, n]``."""
+    return max(CHUNK_TOKENS, CHUNK_ELEMENTS // (lists.shape[1] * lists.shape[2] * per_pair))
 
 
 def tile_queries(G: int) -> int:

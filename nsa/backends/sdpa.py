@@ -100,8 +100,8 @@ def select_blocks(
         number = compressed_members(cu_seqlens, N, config).rank
         longest = T if max_seqlen is None else max_seqlen
     # a query that sees no compressed block stands in the first selection block (l <= l')
-    first_only = torch.full((config.num_selected,), -1, dtype=torch.int32, device=q.device)
-    first_only[0] = 0
+    slots = torch.arange(config.num_selected, device=q.device, dtype=torch.int32)
+    first_only = slots.clamp_max(1).neg()
     if shape.rows == 0 or N == 0:
         return first_only.expand(B, T, K, -1).contiguous()
     band = _compressed_band(shape, N, max_seqlen, config)

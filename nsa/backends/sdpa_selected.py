@@ -187,7 +187,7 @@ def _partials(
     highest = torch.empty(tiles.total * m + 1, G, dtype=acc, device=q.device)
     total = torch.empty_like(highest)
     for spare in (weighted, highest, total):
-        spare[-1] = 0.0
+        spare[-1].zero_()
     taken, scores = _buffers(tiles.run, m * G, q, k, v), None
     if q.device.type == "cpu":
         scores = torch.empty(tiles.run, m * G, k.shape[1], dtype=acc)
@@ -251,7 +251,7 @@ def _tile_gradients(
     """Adds to dk and dv ``[K * total, L, …]``; returns each row's share of dq ``[rows, G*D]``."""
     m, G, D, V, dtype = cut.tile, lse.shape[-1], k.shape[-1], v.shape[-1], k.dtype
     shares = torch.empty(tiles.total * m + 1, G * D, dtype=lse.dtype, device=q.device)
-    shares[-1] = 0.0
+    shares[-1].zero_()
     taken = _buffers(tiles.run, m * G, q, k, v)
     for run in runs(tiles):
         rows = slice(run.start * m, run.stop * m)

@@ -126,9 +126,7 @@ def make_tiles(
     pair_block = torch.where(listed, head + base + index, nowhere).flatten()
     sorted_block, pair = pair_block.sort(stable=True)
     number = torch.arange(pair.numel(), device=device)
-    starts = torch.ones_like(sorted_block, dtype=torch.bool)
-    starts[1:] = sorted_block[1:] != sorted_block[:-1]
-    rank = number - torch.where(starts, number, 0).cummax(0).values
+    rank = number - torch.searchsorted(sorted_block, sorted_block)  # within its block
     lane = rank % m
     tile = (lane == 0).cumsum(0) - 1
     count = pair.numel() // m + min(pair.numel(), nowhere + 1)  # at most
