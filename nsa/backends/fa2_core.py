@@ -48,13 +48,13 @@ def why_not(problem: Problem, settings: Settings) -> str | None:
     if max(config.head_dim, config.dv) > MAX_HEAD:
         size = max(config.head_dim, config.dv)
         return f"FlashAttention-2 takes head sizes up to {MAX_HEAD}, got {size}"
-    math = settings.fa2_provider == "math"
-    if not math and problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"FlashAttention-2 takes float16 and bfloat16, got {problem.dtype}"
     try:
         provider(settings.fa2_provider, problem.device)
     except BackendUnavailable as error:
         return str(error)
+    math = settings.fa2_provider == "math"
+    if not math and problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention-2 takes float16 and bfloat16, got {problem.dtype}"
     return None
 
 
