@@ -46,6 +46,10 @@ def sdpa(name: str, file: str, old: str, new: str) -> Mutation:
     return Mutation(f"sdpa: {name}", f"nsa/backends/{file}", old, new, BACKENDS)
 
 
+def fa2(name: str, file: str, old: str, new: str) -> Mutation:
+    return Mutation(f"fa2: {name}", f"nsa/backends/{file}", old, new, BACKENDS)
+
+
 MUTATIONS = (
     oracle("window off by one", "masks.py", "t - config.window < s", "t - config.window <= s"),
     oracle("visibility < for <=", "masks.py", "(last_token <= t)", "(last_token < t)"),
@@ -100,6 +104,11 @@ MUTATIONS = (
     Mutation("layer: positions do not restart", "nsa/module.py", "positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).rank", "positions = None", LAYER),
     Mutation("layer: gates branch-major", "nsa/module.py", "logits = self.gate_proj(x).unflatten(-1, (self.config.num_heads, len(BRANCHES)))", "logits = self.gate_proj(x).unflatten(-1, (len(BRANCHES), self.config.num_heads)).mT", LAYER),
     Mutation("layer: branches swapped", "nsa/module.py", "selected, window, tokens = (", "window, selected, tokens = (", LAYER),
+    fa2("own block counted twice", "tiles.py", "listed &= index < position // blocks.size", "listed &= index <= position // blocks.size"),
+    fa2("own block not weighted", "fa2_core.py", "(near_lse[here] - whole).exp()[..., None]", "(near_lse[here] * 0).exp()[..., None]"),
+    fa2("surplus rows get gradients", "fa2_steps.py", "rows = rows.where(real[..., None], 0.0)", "pass"),
+    fa2("tiles with another scale", "fa2_core.py", "scale=config.softmax_scale, causal=False", "scale=1.0, causal=False"),
+    fa2("window off by one", "fa2_steps.py", "window=config.window,", "window=config.window + 1,"),
     Mutation("combine: gate order swapped", "nsa/attention.py", "zip(gates.unbind(-1), outputs, strict=True)", "zip(gates.flip(-1).unbind(-1), outputs, strict=True)", BACKENDS),
 )  # fmt: skip
 
