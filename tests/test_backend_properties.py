@@ -171,6 +171,8 @@ def fused_rounding(device: str, dtype: torch.dtype) -> bool:
 def test_finite_on_extreme_inputs(
     backend: str, device: str, dtype: torch.dtype, scale: float
 ) -> None:
+    if scale > 1 and backend.startswith("fa2") and fused_rounding(device, dtype):
+        pytest.skip("flash_attn's own fp16 kernels give infinities here; see fused_rounding")
     inputs = make_inputs(CONFIG, length=50, dtype=torch.float32, device=device)
     leaves = tuple((x.detach() * scale).to(dtype).requires_grad_() for x in inputs.leaves()[:7])
     inputs = inputs.with_leaves((*leaves, inputs.gates.detach().to(dtype).requires_grad_()))
@@ -183,8 +185,6 @@ def test_finite_on_extreme_inputs(
         inputs.config,
         backend=backend,
     )
-    if fused_rounding(device, dtype) and scale > 1 and backend.startswith("fa2"):
-        return
     assert torch.isfinite(out).all()
 
 

@@ -203,7 +203,6 @@ def test_auto_never_takes_the_oracle(monkeypatch: pytest.MonkeyPatch, device: st
 
 def test_the_table_has_what_the_settings_name() -> None:
     assert ("auto", *TABLE) == BACKENDS
-    assert not TABLE["reference"].in_auto
 
 
 # Refusals

@@ -32,8 +32,6 @@ class Row:
     module: str | None
     """Where its steps are, imported when first used; None while it is not written."""
     summary: str
-    in_auto: bool = True
-    """Whether ``auto`` may choose it."""
 
 
 TABLE: Mapping[str, Row] = MappingProxyType(
@@ -41,7 +39,6 @@ TABLE: Mapping[str, Row] = MappingProxyType(
         "reference": Row(
             module="nsa.reference",
             summary="the oracle: dense masks, explicit softmax, quadratic",
-            in_auto=False,
         ),
         "sdpa": Row(
             module="nsa.backends.sdpa",
@@ -59,6 +56,7 @@ TABLE: Mapping[str, Row] = MappingProxyType(
     }
 )
 
+# what ``auto`` may choose, the best first; never the oracle
 _AUTO_ORDER = {
     "cuda": ("compiled", "fa2-dense", "fa2-varlen", "sdpa"),
     "cpu": ("sdpa",),
