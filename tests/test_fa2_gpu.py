@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nsa import NSAConfig, nsa_attention
-from nsa.backends import fa2_core, load
-from nsa.backends.fa2_core import CHUNK_TOKENS
+from nsa.backends import fa2_selected, load
+from nsa.backends.fa2_selected import CHUNK_TOKENS
 from nsa.testing import Inputs, make_inputs
 
 pytestmark = [
@@ -108,7 +108,7 @@ def test_no_host_sync(backend: str, packed: bool, sync_is_an_error: Callable[[],
 
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_launches_grow_by_chunks_only(branch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fa2_core, "CHUNK_ELEMENTS", 1)  # chunks of the least length
+    monkeypatch.setattr(fa2_selected, "CHUNK_ELEMENTS", 1)  # chunks of the least length
     counts = {
         length: sum(kernels(branch_call("fa2-dense", branch, problem(False, length))).values())
         for length in (2 * CHUNK_TOKENS, 4 * CHUNK_TOKENS, 8 * CHUNK_TOKENS)

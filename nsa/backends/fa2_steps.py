@@ -7,14 +7,16 @@ itself is looked up in the table (``per_branch["select"]``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from nsa.backends.fa2_core import FlashAttention, SelectedAttention, pad_heads
+from nsa.backends.fa2_core import FlashAttention, pad_heads
 from nsa.backends.fa2_providers import NEG_INF, Call, provider
+from nsa.backends.fa2_selected import SelectedAttention
 from nsa.backends.fold import fold, make_fold, unfold
+from nsa.backends.workspace import Store
 from nsa.config import NSAConfig
 from nsa.varlen import compressed_members
 
@@ -25,6 +27,8 @@ class Steps:
 
     source: str
     """The name of the provider, or "auto"."""
+    store: Store = field(default_factory=Store)
+    """Where the selected branch packs."""
 
     def compressed_attention(
         self,
@@ -84,7 +88,9 @@ class Steps:
         if q.numel() == 0:
             return _nothing(q, k, v, V)
         source = provider(self.source, q.device)
-        out, lse = SelectedAttention.apply(q, k, v, block_idx, config, cu_seqlens, q_start, source)
+        out, lse = SelectedAttention.apply(
+            q, k, v, block_idx, config, cu_seqlens, q_start, source, self.store
+        )
         return out[..., :V], lse
 
     def window_attention(

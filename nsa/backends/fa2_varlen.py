@@ -8,6 +8,7 @@ from torch import Tensor
 from nsa.backends.contract import Problem
 from nsa.backends.fa2_core import why_not
 from nsa.backends.fa2_steps import Steps
+from nsa.backends.workspace import Store
 from nsa.config import NSAConfig
 from nsa.settings import Settings
 
@@ -18,8 +19,9 @@ def unavailable(problem: Problem, settings: Settings) -> str | None:
 
 
 def bind(settings: Settings) -> VarlenSteps:
-    """The steps, on the provider that the settings name."""
-    return VarlenSteps(settings.fa2_provider)
+    """The steps, on the provider that the settings name, with a workspace that is kept."""
+    store = Store(kept=True, rows=settings.prealloc_varlen_n, keys=settings.prealloc_varlen_k)
+    return VarlenSteps(settings.fa2_provider, store)
 
 
 class VarlenSteps(Steps):

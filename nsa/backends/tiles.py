@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa.backends.workspace import FRESH, Space
 from nsa.blocks import num_select_blocks
 from nsa.config import NSAConfig
 from nsa.varlen import select_members, token_members
@@ -37,6 +38,8 @@ class Blocks(NamedTuple):
     """int64 ``[B*T]``, position of each query in its sequence."""
     base: Tensor
     """int64 ``[B*T]``, the number of the first block of each query's sequence."""
+    head: Tensor
+    """int64 ``[K, 1]``, the number of each key head's first block."""
     tokens: Tensor | None
     """int64 ``[total, L]``, the key tokens of each block when packed; None when regular."""
     token_row: Tensor | None
@@ -48,30 +51,40 @@ def number_blocks(
 ) -> Blocks:
     """Numbers the blocks of a regular ``[B, T]`` or a packed batch; nothing is read back."""
     B, T, S, size = q.shape[0], q.shape[1], k.shape[1], config.select_block
+    head = torch.arange(k.shape[2], device=q.device)[:, None]
     if cu_seqlens is None:
         per_row = num_select_blocks(S, config)
         position = torch.arange(q_start, q_start + T, device=q.device).repeat(B)
         base = torch.arange(B, device=q.device)[:, None].expand(B, T).reshape(-1) * per_row
-        return Blocks(B * per_row, size, position, base, None, None)
+        return Blocks(B * per_row, size, position, base, head * (B * per_row), None, None)
     token, block = token_members(cu_seqlens, T), select_members(cu_seqlens, T, config)
     base = block.starts[token.seq]
     first = cu_seqlens.long()[block.seq] + block.rank * size
     tokens = first[:, None] + torch.arange(size, device=q.device)
     token_row = (base + token.rank // size) * size + token.rank % size
     count = block.rank.numel()
-    return Blocks(count, size, token.rank, base, tokens.clamp_max(max(T - 1, 0)), token_row)
+    tokens = tokens.clamp_max(max(T - 1, 0))
+    return Blocks(count, size, token.rank, base, head * count, tokens, token_row)
 
 
-def to_blocks(x: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+def to_blocks(
+    x: Tensor, blocks: Blocks, dtype: torch.dtype, space: Space = FRESH, name: str = "blocks"
+) -> Tensor:
     """``[B, S, K, D]`` -> contiguous ``[K * total, L, D]``; places without a token hold any."""
     B, S, K, D = x.shape
+    shape = (K * blocks.total, blocks.size, D)
     if blocks.tokens is not None:
         if S == 0:  # every sequence is empty: something for the surplus blocks to read
             x = F.pad(x, (0, 0, 0, 0, 0, 1))
-        x = x[0].to(dtype).permute(1, 0, 2).index_select(1, blocks.tokens.flatten())
-        return x.reshape(K * blocks.total, blocks.size, D)
-    x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, -S % blocks.size))
-    return x.permute(2, 0, 1, 3).reshape(K * blocks.total, blocks.size, D)
+        rows = x[0].to(dtype).permute(1, 0, 2)
+        result = space.take(name, (K, blocks.total * blocks.size, D), dtype, x.device)
+        torch.index_select(rows, 1, blocks.tokens.flatten(), out=result)
+        return result.view(shape)
+    pad = -S % blocks.size
+    result = space.take(name, (K, B, S + pad, D), dtype, x.device)
+    result[:, :, :S].copy_(x.permute(2, 0, 1, 3))
+    result[:, :, S:].zero_()
+    return result.view(shape)
 
 
 def from_blocks(x: Tensor, blocks: Blocks, like: Tensor) -> Tensor:
@@ -102,7 +115,14 @@ class Tiles(NamedTuple):
 
 
 def make_tiles(
-    block_idx: Tensor, blocks: Blocks, first: int, m: int, run: int, *, earlier_only: bool = False
+    block_idx: Tensor,
+    blocks: Blocks,
+    first: int,
+    m: int,
+    run: int,
+    *,
+    earlier_only: bool = False,
+    space: Space = FRESH,
 ) -> Tiles:
     """Sorts the pairs of the queries ``first … first + C - 1``; block_idx is ``[C, K, n]``.
 
@@ -111,41 +131,50 @@ def make_tiles(
     are told neither: every run is as long, since libraries round by the shape of a batch.
 
     ``earlier_only`` leaves out the block that a query stands in, the only one it sees in part.
+    Every result and intermediate stands in ``space``.
     """
     C, K, n = block_idx.shape
-    device = block_idx.device
+    pairs, device = C * K * n, block_idx.device
+
+    def room(name: str, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return space.take(f"tiles.{name}", shape, dtype, device)
+
     position = blocks.position[first : first + C, None, None]
-    base = blocks.base[first : first + C, None, None]
-    index = block_idx.long()
-    seen = (position - index * blocks.size + 1).clamp_max(blocks.size)
-    listed = (index >= 0) & (seen > 0)
-    if earlier_only:
-        listed &= index < position // blocks.size
+    index = room("index", C, K, n).copy_(block_idx)
+    seen = torch.mul(index, -blocks.size, out=room("seen", C, K, n)).add_(position).add_(1)
+    listed = torch.ge(index, 0, out=room("listed", C, K, n, dtype=torch.bool))
+    least = blocks.size if earlier_only else 0  # the own block is seen to its last token at most
+    flag = torch.gt(seen, least, out=room("flag", C, K, n, dtype=torch.bool))
+    listed &= flag
+    seen.clamp_max_(blocks.size)
     nowhere = K * blocks.total
-    head = torch.arange(K, device=device)[:, None] * blocks.total
-    pair_block = torch.where(listed, head + base + index, nowhere).flatten()
-    sorted_block, pair = pair_block.sort(stable=True)
-    number = torch.arange(pair.numel(), device=device)
-    rank = number - torch.searchsorted(sorted_block, sorted_block)  # within its block
-    lane = rank % m
-    tile = (lane == 0).cumsum(0) - 1
-    count = pair.numel() // m + min(pair.numel(), nowhere + 1)  # at most
+    pair_block = index.add_(blocks.base[first : first + C, None, None]).add_(blocks.head)
+    pair_block.masked_fill_(torch.logical_not(listed, out=flag), nowhere)
+    sorted_block, pair = room("sorted", pairs), room("pair", pairs)
+    torch.sort(pair_block.flatten(), stable=True, out=(sorted_block, pair))
+    rank = torch.searchsorted(sorted_block, sorted_block, out=room("rank", pairs))
+    number = torch.arange(pairs, out=room("number", pairs))
+    rank = torch.sub(number, rank, out=rank)  # within its block
+    lane = torch.remainder(rank, m, out=rank)
+    tile = torch.eq(lane, 0, out=number)
+    tile = torch.cumsum(tile, 0, out=tile).sub_(1)
+    count = pairs // m + min(pairs, nowhere + 1)  # at most
     run = max(1, min(run, count))
     if device.type == "cpu":  # nothing to wait for: count those in use
         in_use = int((sorted_block < nowhere).sum())
         count = int(tile[in_use - 1]) + 1 if in_use else 0
         count = -(-count // run) * run
-    row = (tile * m + lane).clamp_max(max(count * m - 1, 0))
-    used = sorted_block < nowhere
-    row_or_spare = torch.where(used, row, count * m)
-    rows = torch.zeros(count * m + 1, dtype=torch.int64, device=device)
-    rows[row_or_spare] = pair // n
-    visible = torch.zeros(count * m + 1, dtype=torch.int64, device=device)
-    visible[row_or_spare] = seen.flatten()[pair]
-    block = torch.zeros(count + 1, dtype=torch.int64, device=device)
-    block[torch.where(used, tile, count)] = sorted_block
-    slot = torch.empty_like(row)
-    slot[pair] = row_or_spare
+    unused = torch.ge(sorted_block, nowhere, out=flag.view(pairs))
+    row = torch.mul(tile, m, out=room("row", pairs)).add_(lane).clamp_max_(max(count * m - 1, 0))
+    row.masked_fill_(unused, count * m)  # a spare one
+    tile.masked_fill_(unused, count)
+    rows = room("rows", count * m + 1).zero_()
+    visible = room("visible", count * m + 1).zero_()
+    visible.scatter_(0, row, torch.gather(seen.flatten(), 0, pair, out=lane))
+    rows.scatter_(0, row, torch.div(pair, n, rounding_mode="floor", out=lane))
+    block = room("block", count + 1).zero_()
+    block.scatter_(0, tile, sorted_block)
+    slot = room("slot", pairs).scatter_(0, pair, row)
     return Tiles(
         count,
         run,
@@ -153,7 +182,7 @@ def make_tiles(
         rows[: count * m],
         visible[: count * m].view(count, m),
         slot.view(C * K, n),
-        listed.reshape(C * K, n),
+        listed.view(C * K, n),
     )
 
 
