@@ -7,15 +7,14 @@ n listed blocks.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from nsa import validate
-from nsa.backends import Resolution, load, resolve
+from nsa.backends.plan import Plan, plan, settings_in_force
 from nsa.config import KV, NSAConfig
-from nsa.settings import Settings, current_settings
+from nsa.settings import Settings
 
 
 def nsa_attention(
@@ -59,7 +58,7 @@ def nsa_attention(
         DataError: values that are not finite (``NSA_CHECK=1`` only).
         BackendUnavailable: the backend asked for cannot run this.
     """
-    settings = current_settings()
+    settings = settings_in_force()
     compressed, selected, window = KV(*compressed), KV(*selected), KV(*window)
     check_inputs(
         q,
@@ -73,7 +72,7 @@ def nsa_attention(
         block_idx=block_idx,
         settings=settings,
     )
-    resolution = resolve(
+    chosen = plan(
         config,
         device=q.device,
         dtype=q.dtype,
@@ -84,7 +83,7 @@ def nsa_attention(
         settings=settings,
     )
     return run(
-        resolution,
+        chosen,
         q,
         compressed,
         selected,
@@ -121,7 +120,7 @@ def select_blocks(
     Raises:
         ShapeError, DataError, BackendUnavailable: as in :func:`nsa_attention`.
     """
-    settings = current_settings()
+    settings = settings_in_force()
     packed = cu_seqlens is not None
     validate.check_query(q, config)
     validate.check_packing(q, cu_seqlens, max_seqlen, check=settings.check)
@@ -129,7 +128,7 @@ def select_blocks(
     if settings.check:
         blocks = validate.without_surplus(k_cmp, config, cu_seqlens)
         validate.check_finite({"q": q, "k_cmp": blocks})
-    resolution = resolve(
+    chosen = plan(
         config,
         device=q.device,
         dtype=q.dtype,
@@ -139,7 +138,7 @@ def select_blocks(
         backend=backend,
         settings=settings,
     )
-    step = load(resolution.per_branch["select"], settings).select_blocks
+    step = chosen.step("select").select_blocks
     with torch.autocast(q.device.type, enabled=False):
         return step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
 
@@ -202,7 +201,7 @@ def check_values(
 
 
 def run(
-    resolution: Resolution,
+    chosen: Plan,
     q: Tensor,
     compressed: KV,
     selected: KV,
@@ -215,16 +214,15 @@ def run(
     block_idx: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    """Runs the steps of a resolution on inputs that have been checked."""
-    steps = {step: load(name, settings) for step, name in resolution.per_branch.items()}
+    """Runs the steps of a plan on inputs that have been checked."""
     with torch.autocast(q.device.type, enabled=False):
         with _range("compressed", q, settings):
-            out_cmp, lse = steps["compressed"].compressed_attention(
+            out_cmp, lse = chosen.step("compressed").compressed_attention(
                 q, *compressed, config, cu_seqlens, max_seqlen=max_seqlen
             )
         if block_idx is None:
             with _range("select", q, settings):
-                block_idx = steps["select"].select_blocks(
+                block_idx = chosen.step("select").select_blocks(
                     q,
                     compressed.k,
                     config,
@@ -233,11 +231,11 @@ def run(
                     lse=lse,
                 )
         with _range("selected", q, settings):
-            out_slc, _ = steps["selected"].selected_attention(
+            out_slc, _ = chosen.step("selected").selected_attention(
                 q, *selected, block_idx, config, cu_seqlens, max_seqlen=max_seqlen
             )
         with _range("window", q, settings):
-            out_win, _ = steps["window"].window_attention(
+            out_win, _ = chosen.step("window").window_attention(
                 q, *window, config, cu_seqlens, max_seqlen=max_seqlen
             )
         return combine(gates, out_cmp, out_slc, out_win)
@@ -266,14 +264,8 @@ def _longest(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> in
     return q.shape[1] if cu_seqlens is None or max_seqlen is None else max_seqlen
 
 
-@contextlib.contextmanager
-def _range(name: str, q: Tensor, settings: Settings) -> Iterator[None]:
-    """An NVTX range under ``NSA_NVTX=1``, for a profiler."""
-    if not (settings.nvtx and q.is_cuda):
-        yield
-        return
-    torch.cuda.nvtx.range_push(f"nsa.{name}")
-    try:
-        yield
-    finally:
-        torch.cuda.nvtx.range_pop()
+def _range(name: str, q: Tensor, settings: Settings) -> contextlib.AbstractContextManager[object]:
+    """An NVTX range under ``NSA_NVTX=1``, for a profiler; none in a compiled graph."""
+    if not (settings.nvtx and q.is_cuda) or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.cuda.nvtx.range(f"nsa.{name}")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from nsa import validate
 from nsa.attention import check_values, needs_grad, run
-from nsa.backends import Resolution, resolve
+from nsa.backends import Resolution
+from nsa.backends.plan import Plan, plan
 from nsa.compress import Compress
 from nsa.config import KV, NSAConfig
 from nsa.errors import ConfigError
@@ -53,8 +54,7 @@ class NSAttention(nn.Module):
             raise ConfigError(f"dim: expected an int >= 1, got {dim!r}")
         self.dim, self.config, self.backend = dim, config, backend
         self.settings = current_settings()
-        self.resolution: Resolution | None = None
-        """What ran the last forward, and why; None before the first."""
+        self._plan: Plan | None = None
         H, K, D, V = config.num_heads, config.num_kv_heads, config.head_dim, config.dv
 
         def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
@@ -73,6 +73,11 @@ class NSAttention(nn.Module):
         self.compress_v = Compress(config, V, device=device, dtype=dtype)
         self.o_proj = linear(H * V, dim)
         self.reset_parameters()
+
+    @property
+    def resolution(self) -> Resolution | None:
+        """What ran the last forward, and why; None before the first."""
+        return None if self._plan is None else self._plan.resolution
 
     def reset_parameters(self) -> None:
         """Draws the weights anew; every gate starts half open."""
@@ -119,7 +124,7 @@ class NSAttention(nn.Module):
         gates = self._gates(x)
         if settings.check:
             check_values(q, compressed, selected, window, gates, config, cu_seqlens)
-        self.resolution = resolve(
+        self._plan = plan(
             config,
             device=q.device,
             dtype=q.dtype,
@@ -130,7 +135,7 @@ class NSAttention(nn.Module):
             settings=settings,
         )
         out = run(
-            self.resolution,
+            self._plan,
             q,
             compressed,
             selected,

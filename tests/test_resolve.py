@@ -236,7 +236,8 @@ def test_a_refusal_runs_nothing(monkeypatch: pytest.MonkeyPatch, entry: Entry) -
     ran: list[str] = []
     for module in ("nsa.attention", "nsa.module"):
         monkeypatch.setattr(f"{module}.run", lambda *args, **kw: ran.append("run"))
-    monkeypatch.setattr("nsa.attention.load", ran.append)
+    monkeypatch.setattr("nsa.backends.plan.BOUND", {})
+    monkeypatch.setattr("nsa.backends.plan.load", lambda *args: ran.append("load"))
     with refused("backend='sdpa' asks for sdpa", BackendUnavailable):
         entry(REGULAR, backend="sdpa")
     assert ran == []

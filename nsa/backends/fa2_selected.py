@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from nsa.backends.fa2_providers import NEG_INF, Call, Provider
+from nsa.backends.fa2_providers import NEG_INF, Call, Provider, provider
+from nsa.backends.operators import config_of, define, geometry, lse_dtype
 from nsa.backends.tiles import (
     Blocks,
     Tiles,
@@ -43,52 +43,6 @@ TILE_ROWS = 128
 """Query rows that one FA-2 program takes."""
 MAX_TILE = 32
 """Queries of a tile at most: more are rarely found on one block within a chunk."""
-
-
-class SelectedAttention(torch.autograd.Function):
-    """``(q, k, v, block_idx, config, cu_seqlens, q_start, provider, store) -> out, lse``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        block_idx: Tensor,
-        config: NSAConfig,
-        cu_seqlens: Tensor | None,
-        q_start: int,
-        source: Provider,
-        store: Store,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = selected_forward(
-            q, k, v, block_idx, config, cu_seqlens, q_start, source=source, store=store
-        )
-        ctx.save_for_backward(q, k, v, block_idx, cu_seqlens, out, lse)
-        ctx.config, ctx.q_start, ctx.source, ctx.store = config, q_start, source, store
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        # Under activation checkpointing this runs forwards, so it comes before any lease.
-        q, k, v, block_idx, cu_seqlens, out, lse = ctx.saved_tensors
-        grads = selected_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            block_idx,
-            ctx.config,
-            cu_seqlens,
-            ctx.q_start,
-            source=ctx.source,
-            store=ctx.store,
-        )
-        return (*grads, *(None,) * 6)
 
 
 class Packing(NamedTuple):
@@ -272,6 +226,110 @@ def selected_backward(
         dk[:, there] += own.unfold(dk_near, B, T, keys=True)
         dv[:, there] += own.unfold(dv_near, B, T, keys=True)
     return dq.view(B, T, H, P).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    cu_seqlens: Tensor | None,
+    shape: list[int],
+    scale: float,
+    q_start: int,
+    source: str,
+    workspace: list[int],
+) -> tuple[Tensor, Tensor]:
+    return selected_forward(
+        q,
+        k,
+        v,
+        block_idx,
+        config_of(shape, scale),
+        cu_seqlens,
+        q_start,
+        source=provider(source, q.device),
+        store=Store.of(workspace),
+    )
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_idx: Tensor,
+    cu_seqlens: Tensor | None,
+    shape: list[int],
+    scale: float,
+    q_start: int,
+    source: str,
+    workspace: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return selected_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        block_idx,
+        config_of(shape, scale),
+        cu_seqlens,
+        q_start,
+        source=provider(source, q.device),
+        store=Store.of(workspace),
+    )
+
+
+_CALL = (
+    "Tensor block_idx, Tensor? cu_seqlens, int[] shape, float scale, SymInt q_start, str source, "
+    "int[] workspace"
+)
+_BACKWARD = define(
+    "fa2_selected_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_CALL}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+
+
+def _gradients(
+    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor | None, ...]:
+    return (*_BACKWARD(dout, *saved, *inputs[5:]), *(None,) * 7)
+
+
+_SELECTED = define(
+    f"fa2_selected(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
+    _forward,
+    lambda q, k, v, *rest: (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[:-1], dtype=lse_dtype(q)),
+    ),
+    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:5]),
+    gradients=_gradients,
+)
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    q_start: int,
+    source: str,
+    store: Store,
+) -> tuple[Tensor, Tensor]:
+    """The selected branch by the provider of that name; q, k and v have one head size."""
+    scale = config.softmax_scale
+    return _SELECTED(
+        q, k, v, block_idx, cu_seqlens, geometry(config), scale, q_start, source, store.numbers
+    )
 
 
 def chunk_tokens(lists: Tensor, per_pair: int) -> int:

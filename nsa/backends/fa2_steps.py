@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nsa.backends.fa2_core import FlashAttention, pad_heads
-from nsa.backends.fa2_providers import NEG_INF, Call, provider
-from nsa.backends.fa2_selected import SelectedAttention
+from nsa.backends.fa2_core import flash_attention, pad_heads
+from nsa.backends.fa2_providers import NEG_INF, Call
+from nsa.backends.fa2_selected import selected_attention
 from nsa.backends.fold import fold, make_fold, unfold
 from nsa.backends.workspace import Store
 from nsa.config import NSAConfig
@@ -87,9 +87,8 @@ class Steps:
         q, k, v = pad_heads(q, k, v)
         if q.numel() == 0:
             return _nothing(q, k, v, V)
-        source = provider(self.source, q.device)
-        out, lse = SelectedAttention.apply(
-            q, k, v, block_idx, config, cu_seqlens, q_start, source, self.store
+        out, lse = selected_attention(
+            q, k, v, block_idx, config, cu_seqlens, q_start, self.source, self.store
         )
         return out[..., :V], lse
 
@@ -127,11 +126,10 @@ class Steps:
         q, k, v = pad_heads(q, k, v)
         if q.numel() == 0:
             return _nothing(q, k, v, V)
-        source = provider(self.source, q.device)
         if call.cu_q is not None:
-            out, lse = FlashAttention.apply(q[0], k[0], v[0], call, source)
+            out, lse = flash_attention(q[0], k[0], v[0], call, self.source)
             return out[None, ..., :V], lse[None]
-        out, lse = FlashAttention.apply(q, k, v, call, source)
+        out, lse = flash_attention(q, k, v, call, self.source)
         return out[..., :V], lse
 
 

@@ -20,7 +20,8 @@ from nsa.backends.sdpa_band import Band, band_attention
 from nsa.backends.sdpa_dense import causal_attention, has_kernel
 from nsa.backends.sdpa_numerics import NEG_INF
 from nsa.backends.sdpa_select import top_blocks
-from nsa.backends.sdpa_selected import SelectedAttention, even_heads
+from nsa.backends.sdpa_selected import even_heads, tiled_attention
+from nsa.backends.selection import SELECTORS, select
 from nsa.config import NSAConfig
 from nsa.settings import Settings
 from nsa.varlen import compressed_members, token_members
@@ -72,7 +73,6 @@ def _compressed_band(shape: Fold, N: int, max_seqlen: int | None, config: NSACon
     return Band(max(1, reach), shape.first_row, shape.row_seq)
 
 
-@torch.no_grad()
 def select_blocks(
     q: Tensor,
     k_cmp: Tensor,
@@ -84,27 +84,39 @@ def select_blocks(
     lse: Tensor | None = None,
 ) -> Tensor:
     """Top-n selection; see :class:`nsa.backends.contract.Backend`."""
+    if lse is None:
+        with torch.no_grad():
+            q, k_cmp = q.detach(), k_cmp.detach()
+            v = k_cmp[..., :1]
+            _, lse = compressed_attention(
+                q, k_cmp, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start
+            )
+    return select("sdpa", q, k_cmp, lse, config, cu_seqlens, max_seqlen, q_start)
+
+
+def _select(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    q_start: int,
+) -> Tensor:
+    """See :class:`nsa.backends.selection.Selector`."""
     B, T = q.shape[:2]
     N, K = k_cmp.shape[1], k_cmp.shape[2]
-    q, k_cmp = q.detach(), k_cmp.detach()
-    if lse is None:
-        v = k_cmp[..., :1]
-        _, lse = compressed_attention(
-            q, k_cmp, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start
-        )
     shape = make_fold(T, N, config, cu_seqlens, q_start)
     if cu_seqlens is None:
         number = torch.arange(shape.first_row, shape.first_row + shape.rows, device=q.device)
-        longest = q_start + T
     else:
         number = compressed_members(cu_seqlens, N, config).rank
-        longest = T if max_seqlen is None else max_seqlen
     # a query that sees no compressed block stands in the first selection block (l <= l')
     slots = torch.arange(config.num_selected, device=q.device, dtype=torch.int32)
     first_only = slots.clamp_max(1).neg()
     if shape.rows == 0 or N == 0:
-        return first_only.expand(B, T, K, -1).contiguous()
-    band = _compressed_band(shape, N, max_seqlen, config)
+        return first_only.expand(B, T, K, -1)
+    band = _compressed_band(shape, N, longest, config)
     chosen = top_blocks(q, k_cmp, lse, config, shape, band, number, longest)
     if cu_seqlens is None:
         chosen = chosen[:, shape.lead : shape.lead + T - shape.skipped]
@@ -113,6 +125,9 @@ def select_blocks(
     assert shape.places is not None and shape.blind is not None
     chosen = chosen.index_select(1, shape.places)
     return chosen.where(~shape.blind[:, None, None], first_only)
+
+
+SELECTORS["sdpa"] = _select
 
 
 def selected_attention(
@@ -129,7 +144,7 @@ def selected_attention(
     """Tiled attention over listed blocks; see :class:`nsa.backends.contract.Backend`."""
     V = v.shape[3]
     q, k, v = even_heads(q), even_heads(k), even_heads(v)
-    out, lse = SelectedAttention.apply(q, k, v, block_idx, config, cu_seqlens, q_start)
+    out, lse = tiled_attention(q, k, v, block_idx, config, cu_seqlens, q_start)
     return out[..., :V], lse
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nsa.backends.operators import define, lse_dtype
 from nsa.backends.sdpa_numerics import (
     NEG_INF,
     accumulation_dtype,
@@ -23,7 +23,6 @@ from nsa.backends.sdpa_numerics import (
     chunk_elements,
     heads_first,
     operand_dtype,
-    without_autocast,
 )
 
 
@@ -84,68 +83,79 @@ def _scores(q: Tensor, k: Tensor, chunk: Chunk, M: int, scale: float) -> Tensor:
     return scores
 
 
-class BandAttention(torch.autograd.Function):
-    """``(q [B,R,K,M,D], k [B,S,K,D], v [B,S,K,V], band, scale)`` to out ``[B,R,K,M,V]`` and lse."""
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_seq: Tensor | None,
+    width: int,
+    first_row: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    band = Band(width, first_row, row_seq)
+    B, R, K, M, _ = q.shape
+    S, V = v.shape[1], v.shape[-1]
+    dtype = operand_dtype(q)
+    q_rows, k_rows, v_rows = _rows(q, dtype), heads_first(k, dtype), heads_first(v, dtype)
+    out = q.new_empty(B * K, R * M, V)
+    lse = q.new_empty(B * K, R * M, dtype=accumulation_dtype(q.dtype))
+    for chunk in chunks(R, S, band, B * K * M, q.device):
+        here = slice(chunk.row * M, chunk.row_end * M)
+        p = _scores(q_rows, k_rows, chunk, M, scale)
+        highest = p.amax(-1, keepdim=True)
+        p.sub_(highest).exp_()
+        total = p.sum(-1, keepdim=True)
+        weighted = bmm(p.to(dtype), v_rows[:, chunk.key : chunk.key_end])
+        out[:, here] = weighted.div_(total)
+        lse[:, here] = total.log_().add_(highest)[..., 0]
+    return out.view(B, K, R, M, V).transpose(1, 2), lse.view(B, K, R, M).transpose(1, 2)
 
-    @staticmethod
-    @without_autocast
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        B, R, K, M, _ = q.shape
-        S, V = v.shape[1], v.shape[-1]
-        dtype = operand_dtype(q)
-        q_rows, k_rows, v_rows = _rows(q, dtype), heads_first(k, dtype), heads_first(v, dtype)
-        out = q.new_empty(B * K, R * M, V)
-        lse = q.new_empty(B * K, R * M, dtype=accumulation_dtype(q.dtype))
-        for chunk in chunks(R, S, band, B * K * M, q.device):
-            here = slice(chunk.row * M, chunk.row_end * M)
-            p = _scores(q_rows, k_rows, chunk, M, scale)
-            highest = p.amax(-1, keepdim=True)
-            p.sub_(highest).exp_()
-            total = p.sum(-1, keepdim=True)
-            weighted = bmm(p.to(dtype), v_rows[:, chunk.key : chunk.key_end])
-            out[:, here] = weighted.div_(total)
-            lse[:, here] = total.log_().add_(highest)[..., 0]
-        out = out.view(B, K, R, M, V).transpose(1, 2)
-        lse = lse.view(B, K, R, M).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, lse, band.row_seq)
-        ctx.band, ctx.scale = band._replace(row_seq=None), scale
-        ctx.mark_non_differentiable(lse)
-        return out, lse
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, row_seq = ctx.saved_tensors
-        band, scale = ctx.band._replace(row_seq=row_seq), ctx.scale
-        B, R, K, M, D = q.shape
-        S, V = v.shape[1], v.shape[-1]
-        dtype = operand_dtype(q)
-        q_rows, k_rows, v_rows = _rows(q, dtype), heads_first(k, dtype), heads_first(v, dtype)
-        dout_rows = _rows(dout, dtype)
-        delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2).reshape(B * K, R * M, 1)
-        lse_rows = lse.transpose(1, 2).reshape(B * K, R * M, 1)
-        dq = torch.zeros_like(q_rows, dtype=lse.dtype)
-        dk = torch.zeros_like(k_rows, dtype=lse.dtype)
-        dv = torch.zeros_like(v_rows, dtype=lse.dtype)
-        for chunk in chunks(R, S, band, B * K * M, q.device):
-            rows = slice(chunk.row * M, chunk.row_end * M)
-            keys = slice(chunk.key, chunk.key_end)
-            p = _scores(q_rows, k_rows, chunk, M, scale).sub_(lse_rows[:, rows]).exp_()
-            dv[:, keys] += bmm(p.to(dtype).mT, dout_rows[:, rows])
-            ds = bmm(dout_rows[:, rows], v_rows[:, keys].mT).sub_(delta[:, rows])
-            ds = ds.mul_(p).mul_(scale).to(dtype)
-            dq[:, rows] = bmm(ds, k_rows[:, keys])
-            dk[:, keys] += bmm(ds.mT, q_rows[:, rows])
-        return (
-            dq.view(B, K, R, M, D).transpose(1, 2).to(q.dtype),
-            dk.view(B, K, S, D).transpose(1, 2).to(k.dtype),
-            dv.view(B, K, S, V).transpose(1, 2).to(v.dtype),
-            None,
-            None,
-        )
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, row_seq: Tensor | None, *sizes: object
+) -> tuple[Tensor, Tensor]:
+    B, R, K, M, _ = q.shape
+    out = q.new_empty(B, K, R, M, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(B, K, R, M, dtype=lse_dtype(q)).transpose(1, 2)
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_seq: Tensor | None,
+    width: int,
+    first_row: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    band = Band(width, first_row, row_seq)
+    B, R, K, M, D = q.shape
+    S, V = v.shape[1], v.shape[-1]
+    dtype = operand_dtype(q)
+    q_rows, k_rows, v_rows = _rows(q, dtype), heads_first(k, dtype), heads_first(v, dtype)
+    dout_rows = _rows(dout, dtype)
+    delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2).reshape(B * K, R * M, 1)
+    lse_rows = lse.transpose(1, 2).reshape(B * K, R * M, 1)
+    dq = torch.zeros_like(q_rows, dtype=lse.dtype)
+    dk = torch.zeros_like(k_rows, dtype=lse.dtype)
+    dv = torch.zeros_like(v_rows, dtype=lse.dtype)
+    for chunk in chunks(R, S, band, B * K * M, q.device):
+        rows = slice(chunk.row * M, chunk.row_end * M)
+        keys = slice(chunk.key, chunk.key_end)
+        p = _scores(q_rows, k_rows, chunk, M, scale).sub_(lse_rows[:, rows]).exp_()
+        dv[:, keys] += bmm(p.to(dtype).mT, dout_rows[:, rows])
+        ds = bmm(dout_rows[:, rows], v_rows[:, keys].mT).sub_(delta[:, rows])
+        ds = ds.mul_(p).mul_(scale).to(dtype)
+        dq[:, rows] = bmm(ds, k_rows[:, keys])
+        dk[:, keys] += bmm(ds.mT, q_rows[:, rows])
+    return (
+        dq.view(B, K, R, M, D).transpose(1, 2).to(q.dtype).contiguous(),
+        dk.view(B, K, S, D).transpose(1, 2).to(k.dtype).contiguous(),
+        dv.view(B, K, S, V).transpose(1, 2).to(v.dtype).contiguous(),
+    )
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,8 +165,36 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(B * K, R * M, D)
 
 
+_BACKWARD = define(
+    "band_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor? row_seq, SymInt width, SymInt first_row, float scale) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+
+
+def _gradients(
+    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor | None, ...]:
+    return (*_BACKWARD(dout, *saved, *inputs[4:]), None, None, None, None)
+
+
+_BAND = define(
+    "band(Tensor q, Tensor k, Tensor v, Tensor? row_seq, SymInt width, SymInt first_row, "
+    "float scale) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    saved=lambda inputs, outputs: (*inputs[:3], *outputs, inputs[3]),
+    gradients=_gradients,
+)
+
+
 def band_attention(
     q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each row over its band; shapes as in :class:`BandAttention`."""
-    return BandAttention.apply(q, k, v, band, scale)
+    """Attention of each row over its band.
+
+    q ``[B, R, K, M, D]``, k ``[B, S, K, D]``, v ``[B, S, K, V]`` -> out ``[B, R, K, M, V]``,
+    lse ``[B, R, K, M]``.
+    """
+    return _BAND(q, k, v, band.row_seq, band.width, band.first_row, scale)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor
 
@@ -15,8 +11,6 @@ CUDA_CHUNK_ELEMENTS = 2**26
 """Scores in flight on a GPU: 256 MiB of fp32, enough to fill it, little beside the model."""
 
 NEG_INF = float("-inf")
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -48,14 +42,3 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``[B, S, K, D]`` -> contiguous ``[B*K, S, D]`` in the given dtype."""
     return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
-
-
-def without_autocast(function: _F) -> _F:
-    """Runs a static autograd method outside autocast: its dtypes are chosen, not to be lowered."""
-
-    @wraps(function)
-    def wrapper(ctx: Any, first: Tensor, *args: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
-            return function(ctx, first, *args)
-
-    return wrapper  # type: ignore[return-value]

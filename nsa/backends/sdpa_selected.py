@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nsa.backends.operators import config_of, define, geometry, lse_dtype
 from nsa.backends.sdpa_numerics import (
     NEG_INF,
     accumulation_dtype,
     bmm,
     chunk_elements,
     operand_dtype,
-    without_autocast,
 )
 from nsa.backends.tiles import (
     TILE_ROWS,
@@ -89,87 +88,119 @@ def _tile_scores(
     return scores
 
 
-class SelectedAttention(torch.autograd.Function):
-    """``(q, k, v, block_idx, config, cu_seqlens, q_start) -> out, lse``; see the contract.
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    cu_seqlens: Tensor | None,
+    shape: list[int],
+    scale: float,
+    q_start: int,
+) -> tuple[Tensor, Tensor]:
+    config = config_of(shape, scale)
+    B, T, H, D = q.shape
+    K, V = k.shape[2], v.shape[3]
+    G, dtype, acc = H // K, operand_dtype(q), accumulation_dtype(q.dtype)
+    blocks = number_blocks(q, k, config, cu_seqlens, q_start)
+    k_blocks, v_blocks = _even(to_blocks(k, blocks, dtype)), _even(to_blocks(v, blocks, dtype))
+    q_rows = q.reshape(B * T * K, G * D)
+    lists = block_idx.flatten(0, 1)
+    cut = sizes(lists, blocks, G, max(D, V))
+    out = q.new_empty(B * T * K, G, V)
+    lse = q.new_empty(B * T * K, G, dtype=acc)
+    for first in range(0, B * T, cut.tokens):
+        here = slice(first * K, min(first + cut.tokens, B * T) * K)
+        chunk = lists[first : first + cut.tokens]
+        tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
+        partial = _partials(tiles, q_rows[here].to(dtype), k_blocks, v_blocks, cut, scale, G)
+        out[here], lse[here] = _merge(tiles, *partial)
+    return out.view(B, T, H, V), lse.view(B, T, H)
 
-    The head sizes have passed :func:`even_heads`.
-    """
 
-    @staticmethod
-    @without_autocast
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        block_idx: Tensor,
-        config: NSAConfig,
-        cu_seqlens: Tensor | None,
-        q_start: int,
-    ) -> tuple[Tensor, Tensor]:
-        B, T, H, D = q.shape
-        K, V = k.shape[2], v.shape[3]
-        G, dtype, acc = H // K, operand_dtype(q), accumulation_dtype(q.dtype)
-        blocks = number_blocks(q, k, config, cu_seqlens, q_start)
-        k_blocks, v_blocks = _even(to_blocks(k, blocks, dtype)), _even(to_blocks(v, blocks, dtype))
-        q_rows = q.reshape(B * T * K, G * D)
-        lists = block_idx.flatten(0, 1)
-        cut = sizes(lists, blocks, G, max(D, V))
-        out = q.new_empty(B * T * K, G, V)
-        lse = q.new_empty(B * T * K, G, dtype=acc)
-        for first in range(0, B * T, cut.tokens):
-            here = slice(first * K, min(first + cut.tokens, B * T) * K)
-            chunk = lists[first : first + cut.tokens]
-            tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
-            partial = _partials(
-                tiles, q_rows[here].to(dtype), k_blocks, v_blocks, cut, config.softmax_scale, G
-            )
-            out[here], lse[here] = _merge(tiles, *partial)
-        out, lse = out.view(B, T, H, V), lse.view(B, T, H)
-        ctx.save_for_backward(q, k, v, block_idx, cu_seqlens, out, lse)
-        ctx.config, ctx.q_start = config, q_start
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_idx: Tensor,
+    cu_seqlens: Tensor | None,
+    shape: list[int],
+    scale: float,
+    q_start: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    config = config_of(shape, scale)
+    B, T, H, D = q.shape
+    K, V = k.shape[2], v.shape[3]
+    G, dtype = H // K, operand_dtype(q)
+    blocks = number_blocks(q, k, config, cu_seqlens, q_start)
+    k_blocks, v_blocks = _even(to_blocks(k, blocks, dtype)), _even(to_blocks(v, blocks, dtype))
+    q_rows = q.reshape(B * T * K, G * D)
+    dout_rows = dout.reshape(B * T * K, G * V)
+    delta = (dout.to(lse.dtype) * out).sum(-1).view(B * T * K, G)
+    lse = lse.masked_fill(lse == NEG_INF, 0.0).view(B * T * K, G)
+    lists = block_idx.flatten(0, 1)
+    cut = sizes(lists, blocks, G, max(D, V))
+    dq = q.new_empty(B * T * K, G * D)
+    dk = torch.zeros_like(k_blocks, dtype=lse.dtype)
+    dv = torch.zeros_like(v_blocks, dtype=lse.dtype)
+    for first in range(0, B * T, cut.tokens):
+        here = slice(first * K, min(first + cut.tokens, B * T) * K)
+        chunk = lists[first : first + cut.tokens]
+        tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
+        rows = q_rows[here].to(dtype), dout_rows[here].to(dtype), lse[here], delta[here]
+        partial = _tile_gradients(tiles, *rows, k_blocks, v_blocks, dk, dv, cut, scale)
+        picked = partial.index_select(0, tiles.slot.flatten()).view(*tiles.slot.shape, G * D)
+        dq[here] = picked.sum(1)
+    return (
+        dq.view(B, T, H, D),
+        from_blocks(dk[:, : blocks.size], blocks, k).contiguous(),
+        from_blocks(dv[:, : blocks.size], blocks, v).contiguous(),
+    )
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, block_idx, cu_seqlens, out, lse = ctx.saved_tensors
-        config = ctx.config
-        B, T, H, D = q.shape
-        K, V = k.shape[2], v.shape[3]
-        G, dtype = H // K, operand_dtype(q)
-        blocks = number_blocks(q, k, config, cu_seqlens, ctx.q_start)
-        k_blocks, v_blocks = _even(to_blocks(k, blocks, dtype)), _even(to_blocks(v, blocks, dtype))
-        q_rows = q.reshape(B * T * K, G * D)
-        dout_rows = dout.reshape(B * T * K, G * V)
-        delta = (dout.to(lse.dtype) * out).sum(-1).view(B * T * K, G)
-        lse = lse.masked_fill(lse == NEG_INF, 0.0).view(B * T * K, G)
-        lists = block_idx.flatten(0, 1)
-        cut = sizes(lists, blocks, G, max(D, V))
-        dq = q.new_empty(B * T * K, G * D)
-        dk = torch.zeros_like(k_blocks, dtype=lse.dtype)
-        dv = torch.zeros_like(v_blocks, dtype=lse.dtype)
-        for first in range(0, B * T, cut.tokens):
-            here = slice(first * K, min(first + cut.tokens, B * T) * K)
-            chunk = lists[first : first + cut.tokens]
-            tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
-            rows = q_rows[here].to(dtype), dout_rows[here].to(dtype), lse[here], delta[here]
-            partial = _tile_gradients(
-                tiles, *rows, k_blocks, v_blocks, dk, dv, cut, config.softmax_scale
-            )
-            picked = partial.index_select(0, tiles.slot.flatten()).view(*tiles.slot.shape, G * D)
-            dq[here] = picked.sum(1)
-        return (
-            dq.view(B, T, H, D),
-            from_blocks(dk[:, : blocks.size], blocks, k),
-            from_blocks(dv[:, : blocks.size], blocks, v),
-            None,
-            None,
-            None,
-            None,
-        )
+
+_BACKWARD = define(
+    "sdpa_selected_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor block_idx, Tensor? cu_seqlens, int[] shape, float scale, SymInt q_start) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+
+
+def _gradients(
+    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor | None, ...]:
+    return (*_BACKWARD(dout, *saved, *inputs[5:]), None, None, None, None, None)
+
+
+_SELECTED = define(
+    "sdpa_selected(Tensor q, Tensor k, Tensor v, Tensor block_idx, Tensor? cu_seqlens, "
+    "int[] shape, float scale, SymInt q_start) -> (Tensor, Tensor)",
+    _forward,
+    lambda q, k, v, *rest: (
+        q.new_empty(*q.shape[:3], v.shape[3]),
+        q.new_empty(q.shape[:3], dtype=lse_dtype(q)),
+    ),
+    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:5]),
+    gradients=_gradients,
+)
+
+
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    q_start: int,
+) -> tuple[Tensor, Tensor]:
+    """The selected branch; shapes as in the contract, head sizes widened by :func:`even_heads`."""
+    scale = config.softmax_scale
+    return _SELECTED(q, k, v, block_idx, cu_seqlens, geometry(config), scale, q_start)
 
 
 def _partials(

@@ -122,6 +122,16 @@ class Store:
     rows: int = 0
     keys: int = 0
 
+    @property
+    def numbers(self) -> list[int]:
+        """This store as an operator's ``int[]``."""
+        return [self.rows, self.keys] if self.kept else []
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> Store:
+        """The inverse of :attr:`numbers`."""
+        return cls(True, *numbers) if numbers else cls()
+
     @contextmanager
     def lease(self, device: torch.device) -> Iterator[Space]:
         """The workspace of this device and stream, for this thread alone.

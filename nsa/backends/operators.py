@@ -1,0 +1,127 @@
+"""How a step becomes one operator of ``torch.library``: opaque to a trace, differentiable once.
+
+Chunk loops, workspaces and hand-written kernels stand inside operators, so that ``torch.compile``
+sees one call with shapes that follow from its arguments, whatever the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa.config import NSAConfig
+
+_LIBRARY = torch.library.Library("nsa", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+Forward = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+def define(
+    schema: str,
+    forward: Forward,
+    fake: Forward,
+    *,
+    saved: Callable[[tuple[Any, ...], tuple[Tensor, ...]], Sequence[Tensor | None]] | None = None,
+    gradients: Callable[..., tuple[Tensor | None, ...]] | None = None,
+) -> Any:
+    """Registers ``nsa::`` + schema and returns the operator.
+
+    Args:
+        schema: ``name(Tensor q, ...) -> (Tensor, Tensor)``.
+        forward: computes it, on any device, outside autograd and autocast.
+        fake: empty results with the shapes, dtypes and strides that ``forward`` gives.
+        saved: the tensors a backward needs, from (inputs, outputs).
+        gradients: ``(inputs, saved tensors, dout)`` to a gradient for every input. Of two outputs
+            the second is a log-sum-exp, which carries none.
+
+    Without ``gradients`` a backward through the operator raises.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=_TAGS)
+    _LIBRARY.impl(name, _outside_autocast(forward), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nsa::{name}", fake, lib=_LIBRARY)
+    if gradients is None:
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            results = output if isinstance(output, tuple) else (output,)
+            if not any(x.is_floating_point() for x in results):
+                ctx.mark_non_differentiable(*results)
+
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            raise RuntimeError(f"nsa::{name}: double backward is not implemented")
+    else:
+        assert saved is not None
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            out, lse = output
+            ctx.save_for_backward(*saved(inputs, output))
+            ctx.inputs = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+            ctx.mark_non_differentiable(lse)
+
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return gradients(ctx.inputs, ctx.saved_tensors, grads[0])
+
+    torch.library.register_autograd(f"nsa::{name}", backward, setup_context=setup, lib=_LIBRARY)
+    return getattr(torch.ops.nsa, name).default
+
+
+def _outside_autocast(function: Forward) -> Forward:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def lse_dtype(x: Tensor) -> torch.dtype:
+    """Every log-sum-exp is fp32, fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+GEOMETRY = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "value_dim",
+    "compress_block",
+    "compress_stride",
+    "select_block",
+    "num_selected",
+    "num_initial",
+    "num_local",
+    "window",
+)
+"""What of a configuration a step computes with, besides the scale."""
+
+
+def geometry(config: NSAConfig) -> list[int]:
+    """The configuration as an operator's ``int[]``."""
+    return [
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.dv,
+        config.compress_block,
+        config.compress_stride,
+        config.select_block,
+        config.num_selected,
+        config.num_initial,
+        config.num_local,
+        config.window,
+    ]
+
+
+def config_of(values: Sequence[int], scale: float) -> NSAConfig:
+    """The inverse of :func:`geometry`."""
+    return _config_of(tuple(values), scale)
+
+
+@lru_cache(maxsize=256)
+def _config_of(values: tuple[int, ...], scale: float) -> NSAConfig:
+    named: dict[str, Any] = dict(zip(GEOMETRY, values, strict=True))
+    return NSAConfig(**named, scale=scale, rope_theta=None)

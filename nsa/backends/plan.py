@@ -1,0 +1,135 @@
+"""What runs every step, decided outside a trace.
+
+Inside ``torch.compile`` nothing may probe, import or log: the decision is a constant of the graph,
+made while it is traced, on everything but the length, which stays symbolic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from nsa.backends import Resolution, load, resolve
+from nsa.backends.contract import STEPS, Backend
+from nsa.config import NSAConfig
+from nsa.settings import Settings, current_settings
+
+_ANY_LENGTH = 2**31 - 1
+
+
+class Plan(NamedTuple):
+    """A :class:`nsa.Resolution` in strings, and where its steps are found."""
+
+    backend: str
+    reason: str
+    names: tuple[str, ...]
+    """The backend of each of :data:`STEPS`."""
+    keys: tuple[str, ...]
+    """Of :data:`BOUND`, likewise."""
+
+    @property
+    def resolution(self) -> Resolution:
+        """For people."""
+        per_branch = dict(zip(STEPS, self.names, strict=True))
+        return Resolution(self.backend, self.reason, MappingProxyType(per_branch))
+
+    def step(self, name: str) -> Backend:
+        """The backend that runs one of :data:`STEPS`."""
+        return BOUND[self.keys[STEPS.index(name)]]
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _constant_in_a_trace(function: _F) -> _F:
+    """What ``torch.compiler.assume_constant_result`` does, without its import of the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+BOUND: dict[str, Backend] = {}
+"""Backends bound to settings. A trace looks them up here; it cannot hold them as constants."""
+
+
+def plan(
+    config: NSAConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    length: int,
+    packed: bool,
+    needs_grad: bool,
+    backend: str | None,
+    settings: Settings,
+) -> Plan:
+    """:func:`nsa.resolve`, in a trace too; the arguments and errors are the same."""
+    if torch.compiler.is_compiling():
+        length = _stand_in(length, settings)
+    return Plan(*_decide(config, device, dtype, length, packed, needs_grad, backend, settings))
+
+
+def _stand_in(length: int, settings: Settings) -> int:
+    """A length that the flags treat alike; only where a flag asks does a trace depend on it."""
+    result = _ANY_LENGTH
+    thresholds = (settings.fa2_min_len_win, settings.fa2_min_len_cmp)
+    for least in (max(thresholds), min(thresholds)):
+        if least > 1 and length < least:
+            result = least - 1
+    return result
+
+
+@_constant_in_a_trace
+def _decide(
+    config: NSAConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    length: int,
+    packed: bool,
+    needs_grad: bool,
+    backend: str | None,
+    settings: Settings,
+) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
+    resolution = resolve(
+        config,
+        device=device,
+        dtype=dtype,
+        length=length,
+        packed=packed,
+        needs_grad=needs_grad,
+        backend=backend,
+        settings=settings,
+    )
+    names = tuple(resolution.per_branch[step] for step in STEPS)
+    keys = tuple(_bind(name, settings) for name in names)
+    return resolution.backend, resolution.reason, names, keys
+
+
+def _bind(name: str, settings: Settings) -> str:
+    key = name
+    if name.startswith("fa2-"):
+        flags = settings.fa2_provider, settings.prealloc_varlen_n, settings.prealloc_varlen_k
+        key = ":".join(map(str, (name, *flags)))
+    if key not in BOUND:
+        BOUND[key] = load(name, settings)
+    return key
+
+
+_SETTINGS: dict[str, Settings] = {}
+
+
+def settings_in_force() -> Settings:
+    """:func:`nsa.settings.current_settings`; in a trace those of the moment of tracing."""
+    if torch.compiler.is_compiling():
+        return _SETTINGS[_settings_key()]
+    return current_settings()
+
+
+@_constant_in_a_trace
+def _settings_key() -> str:
+    settings = current_settings()
+    key = repr(settings)
+    _SETTINGS[key] = settings
+    return key
