@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
 WORKERS ?= 2
+TRITON ?= triton==3.6.0
 
 # Torch's threads spin while they wait for each other. Long spins, the default, halve the speed or
 # worse as soon as anything else runs; short ones cost a sixth of it when nothing does.
@@ -44,6 +45,10 @@ demo: env  ## train a tiny model on this machine's Python sources, then let it w
 
 .PHONY: test
 test: lint types  ## lint, type check and all tests that need neither a GPU nor patience
+	@# Triton's interpreter changes what a kernel is for the whole process: one of its own, first.
+	@if $(BIN)/python -c 'import triton' 2>/dev/null; then set -x; \
+	  TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interpreter; \
+	  else echo 'triton is not installed: its kernels go untested'; fi
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 .PHONY: lint
@@ -73,6 +78,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade -c $(VENV)/constraints.txt pip setuptools
 	$(BIN)/python -m pip install $(request) $(if $(findstring --index-url,$(request)),,-c $(VENV)/constraints.txt)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev,train]'
+	@# CUDA builds of PyTorch bring triton; beside a CPU build it runs the kernels in its interpreter.
+	if [ "$$(uname -s)" = Linux ]; then \
+	  $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON); fi
 	@echo '$(request)' > $(STAMP)
 
 .PHONY: clean

@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa import validate
 from nsa.backends.plan import Plan, plan, settings_in_force
 from nsa.config import KV, NSAConfig
+from nsa.fusion import fused
 from nsa.settings import Settings
 
 
@@ -82,7 +83,8 @@ def nsa_attention(
         backend=backend,
         settings=settings,
     )
-    return run(
+    runner = run_fused if chosen.backend == "compiled" else run
+    return runner(
         chosen,
         q,
         compressed,
@@ -239,6 +241,10 @@ def run(
                 q, *window, config, cu_seqlens, max_seqlen=max_seqlen
             )
         return combine(gates, out_cmp, out_slc, out_win)
+
+
+run_fused = fused(run)
+"""The same for the ``compiled`` backend, as one graph."""
 
 
 def combine(gates: Tensor, *outputs: Tensor) -> Tensor:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from nsa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Compression = Literal["mlp", "linear", "mean"]
 Gate = Literal["sigmoid", "softmax"]
@@ -32,8 +37,31 @@ def nearest(name: object, known: list[str] | tuple[str, ...]) -> str:
     return f"{hint}(known: {', '.join(known)})"
 
 
+class Keyed:
+    """A frozen dataclass that carries itself as text: a trace takes text for a constant, and no
+    object or float of a user's."""
+
+    __slots__ = ("key",)
+    key: str
+    """The fields as JSON."""
+
+    def _make_key(self) -> None:
+        object.__setattr__(self, "key", json.dumps(self._values()))
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_key(cls, key: str) -> Self:
+        """The inverse of :attr:`key`."""
+        return cls(**json.loads(key))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self._values()), ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NSAConfig:
+class NSAConfig(Keyed):
     """Geometry and options of one NSA layer (arXiv 2502.11089, §3); lengths are in tokens.
 
     Raises :class:`nsa.ConfigError` when a rule of the method is broken.
@@ -74,6 +102,10 @@ class NSAConfig:
     """Base of the rotary embedding; None means no rotary embedding."""
 
     def __post_init__(self) -> None:
+        self._check()
+        self._make_key()
+
+    def _check(self) -> None:
         for field in fields(self):
             if field.type == "int":
                 _require_int(field.name, getattr(self, field.name))

@@ -17,6 +17,7 @@ from nsa.backends.plan import Plan, plan
 from nsa.compress import Compress
 from nsa.config import KV, NSAConfig
 from nsa.errors import ConfigError
+from nsa.fusion import fused
 from nsa.rope import apply_rope
 from nsa.settings import current_settings
 from nsa.varlen import token_members
@@ -107,11 +108,35 @@ class NSAttention(nn.Module):
             DataError: values that are not finite (``NSA_CHECK=1`` only).
             BackendUnavailable: the backend asked for cannot run this.
         """
-        settings, config = self.settings, self.config
+        settings = self.settings
         validate.check_layer_input(x, self.dim, self.q_proj.weight)
         validate.check_packing(x, cu_seqlens, max_seqlen, check=settings.check)
         if settings.check:
             validate.check_finite({"x": x})
+        if not torch.compiler.is_compiling() and self._choose(x, cu_seqlens, max_seqlen) == (
+            "compiled"
+        ):
+            return _FUSED(self, x, cu_seqlens, max_seqlen)
+        return self._attend(x, cu_seqlens, max_seqlen)
+
+    def _choose(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> str:
+        """The name of the backend, before anything has been projected."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        chosen = plan(
+            self.config,
+            device=x.device,
+            dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
+            length=x.shape[1] if max_seqlen is None else max_seqlen,
+            packed=cu_seqlens is not None,
+            needs_grad=torch.is_grad_enabled(),
+            backend=self.backend,
+            settings=self.settings,
+        )
+        return chosen.backend
+
+    def _attend(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+        """Projections, branches and gates, of checked input."""
+        settings, config = self.settings, self.config
         T = x.shape[1]
         q = self._rotate(
             self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim)), cu_seqlens
@@ -172,3 +197,4 @@ class NSAttention(nn.Module):
 
 
 _KV_ORDER = ("selected", "window", "compressed")
+_FUSED = fused(NSAttention._attend)

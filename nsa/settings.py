@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from nsa.config import nearest
+from nsa.config import Keyed, nearest
 from nsa.errors import SettingsError
 
 BACKENDS = ("auto", "reference", "sdpa", "fa2-dense", "fa2-varlen", "compiled")
@@ -23,7 +23,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Keyed):
     """The flags of one process, typed; each field is ``NSA_`` and its name in capitals.
 
     Raises :class:`nsa.SettingsError` for a value out of range or flags that contradict each other.
@@ -55,6 +55,10 @@ class Settings:
     """NVTX ranges around each branch, for a profiler."""
 
     def __post_init__(self) -> None:
+        self._check()
+        self._make_key()
+
+    def _check(self) -> None:
         for field in fields(self):
             _CHECKS[field.name](f"{field.name}", getattr(self, field.name))
         fa2 = self.backend.startswith("fa2-")

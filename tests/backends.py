@@ -47,7 +47,11 @@ def fa2_by_math(device: str) -> Iterator[None]:
 def targets(
     dtypes: tuple[torch.dtype, ...] = DTYPES, only: tuple[str, ...] | None = None
 ) -> list[object]:
-    """Parameters ``(backend, device, dtype)``, the CUDA ones marked ``gpu``."""
+    """Parameters ``(backend, device, dtype)``, the CUDA ones marked ``gpu``.
+
+    ``compiled`` on CUDA is not among them: its kernels take seconds to make for every new geometry,
+    so tests/test_compiled_gpu.py runs chosen ones.
+    """
     return [
         pytest.param(
             name,
@@ -59,7 +63,7 @@ def targets(
         for device in DEVICES
         for dtype in dtypes
         for name in available(device, dtype)
-        if only is None or name in only
+        if (only is None or name in only) and (name, device) != ("compiled", "cuda")
     ]
 
 

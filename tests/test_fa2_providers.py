@@ -2,175 +2,206 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
-import types
 from collections.abc import Callable
 
+import flash_attn_stubs as stubs
 import pytest
 import torch
-from torch import Tensor
+from flash_attn_stubs import refusal
 
-from nsa import BackendUnavailable, NSAConfig, resolve, use_settings
+from nsa import BackendUnavailable, NSAConfig, Resolution, resolve, use_settings
 from nsa.backends import fa2_providers
-from nsa.backends.fa2_providers import Aten, Call, FlashAttn, Math, provider
+from nsa.backends.fa2_providers import Aten, FlashAttn, Math, Report, describe, provider, survey
 
 CPU = torch.device("cpu")
-INTERFACE = "flash_attn.flash_attn_interface"
+
+without_the_package = pytest.mark.skipif(
+    fa2_providers._version("flash-attn") is not None, reason="flash-attn is installed here"
+)
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Pretends that these distributions are installed, with this interface module."""
-
-    def install(versions: dict[str, str], interface: object = None) -> None:
-        def version(name: str) -> str:
-            if name not in versions:
-                raise importlib.metadata.PackageNotFoundError(name)
-            return versions[name]
-
-        monkeypatch.setattr(importlib.metadata, "version", version)
-
-        def load(name: str) -> object:
-            assert name == INTERFACE
-            if isinstance(interface, Exception):
-                raise interface
-            return interface
-
-        monkeypatch.setattr(fa2_providers.importlib, "import_module", load)
-
-    return install
+def of_package() -> Report:
+    return survey(CPU)[0]
 
 
-def interface(forward: Callable[..., tuple[Tensor, ...]]) -> types.SimpleNamespace:
-    """A ``flash_attn`` that computes with ``forward`` and whose backward is right."""
-
-    def backward(
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        **options: object,
-    ) -> None:
-        lse = lse.transpose(1, 2)
-        for to, grad in zip(
-            (dq, dk, dv), Math().backward(dout, q, k, v, out, lse, call_of(q, options)), strict=True
-        ):
-            to.copy_(grad)
-
-    return types.SimpleNamespace(_flash_attn_forward=forward, _flash_attn_backward=backward)
+# The package
 
 
-def call_of(q: Tensor, options: dict[str, object]) -> Call:
-    left = options["window_size_left"]
-    assert isinstance(left, int)
-    return Call(
-        scale=float(str(options["softmax_scale"])),
-        causal=bool(options["causal"]),
-        window=left + 1,
-        max_q=q.shape[1],
-        max_k=q.shape[1],
+def test_a_right_package_is_taken(install: Callable[..., None], fits: None) -> None:
+    install(stubs.RIGHT)
+    assert isinstance(provider("flash_attn", CPU), FlashAttn)
+    assert isinstance(provider("auto", CPU), FlashAttn)
+    assert describe("auto", CPU) == "flash_attn 2.8.3"
+    found = of_package()
+    assert (found.name, found.version, found.status, found.fix) == (
+        "flash_attn",
+        "2.8.3",
+        "works",
+        None,
+    )
+    assert found.detail.startswith("imports; small calls, forward and backward, are right")
+
+
+BROKEN = {
+    "ImportError": (
+        stubs.IMPORT_ERROR,
+        "does not import (ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E); "
+        "it was built for another torch or CUDA",
+    ),
+    "OSError": (
+        stubs.OS_ERROR,
+        "does not import (OSError: libcudart.so.12: cannot open shared object file); "
+        "it was built for another torch or CUDA",
+    ),
+    "RuntimeError": (stubs.RUNTIME_ERROR, "does not import (RuntimeError: no good, really)"),
+    "half installed": (None, "does not import (ModuleNotFoundError: No module named "),
+    "empty": ("", "a small call failed (AttributeError: module 'flash_attn.flash_attn_interface'"),
+    "no kernel": (
+        stubs.NO_KERNEL,
+        "a small call failed (RuntimeError: CUDA error: no kernel image is available)",
+    ),
+    "old signature": (stubs.OLD_SIGNATURE, "a small call failed (TypeError: _flash_attn_forward()"),
+}
+WRONG = {
+    "out": (stubs.WRONG_OUT, "(out: relative error 0.05)"),
+    "not a number": (stubs.NOT_A_NUMBER, "(out: relative error nan)"),
+    "lse": (stubs.WRONG_LSE, "(lse: relative error 0.44)"),
+    "packed": (stubs.WRONG_PACKED, "(packed out: relative error "),
+    "backward": (stubs.WRONG_BACKWARD, "(dq: relative error 1)"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_package_is_named(install: Callable[..., None], fits: None, case: str) -> None:
+    interface, error = BROKEN[case]
+    install(interface)
+    message = refusal()
+    assert message.startswith(f"flash_attn 2.8.3: {error}")
+    assert f"(fix: build it anew for this machine and torch {torch.__version__}: pip " in message
+    found = of_package()
+    assert found.status == "broken"
+    assert found.refusal == message
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_numbers_are_named(install: Callable[..., None], fits: None, case: str) -> None:
+    interface, error = WRONG[case]
+    install(interface)
+    message = refusal()
+    assert message.startswith(f"flash_attn 2.8.3: a small call gave wrong numbers {error}")
+    found = of_package()
+    assert found.status == "wrong numbers"
+    assert found.refusal == message
+
+
+@without_the_package
+def test_flash_attn_4_alone_is_not_taken_for_2(install: Callable[..., None], fits: None) -> None:
+    install(stubs.RIGHT, "flash-attn-4", version="4.0.1")
+    assert refusal() == (
+        "flash_attn: only flash-attn-4 4.0.1 is installed, whose flash_attn folder is not "
+        "FlashAttention-2 (fix: pip install --no-build-isolation 'flash-attn<3')"
+    )
+    assert (of_package().status, of_package().version) == ("absent", None)
+    assert "flash_attn" not in sys.modules
+
+
+@without_the_package
+def test_a_folder_without_a_distribution_is_not_used(
+    install: Callable[..., None], fits: None
+) -> None:
+    install(stubs.RIGHT, None)
+    assert "not installed; a flash_attn folder without a distribution is not used" in refusal()
+    assert of_package().status == "absent"
+    assert "flash_attn" not in sys.modules
+
+
+def test_another_major_version_is_named(install: Callable[..., None], fits: None) -> None:
+    install(stubs.RIGHT, version="3.0.0")
+    assert "flash_attn 3.0.0: expected version 2 of flash-attn, got 3.0.0 (fix: pip" in refusal()
+    assert of_package().status == "absent"
+
+
+@without_the_package
+def test_no_package_names_the_fix(fits: None) -> None:
+    assert refusal() == (
+        "flash_attn: not installed (fix: pip install --no-build-isolation 'flash-attn<3')"
     )
 
 
-def right(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-    out, lse = Math().forward(q, k, v, call_of(q, options))
-    return out, lse.transpose(1, 2)
-
-
-def wrong(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-    out, lse = right(q, k, v, **options)
-    return out * 1.05, lse
-
-
-def base_two(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-    out, lse = right(q, k, v, **options)
-    return out, lse * 1.4427
-
-
-def test_a_right_package_is_accepted(installed: Callable[..., None]) -> None:
-    installed({"flash-attn": "2.8.3"}, interface(right))
-    found, why_not = fa2_providers._find_package()
-    assert isinstance(found, FlashAttn)
-    assert why_not is None
-    assert fa2_providers._wrong(found, CPU) is None
-
-
-@pytest.mark.parametrize(
-    ("forward", "name"), [(wrong, "out: relative error 0.05"), (base_two, "lse")]
-)
-def test_wrong_numbers_are_named(
-    installed: Callable[..., None], forward: Callable[..., tuple[Tensor, ...]], name: str
-) -> None:
-    installed({"flash-attn": "2.8.3"}, interface(forward))
-    found, _ = fa2_providers._find_package()
-    assert found is not None
-    assert name in str(fa2_providers._wrong(found, CPU))
-    assert "wrong numbers" in str(fa2_providers._wrong(found, CPU))
-
-
-def test_a_call_that_fails_is_named() -> None:
-    def fails(*tensors: Tensor, **options: object) -> tuple[Tensor, ...]:
-        raise RuntimeError("no kernel image is available")
-
-    reason = fa2_providers._wrong(FlashAttn(interface(fails)), CPU)
-    assert reason == "a small call failed (RuntimeError: no kernel image is available)"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ImportError("undefined symbol: _ZN3c105ErrorC2E"),
-        OSError("libcudart.so.12: cannot open shared object file"),
-    ],
-    ids=["ImportError", "OSError"],
-)
-def test_a_package_that_does_not_import_is_named(
-    installed: Callable[..., None], error: Exception
-) -> None:
-    installed({"flash-attn": "2.8.3"}, error)
-    found, why_not = fa2_providers._find_package()
-    assert found is None
-    assert f"flash-attn 2.8.3 does not import ({type(error).__name__}: {error})" in str(why_not)
-    assert "build it for torch" in str(why_not)
-
-
-def test_flash_attn_4_alone_is_not_taken_for_2(installed: Callable[..., None]) -> None:
-    installed({"flash-attn-4": "4.0.1"}, interface(right))
-    found, why_not = fa2_providers._find_package()
-    assert found is None
-    assert "only flash-attn-4 4.0.1 is installed" in str(why_not)
-
-
-def test_another_major_version_is_named(installed: Callable[..., None]) -> None:
-    installed({"flash-attn": "3.0.0"}, interface(right))
-    assert fa2_providers._find_package() == (None, "expected version 2 of flash-attn, got 3.0.0")
-
-
-def test_no_package_names_the_fix(installed: Callable[..., None]) -> None:
-    installed({})
-    assert fa2_providers._find_package()[1] == (
-        "the package is not installed: pip install flash-attn"
-    )
+# Without a GPU
 
 
 @pytest.mark.parametrize("name", ["auto", "aten", "flash_attn"])
 def test_a_cpu_is_refused(name: str) -> None:
+    assert refusal(name) == (
+        "FlashAttention-2 needs a CUDA device, got cpu "
+        "(fix: use a CUDA GPU of compute capability 8.0 or newer)"
+    )
     with pytest.raises(BackendUnavailable, match="needs a CUDA device, got cpu"):
-        provider(name, CPU)
+        describe(name, CPU)
+
+
+def test_a_refusal_of_the_device_imports_nothing(install: Callable[..., None]) -> None:
+    install(stubs.RIGHT)
+    refusal()
+    assert "flash_attn" not in sys.modules
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a device here")
+def test_a_device_that_torch_does_not_see_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="needs a CUDA device, and torch sees none"):
+        provider("auto", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("capability", "text"), [((7, 5), "got sm75"), ((8, 0), None)])
+def test_an_old_gpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], text: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = fa2_providers._unfit.__wrapped__(torch.device("cuda"))
+    assert found == (text and f"FlashAttention-2 needs sm80 or newer, {text}")
+
+
+@pytest.mark.parametrize("case", ["ImportError", "OSError"])
+def test_a_survey_sees_a_package_that_cannot_be_imported(
+    install: Callable[..., None], case: str
+) -> None:
+    interface, error = BROKEN[case]
+    install(interface)
+    assert (of_package().status, of_package().detail) == ("broken", error)
+
+
+def test_a_survey_calls_nothing_that_cannot_run(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(stubs.NO_KERNEL)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert of_package().status == "not run"
+    assert of_package().detail == "imports; not called: torch sees no CUDA device"
+
+
+def test_a_survey_of_another_device_than_the_gpu(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(stubs.RIGHT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert of_package().detail == (
+        "imports; not called: FlashAttention-2 needs a CUDA device, got cpu"
+    )
+
+
+# The choice
 
 
 def test_math_comes_by_request_only() -> None:
     assert isinstance(provider("math", CPU), Math)
+    assert describe("math", CPU) == "math"
     assert Aten().name == "aten"
 
 
-def ask(**changes: object) -> object:
+def ask(**changes: object) -> Resolution:
     with use_settings(**changes):
         return resolve(
             NSAConfig.preset("tiny"),
@@ -220,9 +251,3 @@ def test_flags_send_a_branch_to_sdpa(
 
 def test_auto_never_takes_math() -> None:
     assert ask(fa2_provider="math").backend == "sdpa"
-
-
-def test_nothing_of_flash_attn_is_imported_by_a_refusal() -> None:
-    with pytest.raises(BackendUnavailable):
-        provider("flash_attn", CPU)
-    assert "flash_attn" not in sys.modules

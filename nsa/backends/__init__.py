@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 
+from nsa.backends import fa2_providers
 from nsa.backends.contract import STEPS, Backend, Problem
 from nsa.config import NSAConfig, nearest
 from nsa.errors import BackendUnavailable, SettingsError
@@ -52,7 +53,10 @@ TABLE: Mapping[str, Row] = MappingProxyType(
             module="nsa.backends.fa2_varlen",
             summary="FlashAttention-2 on packed sequences",
         ),
-        "compiled": Row(module=None, summary="torch.compile, FlexAttention and Triton kernels"),
+        "compiled": Row(
+            module="nsa.backends.compiled",
+            summary="torch.compile around dense and Triton kernels",
+        ),
     }
 )
 
@@ -148,11 +152,14 @@ def resolve(
         packed=packed,
         needs_grad=needs_grad,
     )
-    return _resolve(problem, backend, settings)
+    return _resolve(problem, backend, settings, fa2_providers.active_impl())
 
 
 @lru_cache(maxsize=1024)
-def _resolve(problem: Problem, backend: str | None, settings: Settings) -> Resolution:
+def _resolve(
+    problem: Problem, backend: str | None, settings: Settings, active_impl: str | None
+) -> Resolution:
+    """``active_impl`` is a part of the key: whoever activates another gets another answer."""
     name, asked = _requested(problem, backend, settings)
     if name != "auto":
         why_not = unavailable(name, problem, settings)
@@ -199,22 +206,37 @@ def _requested(problem: Problem, backend: str | None, settings: Settings) -> tup
 
 
 def _resolution(name: str, reason: str, problem: Problem, settings: Settings) -> Resolution:
-    """The backend of every step; flags and short batches send FA-2's branches to ``sdpa``."""
+    """The backend of every step; some leave a branch to ``sdpa``, and the reason says why."""
     steps = dict.fromkeys(STEPS, name)
     if name.startswith("fa2-"):
         steps["select"] = "sdpa"
-        branches = (
-            ("window", "WIN", settings.use_fa2_win, settings.fa2_min_len_win),
-            ("compressed", "CMP", settings.use_fa2_cmp, settings.fa2_min_len_cmp),
-        )
-        for branch, flag, use, least in branches:
-            if use is False:
-                steps[branch] = "sdpa"
-                reason += f"; {branch} on sdpa: NSA_USE_FA2_{flag}=0"
-            elif use is None and problem.length < least:
-                steps[branch] = "sdpa"
-                reason += f"; {branch} on sdpa: shorter than NSA_FA2_MIN_LEN_{flag}={least}"
+    for branch, why in left_by(name, problem, settings).items():
+        steps[branch] = "sdpa"
+        reason += f"; {branch} on sdpa: {why}"
     return Resolution(name, reason, MappingProxyType(steps))
+
+
+def left_by(name: str, problem: Problem, settings: Settings) -> dict[str, str]:
+    """The branches that a backend leaves to ``sdpa`` here, and why."""
+    if name.startswith("fa2-"):
+        return left_to_sdpa(problem, settings)
+    left = getattr(_module(name), "left_to_sdpa", None)
+    return {} if left is None else left(problem, settings)
+
+
+def left_to_sdpa(problem: Problem, settings: Settings) -> dict[str, str]:
+    """The branches that an FA-2 backend leaves to ``sdpa``, and the flag that says so."""
+    found = {}
+    branches = (
+        ("window", "WIN", settings.use_fa2_win, settings.fa2_min_len_win),
+        ("compressed", "CMP", settings.use_fa2_cmp, settings.fa2_min_len_cmp),
+    )
+    for branch, flag, use, least in branches:
+        if use is False:
+            found[branch] = f"NSA_USE_FA2_{flag}=0"
+        elif use is None and problem.length < least:
+            found[branch] = f"shorter than NSA_FA2_MIN_LEN_{flag}={least}"
+    return found
 
 
 @cache

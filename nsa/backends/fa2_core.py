@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nsa.backends.contract import Problem
 from nsa.backends.fa2_providers import Call, provider
-from nsa.backends.operators import define, lse_dtype
 from nsa.errors import BackendUnavailable
+from nsa.kernels.operators import define, lse_dtype
 from nsa.settings import Settings
 
 MAX_HEAD = 256

@@ -1,275 +1,90 @@
-"""Where FlashAttention-2 comes from, behind one narrow interface.
+"""Where FlashAttention-2 comes from: which source works on a device, and why another does not.
 
-What the sources disagree on is normalised here: keys and rows are aligned at the bottom right, a
-window of ``w`` tokens counts the query's own, the log-sum-exp is natural, laid out like q, and −inf
-where a row sees nothing.
+That a package is installed, or imports, says little: one built for another torch fails to load, and
+one built for another GPU loads and cannot run. So each source is called once, forward and backward,
+and its numbers are compared. What :func:`provider` decides by is what :func:`survey` tells.
 
-B batch, T query tokens, S key tokens, H query heads, K key/value heads, D head size (one for keys
-and values). Packed tensors drop B: ``[total, H, D]``.
+B batch, T tokens, H query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import attention
 
+from nsa.backends.fa2_calls import NEG_INF, Aten, Call, FlashAttn, Provider
+from nsa.backends.fa2_math import Math
 from nsa.errors import BackendUnavailable
 
-NEG_INF = float("-inf")
+__all__ = [
+    "ABSENT",
+    "BROKEN",
+    "IDLE",
+    "NEG_INF",
+    "WORKS",
+    "WRONG",
+    "Aten",
+    "Call",
+    "FlashAttn",
+    "Math",
+    "Provider",
+    "Report",
+    "active_impl",
+    "describe",
+    "provider",
+    "survey",
+]
 
-_BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
+SOURCES = ("flash_attn", "aten")
+"""What "auto" tries, in this order."""
+
+ABSENT, BROKEN, WRONG, IDLE, WORKS = "absent", "broken", "wrong numbers", "not run", "works"
+
+_EXPECTED = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
 """What importing or calling a package that does not fit this machine may raise."""
+
+_OTHER_TORCH = re.compile(r"undefined symbol|cannot open shared object|DLL load failed", re.I)
+_INSTALL = "pip install --no-build-isolation 'flash-attn<3'"
+_REBUILD = (
+    "pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir 'flash-attn<3'"
+)
+_OTHER_GPU = "use a CUDA GPU of compute capability 8.0 or newer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One FlashAttention-2 problem."""
-
-    scale: float
-    causal: bool
-    window: int | None = None
-    """Keys a row sees at most, its own included; None: all."""
-    cu_q: Tensor | None = None
-    """int32 ``[n_seq + 1]`` when packed."""
-    cu_k: Tensor | None = None
-    max_q: int
-    """The longest sequence of rows (T when regular)."""
-    max_k: int
-
-    @property
-    def left(self) -> int:
-        """FA-2's left window: keys before the row's own, −1 for all."""
-        return -1 if self.window is None else self.window - 1
-
-    @property
-    def right(self) -> int:
-        """FA-2's right window."""
-        return 0 if self.causal else -1
-
-
-class Provider(Protocol):
-    """Forward and backward of attention; q ``[B, T, H, D]`` or packed ``[total, H, D]``."""
+class Report:
+    """What one source of FlashAttention-2 is worth on one device."""
 
     name: str
+    """As in ``NSA_FA2_PROVIDER``."""
+    version: str | None
+    """The package's, or torch's; None if there is none."""
+    status: str
+    """One of "absent", "broken", "wrong numbers", "not run", "works"."""
+    detail: str
+    """The exact error, or what was found."""
+    fix: str | None = None
+    """What would make it work; None if it does."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """``out`` like q and ``lse`` fp32 ``[B, T, H]`` or ``[total, H]``."""
-        ...
+    @property
+    def title(self) -> str:
+        """Name and version."""
+        if self.name == "aten":
+            return f"aten (torch {self.version})"
+        return self.name if self.version is None else f"{self.name} {self.version}"
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v for an output and log-sum-exp that may be those of a merge.
-
-        A row whose lse is −inf gets and gives no gradient.
-        """
-        ...
-
-
-def _heads_first(lse: Tensor) -> Tensor:
-    """``[B, T, H]`` -> ``[B, H, T]`` with the +inf that FA-2's backward wants for an empty row."""
-    lse = lse.masked_fill(lse == NEG_INF, float("inf"))
-    return lse.transpose(-1, -2).contiguous()
-
-
-def _heads_last(lse: Tensor) -> Tensor:
-    """FA-2's ``[B, H, T]`` -> ``[B, T, H]``, −inf where it says +inf."""
-    return lse.transpose(-1, -2).masked_fill(lse.transpose(-1, -2) == float("inf"), NEG_INF)
-
-
-class Aten:
-    """The FlashAttention-2 kernels that PyTorch brings along."""
-
-    name = "aten"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """See :class:`Provider`."""
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            call.cu_q,
-            call.cu_k,
-            call.max_q,
-            call.max_k,
-            0.0,
-            call.causal,
-            False,
-            scale=call.scale,
-            window_size_left=call.left,
-            window_size_right=call.right,
-        )
-        return out, _heads_last(lse)
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`Provider`."""
-        unused = torch.empty((), dtype=torch.uint64, device=q.device)  # no dropout, no seed
-        return torch.ops.aten._flash_attention_backward(
-            dout.contiguous(),
-            q,
-            k,
-            v,
-            out,
-            _heads_first(lse),
-            call.cu_q,
-            call.cu_k,
-            call.max_q,
-            call.max_k,
-            0.0,
-            call.causal,
-            unused.new_empty(2),
-            unused,
-            scale=call.scale,
-            window_size_left=call.left,
-            window_size_right=call.right,
-        )
-
-
-class FlashAttn:
-    """The ``flash_attn`` package, version 2."""
-
-    name = "flash_attn"
-
-    def __init__(self, interface: Any) -> None:
-        self._interface = interface
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """See :class:`Provider`."""
-        options = {
-            "dropout_p": 0.0,
-            "softmax_scale": call.scale,
-            "causal": call.causal,
-            "window_size_left": call.left,
-            "window_size_right": call.right,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-            "return_softmax": False,
-        }
-        if call.cu_q is None:
-            out, lse, *_ = self._interface._flash_attn_forward(q, k, v, **options)
-        else:
-            packing = (call.cu_q, call.cu_k, call.max_q, call.max_k)
-            out, lse, *_ = self._interface._flash_attn_varlen_forward(q, k, v, *packing, **options)
-        return out, _heads_last(lse)
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`Provider`."""
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        given = (dout.contiguous(), q, k, v, out, _heads_first(lse), dq, dk, dv)
-        options = {
-            "dropout_p": 0.0,
-            "softmax_scale": call.scale,
-            "causal": call.causal,
-            "window_size_left": call.left,
-            "window_size_right": call.right,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-            "deterministic": False,
-        }
-        if call.cu_q is None:
-            self._interface._flash_attn_backward(*given, **options)
-        else:
-            packing = (call.cu_q, call.cu_k, call.max_q, call.max_k)
-            self._interface._flash_attn_varlen_backward(*given, *packing, **options)
-        return dq, dk, dv
-
-
-class Math:
-    """FlashAttention-2's contract in plain PyTorch: any device, any float dtype, for tests."""
-
-    name = "math"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """See :class:`Provider`."""
-        if call.cu_q is not None:
-            out, lse = torch.full_like(q, float("nan")), q.new_full(q.shape[:2], float("nan"))
-            lse = lse.to(_wide(q.dtype))
-            for rows, keys, one in _sequences(call):
-                parts = self.forward(q[None, rows], k[None, keys], v[None, keys], one)
-                out[rows], lse[rows] = parts[0][0], parts[1][0]
-            return out, lse
-        p, lse = _probabilities(q, k, call)
-        out = torch.einsum("bkgts,bskd->btkgd", p, v.to(p.dtype)).flatten(2, 3)
-        return out.to(q.dtype), lse
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`Provider`."""
-        if call.cu_q is not None:
-            dq, dk, dv = (torch.full_like(x, float("nan")) for x in (q, k, v))
-            for rows, keys, one in _sequences(call):
-                given = dout[None, rows], q[None, rows], k[None, keys], v[None, keys]
-                parts = self.backward(*given, out[None, rows], lse[None, rows], one)
-                for grad, part, span in zip((dq, dk, dv), parts, (rows, keys, keys), strict=True):
-                    grad[span] = part[0]
-            return dq, dk, dv
-        p, _ = _probabilities(q, k, call, lse)
-        B, T, H, D = q.shape
-        K, wide = k.shape[2], p.dtype
-        q_BTKGD, dout_BTKGD = (
-            x.to(wide).view(B, T, K, H // K, D) for x in (q, dout.reshape(q.shape))
-        )
-        delta = (dout.to(wide) * out).sum(-1).view(B, T, K, H // K).permute(0, 2, 3, 1)
-        dp = torch.einsum("btkgd,bskd->bkgts", dout_BTKGD, v.to(wide))
-        ds = p * (dp - delta[..., None]) * call.scale
-        dq = torch.einsum("bkgts,bskd->btkgd", ds, k.to(wide)).reshape(q.shape)
-        dk = torch.einsum("bkgts,btkgd->bskd", ds, q_BTKGD)
-        dv = torch.einsum("bkgts,btkgd->bskd", p, dout_BTKGD)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _sequences(call: Call) -> list[tuple[slice, slice, Call]]:
-    """Rows, keys and the regular call of each packed sequence."""
-    assert call.cu_q is not None
-    assert call.cu_k is not None
-    rows, keys = call.cu_q.tolist(), call.cu_k.tolist()
-    result = []
-    for i in range(len(rows) - 1):
-        one = replace(
-            call, cu_q=None, cu_k=None, max_q=rows[i + 1] - rows[i], max_k=keys[i + 1] - keys[i]
-        )
-        result.append((slice(rows[i], rows[i + 1]), slice(keys[i], keys[i + 1]), one))
-    return result
-
-
-def _probabilities(
-    q: Tensor, k: Tensor, call: Call, lse: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``[B, K, G, T, S]`` and lse ``[B, T, H]``; normalised by ``lse`` if it is given."""
-    B, T, H, D = q.shape
-    S, K = k.shape[1], k.shape[2]
-    wide = _wide(q.dtype)
-    q_BTKGD = q.to(wide).view(B, T, K, H // K, D)
-    scores = call.scale * torch.einsum("btkgd,bskd->bkgts", q_BTKGD, k.to(wide))
-    t = torch.arange(T, device=q.device)[:, None] + S - T
-    s = torch.arange(S, device=q.device)
-    hidden = torch.zeros(T, S, dtype=torch.bool, device=q.device)
-    if call.causal:
-        hidden |= s > t
-    if call.window is not None:
-        hidden |= s <= t - call.window
-    scores = scores.masked_fill(hidden, NEG_INF)
-    if lse is None:
-        lse_BKGT = scores.logsumexp(-1)
-    else:
-        lse_BKGT = lse.view(B, T, K, H // K).permute(0, 2, 3, 1)
-    p = (scores - lse_BKGT.masked_fill(lse_BKGT == NEG_INF, float("inf"))[..., None]).exp()
-    return p, lse_BKGT.permute(0, 3, 1, 2).reshape(B, T, H)
+    @property
+    def refusal(self) -> str:
+        """Why it is not taken, and the fix."""
+        return f"{self.title}: {self.detail}" + (f" (fix: {self.fix})" if self.fix else "")
 
 
 def provider(name: str, device: torch.device) -> Provider:
@@ -278,86 +93,198 @@ def provider(name: str, device: torch.device) -> Provider:
     Raises:
         BackendUnavailable: none works, with the reason for each and the fix.
     """
+    return _choose(name, device)[0]
+
+
+def describe(name: str, device: torch.device) -> str:
+    """What :func:`provider` takes, with its version; raises as it does."""
+    return _choose(name, device)[1].title
+
+
+def survey(device: torch.device) -> tuple[Report, ...]:
+    """A look at every source, whichever is chosen; where FA-2 cannot run, without a call."""
+    return tuple(_look(source, device)[1] for source in SOURCES)
+
+
+def active_impl() -> str | None:
+    """What torch runs in place of its own FlashAttention-2 kernels, as "FA3"; None: nothing.
+
+    A program may change that at any time (``torch.nn.attention.activate_flash_attention_impl``), so
+    nobody may keep the answer.
+    """
+    current = getattr(attention, "current_flash_attention_impl", None)
+    name = None if current is None else current()
+    return None if name == "FA2" else name
+
+
+def _choose(name: str, device: torch.device) -> tuple[Provider, Report]:
     if name == "math":
-        return Math()
-    found, reasons = _probe(name, device)
-    if found is None:
-        raise BackendUnavailable("; ".join(reasons))
-    return found
+        detail = "plain PyTorch, for tests"
+        return Math(), Report(name=name, version=None, status=WORKS, detail=detail)
+    unfit = _unfit(device)
+    if unfit is not None:
+        raise BackendUnavailable(f"{unfit} (fix: {_OTHER_GPU})")
+    refusals = []
+    for source in SOURCES if name == "auto" else (name,):
+        found, report = _look(source, device)
+        if found is not None:
+            return found, report
+        refusals.append(report.refusal)
+    raise BackendUnavailable("; ".join(refusals))
 
 
 @lru_cache(maxsize=64)
-def _probe(name: str, device: torch.device) -> tuple[Provider | None, tuple[str, ...]]:
-    """Tries the sources once for each device, never inside a trace."""
-    reasons = []
-    for source in ("flash_attn", "aten") if name == "auto" else (name,):
-        why_not: str | None
-        candidate: Provider | None
-        if device.type != "cuda":
-            candidate, why_not = None, f"FlashAttention-2 needs a CUDA device, got {device.type}"
-        elif torch.cuda.get_device_capability(device) < (8, 0):
-            major, minor = torch.cuda.get_device_capability(device)
-            candidate, why_not = None, f"FlashAttention-2 needs sm80 or newer, got sm{major}{minor}"
-        elif source == "flash_attn":
-            candidate, why_not = _find_package()
-        else:
-            candidate, why_not = _find_aten()
-        if candidate is not None:
-            why_not = _wrong(candidate, device)
-            if why_not is None:
-                return candidate, ()
-        reasons.append(f"{source}: {why_not}")
-    return None, tuple(reasons)
-
-
-def _find_package() -> tuple[Provider | None, str | None]:
-    """``flash_attn``, by the distribution's name: flash-attn-4 installs a folder so called, too."""
-    try:
-        version = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
-        try:
-            other = importlib.metadata.version("flash-attn-4")
-        except importlib.metadata.PackageNotFoundError:
-            return None, "the package is not installed: pip install flash-attn"
-        return None, (
-            f"only flash-attn-4 {other} is installed, whose flash_attn folder is not "
-            "FlashAttention-2: pip install flash-attn"
-        )
-    if not version.startswith("2."):
-        return None, f"expected version 2 of flash-attn, got {version}"
-    try:
-        return FlashAttn(importlib.import_module("flash_attn.flash_attn_interface")), None
-    except _BROKEN as error:
-        return None, (
-            f"flash-attn {version} does not import ({type(error).__name__}: {error}): build it "
-            f"for torch {torch.__version__} (pip install --no-build-isolation --force-reinstall "
-            "flash-attn)"
-        )
-
-
-def _find_aten() -> tuple[Provider | None, str | None]:
-    if not torch.backends.cuda.is_flash_attention_available():
-        return None, "this build of torch has no FlashAttention kernels"
-    return Aten(), None
-
-
-def _wrong(candidate: Provider, device: torch.device) -> str | None:
-    """What a tiny call gets wrong, forward or backward; None if it is right."""
-    generator = torch.Generator().manual_seed(0)
-    q, dout = (torch.randn(2, 40, 4, 32, generator=generator) for _ in range(2))
-    k, v = (torch.randn(2, 40, 2, 32, generator=generator) for _ in range(2))
-    call = Call(scale=0.2, causal=True, window=9, max_q=40, max_k=40)
-    truth = Math()
-    want_out, want_lse = truth.forward(q, k, v, call)
-    want = (want_out, want_lse, *truth.backward(dout, q, k, v, want_out, want_lse, call))
-    q, k, v, dout = (x.to(device, torch.float16) for x in (q, k, v, dout))
-    try:
-        out, lse = candidate.forward(q, k, v, call)
-        got = (out, lse, *candidate.backward(dout, q, k, v, out, lse, call))
-    except _BROKEN as error:
-        return f"a small call failed ({type(error).__name__}: {error})"
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
-        error_ = ((x.float().cpu() - y).norm() / y.norm()).item()
-        if not error_ < 8 * torch.finfo(torch.float16).eps:
-            return f"a small call gave wrong numbers ({name}: relative error {error_:.2g})"
+def _unfit(device: torch.device) -> str | None:
+    """Why no source can run on a device."""
+    if device.type != "cuda":
+        return f"FlashAttention-2 needs a CUDA device, got {device.type}"
+    if not torch.cuda.is_available():
+        return "FlashAttention-2 needs a CUDA device, and torch sees none"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        return f"FlashAttention-2 needs sm80 or newer, got sm{major}{minor}"
     return None
+
+
+def _look(source: str, device: torch.device) -> tuple[Provider | None, Report]:
+    """One source; a provider only if it works."""
+    impl = active_impl() if source == "aten" else None
+    if impl is None:
+        return _probe(source, device)
+    return None, Report(
+        name=source,
+        version=torch.__version__,
+        status=IDLE,
+        detail=f"{impl} is active in place of torch's FlashAttention-2 kernels",
+        fix="torch.nn.attention.restore_flash_attention_impl()",
+    )
+
+
+@lru_cache(maxsize=64)
+def _probe(source: str, device: torch.device) -> tuple[Provider | None, Report]:
+    """Finds and calls a source, once for each device and never inside a trace."""
+    candidate, found = _find_package() if source == "flash_attn" else _find_aten()
+    unfit = _unfit(device)
+    if candidate is None:
+        idle = found.status == ABSENT and unfit is not None
+        return None, replace(found, fix=None) if idle else found
+    if unfit is not None:
+        why = unfit if torch.cuda.is_available() else "torch sees no CUDA device"
+        detail = f"{found.detail}; not called: {why}"
+        return None, replace(found, status=IDLE, detail=detail, fix=_OTHER_GPU)
+    own = source == "aten"
+    fix = "try another build of torch, or the flash-attn package" if own else _rebuild()
+    try:
+        errors = _errors(candidate, device)
+    except _EXPECTED as failure:
+        detail = f"a small call failed ({_exact(failure)})"
+        return None, replace(found, status=BROKEN, detail=detail, fix=fix)
+    for name, error in errors.items():
+        if not error <= _ALLOWED:  # NaN too
+            detail = f"a small call gave wrong numbers ({name}: relative error {error:.2g})"
+            return None, replace(found, status=WRONG, detail=detail, fix=fix)
+    detail = (
+        f"{found.detail}; small calls, forward and backward, are right: relative error "
+        f"{max(errors.values()):.1g}, at most {_ALLOWED:.1g} expected"
+    )
+    return candidate, replace(found, status=WORKS, detail=detail)
+
+
+def _find_package() -> tuple[Provider | None, Report]:
+    """``flash_attn``, by the distribution's name: flash-attn-4 installs a folder so called, too."""
+    version = _version("flash-attn")
+    if version is None:
+        return None, Report(
+            name="flash_attn", version=None, status=ABSENT, detail=_why_absent(), fix=_INSTALL
+        )
+    found = Report(name="flash_attn", version=version, status=IDLE, detail="imports")
+    if not version.startswith("2."):
+        detail = f"expected version 2 of flash-attn, got {version}"
+        return None, replace(found, status=ABSENT, detail=detail, fix=_INSTALL)
+    try:
+        return FlashAttn(importlib.import_module("flash_attn.flash_attn_interface")), found
+    except _EXPECTED as error:
+        exact = _exact(error)
+    other = "; it was built for another torch or CUDA" if _OTHER_TORCH.search(exact) else ""
+    detail = f"does not import ({exact}){other}"
+    return None, replace(found, status=BROKEN, detail=detail, fix=_rebuild())
+
+
+def _rebuild() -> str:
+    return f"build it anew for this machine and torch {torch.__version__}: {_REBUILD}"
+
+
+def _why_absent() -> str:
+    other = _version("flash-attn-4")
+    if other is not None:
+        return (
+            f"only flash-attn-4 {other} is installed, whose flash_attn folder is not "
+            "FlashAttention-2"
+        )
+    try:
+        folder = importlib.util.find_spec("flash_attn") is not None
+    except ValueError:  # a module without a spec stands in sys.modules
+        folder = True
+    if folder:
+        return "not installed; a flash_attn folder without a distribution is not used"
+    return "not installed"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _find_aten() -> tuple[Provider | None, Report]:
+    found = Report(name="aten", version=torch.__version__, status=IDLE, detail="built in")
+    if torch.backends.cuda.is_flash_attention_available():
+        return Aten(), found
+    return None, replace(
+        found,
+        status=ABSENT,
+        detail="this build of torch has no FlashAttention kernels",
+        fix="install a CUDA build of torch, see https://pytorch.org/get-started/locally",
+    )
+
+
+_ALLOWED = 4 * torch.finfo(torch.float16).eps
+"""Right kernels stay within one spacing of fp16, wrong ones miss it by orders of magnitude."""
+
+
+def _errors(candidate: Provider, device: torch.device) -> dict[str, float]:
+    """The relative error of every result of a regular and a packed call.
+
+    fp16 inputs ``[B, T, H, D]``, against the same contract in fp32 on the CPU.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        x = torch.randn(2, 40, heads, 32, generator=generator, dtype=torch.float32, device="cpu")
+        return x.half()
+
+    q, k, v, dout = normal(4), normal(2), normal(2), normal(4)
+    regular = Call(scale=0.2, causal=True, window=9, max_q=40, max_k=40)
+    cu = torch.tensor([0, 33, 33, 80], dtype=torch.int32, device="cpu")
+    packed = replace(regular, cu_q=cu, cu_k=cu, max_q=47, max_k=47)
+    errors = {}
+    for kind, call in (("", regular), ("packed ", packed)):
+        given = [x if call.cu_q is None else x.flatten(0, 1) for x in (q, k, v, dout)]
+        want = _both_ways(Math(), [x.float() for x in given], call)
+        there = call if call.cu_q is None else replace(call, cu_q=cu.to(device), cu_k=cu.to(device))
+        got = _both_ways(candidate, [x.to(device) for x in given], there)
+        for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+            errors[f"{kind}{name}"] = ((x.float().cpu() - y).norm() / y.norm()).item()
+    return errors
+
+
+def _both_ways(source: Provider, tensors: list[Tensor], call: Call) -> tuple[Tensor, ...]:
+    q, k, v, dout = tensors
+    out, lse = source.forward(q, k, v, call)
+    return out, lse, *source.backward(dout, q, k, v, out, lse, call)
+
+
+def _exact(error: BaseException) -> str:
+    """A failure on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

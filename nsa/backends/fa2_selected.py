@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.backends.fa2_providers import NEG_INF, Call, Provider, provider
-from nsa.backends.operators import config_of, define, geometry, lse_dtype
 from nsa.backends.tiles import (
     Blocks,
     Tiles,
@@ -31,6 +30,7 @@ from nsa.backends.tiles import (
 )
 from nsa.backends.workspace import Kind, Space, Store
 from nsa.config import NSAConfig
+from nsa.kernels.operators import config_of, define, geometry, lse_dtype
 from nsa.varlen import select_members
 
 MAX_BATCH = 65_535

@@ -15,9 +15,10 @@ from torch import Tensor
 from nsa.backends.fa2_core import flash_attention, pad_heads
 from nsa.backends.fa2_providers import NEG_INF, Call
 from nsa.backends.fa2_selected import selected_attention
-from nsa.backends.fold import fold, make_fold, unfold
+from nsa.backends.fold import fold, make_fold, nothing_seen, unfold
 from nsa.backends.workspace import Store
 from nsa.config import NSAConfig
+from nsa.kernels.operators import lse_dtype
 from nsa.varlen import compressed_members
 
 
@@ -44,6 +45,8 @@ class Steps:
         """Folded into causal attention of blocks over blocks."""
         T, N, K, V = q.shape[1], k.shape[1], k.shape[2], v.shape[3]
         shape = make_fold(T, N, config, cu_seqlens, q_start)
+        if cu_seqlens is None and (shape.rows == 0 or N == 0):
+            return nothing_seen(q, k, v, lse_dtype(q))
         rows = fold(q, shape, K)
         if shape.real is not None:  # surplus rows are neither read nor written
             real = shape.real[:, None, None]

@@ -47,11 +47,12 @@ def make_fold(
     """The fold of T queries over N compressed blocks; packed, N counts the surplus rows too."""
     block, stride = config.compress_block, config.compress_stride
     if cu_seqlens is None:
-        skipped = min(T, max(0, block - 1 - q_start))
+        skipped = max(0, block - 1 - q_start)
+        if T <= skipped:  # a branch, so that sizes in a trace are plain
+            return Fold(0, 0, stride, T, 0)
         seeing = q_start + skipped - (block - 1)  # tokens since the first that sees a block
-        lead = seeing % stride if T > skipped else 0
-        first_row = seeing // stride if T > skipped else 0
-        rows = -(-(T - skipped + lead) // stride)
+        lead, first_row = seeing % stride, seeing // stride
+        rows = (T - skipped + lead + stride - 1) // stride
         return Fold(rows, first_row, stride, skipped, lead)
     token, row = token_members(cu_seqlens, T), compressed_members(cu_seqlens, N, config)
     starts = cu_seqlens.long()
@@ -101,3 +102,14 @@ def unfold(x: Tensor, shape: Fold, T: int, empty: float) -> Tensor:
         return x.masked_fill(shape.blind[:, None, None], empty)
     x = x[:, shape.lead : shape.lead + T - shape.skipped]
     return F.pad(x, (0, 0, 0, 0, shape.skipped, 0), value=empty)
+
+
+def nothing_seen(q: Tensor, k: Tensor, v: Tensor, lse_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of queries ``[B, T, H, D]`` that see no block.
+
+    k and v have no rows, or none that is read; zero gradients flow to them and to q.
+    """
+    B, T, H, _ = q.shape
+    nothing = q[:, :0].sum() + k[:, :0].sum() + v[:, :0].sum()
+    out = q.new_zeros(B, T, H, v.shape[-1]) + nothing
+    return out, q.new_full((B, T, H), float("-inf"), dtype=lse_dtype)

@@ -17,7 +17,13 @@ from nsa.backends.contract import STEPS, Backend
 from nsa.config import NSAConfig
 from nsa.settings import Settings, current_settings
 
-_ANY_LENGTH = 2**31 - 1
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _constant_in_a_trace(function: _F) -> _F:
+    """What ``torch.compiler.assume_constant_result`` does, without its import of the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Plan(NamedTuple):
@@ -41,15 +47,6 @@ class Plan(NamedTuple):
         return BOUND[self.keys[STEPS.index(name)]]
 
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _constant_in_a_trace(function: _F) -> _F:
-    """What ``torch.compiler.assume_constant_result`` does, without its import of the compiler."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 BOUND: dict[str, Backend] = {}
 """Backends bound to settings. A trace looks them up here; it cannot hold them as constants."""
 
@@ -66,22 +63,62 @@ def plan(
     settings: Settings,
 ) -> Plan:
     """:func:`nsa.resolve`, in a trace too; the arguments and errors are the same."""
-    if torch.compiler.is_compiling():
-        length = _stand_in(length, settings)
-    return Plan(*_decide(config, device, dtype, length, packed, needs_grad, backend, settings))
-
-
-def _stand_in(length: int, settings: Settings) -> int:
-    """A length that the flags treat alike; only where a flag asks does a trace depend on it."""
-    result = _ANY_LENGTH
-    thresholds = (settings.fa2_min_len_win, settings.fa2_min_len_cmp)
-    for least in (max(thresholds), min(thresholds)):
-        if least > 1 and length < least:
-            result = least - 1
-    return result
+    if not torch.compiler.is_compiling():
+        return Plan(*_decide(config, device, dtype, length, packed, needs_grad, backend, settings))
+    # branches, not values: the comparison of a symbolic length would be no constant
+    short_win = short_cmp = False
+    if length < settings.fa2_min_len_win:
+        short_win = True
+    if length < settings.fa2_min_len_cmp:
+        short_cmp = True
+    return Plan(
+        *_decide_by_key(
+            config.key,
+            device.type,
+            device.index,
+            dtype,
+            short_win,
+            short_cmp,
+            packed,
+            needs_grad,
+            backend,
+            settings.key,
+        )
+    )
 
 
 @_constant_in_a_trace
+def _decide_by_key(
+    config_key: str,
+    device: str,
+    index: int | None,
+    dtype: torch.dtype,
+    short_win: bool,
+    short_cmp: bool,
+    packed: bool,
+    needs_grad: bool,
+    backend: str | None,
+    settings_key: str,
+) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
+    """:func:`_decide` of plain values: of others a trace makes no constants."""
+    settings = Settings.from_key(settings_key)
+    lengths = [2**31 - 1]  # of it only what the flags ask is known
+    if short_win:
+        lengths.append(settings.fa2_min_len_win - 1)
+    if short_cmp:
+        lengths.append(settings.fa2_min_len_cmp - 1)
+    return _decide(
+        NSAConfig.from_key(config_key),
+        torch.device(device) if index is None else torch.device(device, index),
+        dtype,
+        min(lengths),
+        packed,
+        needs_grad,
+        backend,
+        settings,
+    )
+
+
 def _decide(
     config: NSAConfig,
     device: torch.device,

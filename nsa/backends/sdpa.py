@@ -1,7 +1,7 @@
 """The ``sdpa`` backend: pure PyTorch, any device, memory linear in the number of tokens.
 
 - compressed: folded into plain causal attention (:mod:`.fold`) and given to PyTorch's fused
-  kernel where there is one (:mod:`.sdpa_dense`), else, and when packed, to the band;
+  kernel where there is one (:mod:`.dense`), else, and when packed, to the band;
 - select: chunks of folded rows, scores mapped and ranked on the fly (:mod:`.sdpa_select`);
 - selected: queries sorted by block into equal tiles (:mod:`.tiles`, :mod:`.sdpa_selected`);
 - window: chunks of rows over a band of keys (:mod:`.sdpa_band`).
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from nsa.backends.contract import Problem
-from nsa.backends.fold import Fold, fold, make_fold, unfold
+from nsa.backends.dense import causal_attention, has_kernel
+from nsa.backends.fold import Fold, fold, make_fold, nothing_seen, unfold
 from nsa.backends.sdpa_band import Band, band_attention
-from nsa.backends.sdpa_dense import causal_attention, has_kernel
 from nsa.backends.sdpa_numerics import NEG_INF
 from nsa.backends.sdpa_select import top_blocks
 from nsa.backends.sdpa_selected import even_heads, tiled_attention
 from nsa.backends.selection import SELECTORS, select
 from nsa.config import NSAConfig
+from nsa.kernels.operators import lse_dtype
 from nsa.settings import Settings
 from nsa.varlen import compressed_members, token_members
 
@@ -46,6 +47,8 @@ def compressed_attention(
     B, T, _, D = q.shape
     N, K, V = k.shape[1], k.shape[2], v.shape[3]
     shape = make_fold(T, N, config, cu_seqlens, q_start)
+    if cu_seqlens is None and (shape.rows == 0 or N == 0):
+        return nothing_seen(q, k, v, lse_dtype(q))
     if shape.real is not None:  # whatever stands in surplus rows is not read, NaN included
         real = shape.real[:, None, None]
         k, v = k.where(real, 0.0), v.where(real, 0.0)

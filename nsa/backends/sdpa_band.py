@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.backends.operators import define, lse_dtype
 from nsa.backends.sdpa_numerics import (
     NEG_INF,
     accumulation_dtype,
@@ -24,6 +23,7 @@ from nsa.backends.sdpa_numerics import (
     heads_first,
     operand_dtype,
 )
+from nsa.kernels.operators import define, lse_dtype
 
 
 class Band(NamedTuple):

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.backends.operators import config_of, define, geometry, lse_dtype
 from nsa.backends.sdpa_numerics import (
     NEG_INF,
     accumulation_dtype,
@@ -33,6 +32,7 @@ from nsa.backends.tiles import (
     to_blocks,
 )
 from nsa.config import NSAConfig
+from nsa.kernels.operators import config_of, define, geometry, lse_dtype
 
 EVEN = 16
 """Sizes of a tile's matrices are rounded up to this many elements, 64 bytes of fp32.

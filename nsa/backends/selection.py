@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nsa.backends.operators import config_of, define, geometry
 from nsa.config import NSAConfig
+from nsa.kernels.operators import config_of, define, geometry
 
 
 class Selector(Protocol):

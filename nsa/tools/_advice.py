@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 
-from nsa.tools._flash_attn import BROKEN, WRONG, Provider
+from nsa.backends.fa2_providers import BROKEN, WRONG, Report
+from nsa.settings import Settings
 from nsa.tools._machine import ALLOCATOR_VARIABLES, Machine
 
-_OTHER_TORCH = re.compile(r"undefined symbol|cannot open shared object|DLL load failed", re.I)
 _TORCH_INSTALL = "install a CUDA build of PyTorch (https://pytorch.org/get-started/locally)"
 
 
-def advice(machine: Machine, flash_attn: Provider, settings_error: str | None) -> list[str]:
+def advice(
+    machine: Machine,
+    providers: Iterable[Report],
+    settings: Settings,
+    settings_error: str | None,
+) -> list[str]:
     """What to do, most pressing first; empty when nothing common is wrong."""
     found = []
     if settings_error is not None:
@@ -20,7 +25,7 @@ def advice(machine: Machine, flash_attn: Provider, settings_error: str | None) -
             "Correct the variable or unset it."
         )
     found += _about_devices(machine)
-    found += _about_flash_attn(flash_attn)
+    found += _about_fa2(providers, settings)
     if machine.gpus and not any(name in machine.variables for name in ALLOCATOR_VARIABLES):
         found.append(
             f"Sequences of many lengths fragment GPU memory; {ALLOCATOR_VARIABLES[1]}="
@@ -62,21 +67,19 @@ def _about_devices(machine: Machine) -> list[str]:
     return found
 
 
-def _about_flash_attn(flash_attn: Provider) -> list[str]:
-    if flash_attn.status == WRONG:
-        return [
-            f"flash-attn {flash_attn.version} computes wrong numbers on this machine: uninstall or "
-            "rebuild it."
-        ]
-    if flash_attn.status != BROKEN:
-        return []
-    if _OTHER_TORCH.search(flash_attn.detail):
-        return [
-            "flash-attn was built for another torch or CUDA than is installed. Build it anew: "
-            "pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir "
-            "flash-attn; or uninstall it, since PyTorch has FlashAttention-2 kernels of its own."
-        ]
-    return [
-        f"flash-attn is installed and does not work ({flash_attn.detail}): reinstall it, or "
-        "uninstall it, since PyTorch has FlashAttention-2 kernels of its own."
-    ]
+def _about_fa2(providers: Iterable[Report], settings: Settings) -> list[str]:
+    found = []
+    for report in providers:
+        if report.status in (BROKEN, WRONG):
+            found.append(f"{report.refusal}.")
+            if report.name == "flash_attn":
+                found[-1] = (
+                    f"{report.refusal}; or uninstall it, since PyTorch has FlashAttention-2 "
+                    "kernels of its own."
+                )
+    if settings.fa2_provider == "math":
+        found.append(
+            "NSA_FA2_PROVIDER=math computes in plain PyTorch, for tests: no kernel of "
+            "FlashAttention-2 runs."
+        )
+    return found

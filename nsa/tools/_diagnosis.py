@@ -7,9 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from nsa.backends.fa2_providers import Report
 from nsa.settings import FlagRow
-from nsa.tools._flash_attn import Provider
+from nsa.tools._choices import Choice
 from nsa.tools._machine import Machine
+from nsa.tools._profile import BranchProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +48,20 @@ class Diagnosis:
     """Everything that is printed."""
 
     machine: Machine
-    providers: tuple[Provider, ...]
+    providers: tuple[Report, ...]
     settings: tuple[FlagRow, ...]
     settings_error: str | None
     backends: tuple[BackendRow, ...]
-    choice: str | None
-    """What the settings come to on this machine, and why; None if they cannot be honoured."""
     parity: tuple[ParityResult, ...]
+    choices: tuple[Choice, ...]
+    """What the settings come to on this machine; none where they are wrong."""
+    profile: tuple[BranchProfile, ...] | None
+    """What ran; None where nobody asked."""
+    advice: tuple[str, ...]
     problems: tuple[str, ...]
     """Why the exit code is 1; none, and it is 0."""
-    advice: tuple[str, ...]
+    way_out: str | None
+    """What would run without the request that cannot be honoured."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a number that is not finite becomes null."""

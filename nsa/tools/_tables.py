@@ -4,36 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from nsa.backends.fa2_providers import BROKEN, WORKS, WRONG, Report
+from nsa.tools._choices import BranchChoice, Choice
 from nsa.tools._diagnosis import Diagnosis, ParityResult
-from nsa.tools._flash_attn import BROKEN, WORKS, WRONG, Provider
 from nsa.tools._machine import Machine
+from nsa.tools._profile import BranchProfile
 
 _GOOD, _BAD, _DIM = "green", "bold red", "dim"
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Prints every table, the advice, and a verdict."""
+    """Prints every table and the advice; last the verdict, or what is wrong and how to mend it."""
     console.print(_machine(diagnosis.machine))
     console.print(_providers(diagnosis.providers))
     console.print(_settings(diagnosis))
     console.print(_backends(diagnosis))
     console.print(_parity(diagnosis.parity))
-    for title, lines, style in (
-        ("Advice", diagnosis.advice, "yellow"),
-        ("Problems", diagnosis.problems, _BAD),
-    ):
-        if lines:
-            console.print(Text(title, style=style))
-            for line in lines:
-                console.print(Text(f"  - {line}"))
-    if diagnosis.choice is not None:
-        console.print(Text(f"What runs here: {diagnosis.choice}"))
-    verdict = "Everything asked for works." if not diagnosis.problems else "Something is wrong."
-    console.print(Text(verdict, style=_BAD if diagnosis.problems else _GOOD))
+    if diagnosis.choices:
+        console.print(_choices(diagnosis.choices))
+    if diagnosis.profile is not None:
+        console.print(_profile(diagnosis.profile))
+    if diagnosis.advice:
+        console.print(_list("Advice", diagnosis.advice, "yellow"))
+    if diagnosis.choices:
+        console.print(_fa2(diagnosis))
+    if not diagnosis.problems:
+        console.print(Text("Everything asked for works.", style=_GOOD))
+        return
+    console.print(_list("Something is wrong:", diagnosis.problems, _BAD))
+    if diagnosis.way_out is not None:
+        console.print(Text(diagnosis.way_out))
+
+
+def _list(title: str, lines: Iterable[str], style: str) -> Group:
+    """Lines under a title; those that are folded stay behind their mark."""
+    grid = Table.grid(padding=(0, 1))
+    for line in lines:
+        grid.add_row(Text("  -"), Text(line, overflow="fold"))
+    return Group(Text(title, style=style), grid)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -70,15 +82,16 @@ def _machine(machine: Machine) -> Table:
     return table
 
 
-def _providers(providers: Iterable[Provider]) -> Table:
+def _providers(providers: Iterable[Report]) -> Table:
     table = _table("FlashAttention-2", "provider", "version", "status", "detail")
-    for provider in providers:
-        style = {WORKS: _GOOD, BROKEN: _BAD, WRONG: _BAD}.get(provider.status, _DIM)
+    for report in providers:
+        style = {WORKS: _GOOD, BROKEN: _BAD, WRONG: _BAD}.get(report.status, _DIM)
+        fix = f" (fix: {report.fix})" if report.fix is not None else ""
         table.add_row(
-            provider.name,
-            Text(provider.version or "-"),
-            Text(provider.status, style=style),
-            Text(provider.detail),
+            report.name,
+            Text(report.version or "-"),
+            Text(report.status, style=style),
+            Text(f"{report.detail}{fix}"),
         )
     return table
 
@@ -131,3 +144,69 @@ def _parity(results: Iterable[ParityResult]) -> Table:
 
 def _closeness(row: ParityResult) -> float:
     return row.error / row.bound if row.bound > 0 else 0.0
+
+
+def _choices(choices: Iterable[Choice]) -> Table:
+    table = _table("What runs here", "input", "branch", "backend", "provider")
+    for choice in choices:
+        length = Text(f"{choice.length:,} tokens", style=_DIM)
+        if choice.backend is None:
+            refused = Text("refused", style=_BAD)
+            kind = Text("\n").join([Text(choice.kind), length])
+            table.add_row(kind, "every", refused, Text(choice.reason))
+        for i, branch in enumerate(choice.branches):
+            kind = (Text(choice.kind), length)[i] if i < 2 else Text()
+            backend = Text(branch.backend, style=_GOOD if branch.fa2 else "")
+            table.add_row(kind, branch.branch, backend, _source(branch))
+        if choice.branches:
+            table.add_row("", Text("why", style=_DIM), "", Text(choice.reason, style=_DIM))
+        table.add_section()
+    return table
+
+
+def _source(branch: BranchChoice) -> Text:
+    if branch.provider is None:
+        return Text(branch.why or "-", style=_DIM)
+    return Text(branch.provider if branch.fa2 else f"{branch.provider}: not FA-2, plain PyTorch")
+
+
+def _profile(profiles: Iterable[BranchProfile]) -> Table:
+    """A row for each branch, then its kernels."""
+    title = "Kernels of one forward and backward, random block lists"
+    table = _table(title, "kernel", "calls", "µs", "FA-2")
+    for branch in profiles:
+        source = f"{branch.backend}, {branch.provider}" if branch.provider else branch.backend
+        name = Text(f"{branch.kind} {branch.branch}: {source}", style="bold")
+        calls = sum(kernel.calls for kernel in branch.kernels)
+        total = sum(kernel.microseconds for kernel in branch.kernels)
+        ran = Text(f"ran: {branch.fa2_ran}", style=_GOOD if branch.fa2_ran == "yes" else "")
+        table.add_row(name, str(calls), f"{total:,.0f}", ran)
+        for kernel in branch.kernels:
+            style = _GOOD if kernel.fa2 else _DIM
+            numbers = (str(kernel.calls), f"{kernel.microseconds:,.0f}")
+            cells = (f"  {kernel.name}", *numbers, "FA-2" if kernel.fa2 else "")
+            table.add_row(*(Text(cell, style=style) for cell in cells))
+        table.add_section()
+    return table
+
+
+def _fa2(diagnosis: Diagnosis) -> Text:
+    """The answer to "is FlashAttention-2 really used?"."""
+    if diagnosis.profile is not None:
+        ran = [(row.kind, row.branch) for row in diagnosis.profile if row.fa2_ran == "yes"]
+        return Text(f"FA-2 ran: {f'yes, for {_by_kind(ran)}' if ran else 'no'}")
+    chosen = [(choice.kind, row) for choice in diagnosis.choices for row in choice.branches]
+    chosen = [(kind, row) for kind, row in chosen if row.fa2]
+    if not chosen:
+        return Text("FA-2 is used: no")
+    sources = ", ".join(sorted({str(row.provider) for _, row in chosen}))
+    where = _by_kind((kind, row.branch) for kind, row in chosen)
+    return Text(f"FA-2 is used: yes, {sources}, for {where}; --profile shows the kernels")
+
+
+def _by_kind(branches: Iterable[tuple[str, str]]) -> str:
+    """As in "regular bfloat16 (selected, window), packed bfloat16 (window)"."""
+    names: dict[str, list[str]] = {}
+    for kind, branch in branches:
+        names.setdefault(kind, []).append(branch)
+    return ", ".join(f"{kind} ({', '.join(found)})" for kind, found in names.items())

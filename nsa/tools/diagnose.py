@@ -1,7 +1,8 @@
 """Says what this machine can run, and proves it: ``python -m nsa.tools.diagnose``.
 
 Exit code 0: everything asked for works. 1: a requested backend cannot run, a backend is not within
-its accuracy bounds, or the ``NSA_…`` environment is wrong. 2: the command line is wrong.
+its accuracy bounds, one that claims FlashAttention-2 ran other kernels (``--profile``), or the
+``NSA_…`` environment is wrong. 2: the command line is wrong.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
-import torch
 from rich.console import Console
 
-from nsa.backends import TABLE, resolve, unavailable
-from nsa.backends.contract import Problem
-from nsa.config import NSAConfig, nearest
+from nsa.backends import TABLE, unavailable
+from nsa.backends.fa2_providers import survey
+from nsa.config import nearest
 from nsa.errors import BackendUnavailable
 from nsa.settings import (
     BACKENDS,
@@ -27,60 +26,22 @@ from nsa.settings import (
     explain_settings,
     use_settings,
 )
-from nsa.testing.inputs import Inputs, make_inputs, random_blocks
 from nsa.testing.parity import attention_parity, selection_faults
 from nsa.tools._advice import advice
+from nsa.tools._choices import Choice, choose, resolved
 from nsa.tools._cli import Parser, UsageError, choose_device, run
 from nsa.tools._diagnosis import BackendRow, Diagnosis, ParityResult
-from nsa.tools._flash_attn import look_at_flash_attn, look_at_torch
 from nsa.tools._machine import look_at_machine
+from nsa.tools._profile import BranchProfile, check_profile_device, profile_choice
 from nsa.tools._tables import print_diagnosis
-
-_CONFIG = NSAConfig.preset("tiny")
-_LENGTHS = (131, 0, 70)
-"""Tokens of the packed sequences; their sum is the regular batch's length."""
+from nsa.tools._trials import Trial, short, small_trials, typical_trials
 
 _EXAMPLES = """\
 examples:
   python -m nsa.tools.diagnose
-  NSA_BACKEND=fa2-dense python -m nsa.tools.diagnose
+  NSA_USE_FA2=1 python -m nsa.tools.diagnose --profile
   python -m nsa.tools.diagnose --backend sdpa --json
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """One small problem that every backend is asked to run."""
-
-    device: torch.device
-    dtype: torch.dtype
-    packed: bool
-
-    def __str__(self) -> str:
-        kind = "packed" if self.packed else "regular"
-        return f"{kind} {_short(self.dtype)} on {self.device.type}"
-
-    @property
-    def problem(self) -> Problem:
-        return Problem(
-            config=_CONFIG,
-            device=self.device,
-            dtype=self.dtype,
-            length=max(_LENGTHS) if self.packed else sum(_LENGTHS),
-            packed=self.packed,
-            needs_grad=True,
-        )
-
-    def inputs(self) -> Inputs:
-        """Random inputs of the problem, with a list of blocks."""
-        inputs = make_inputs(
-            _CONFIG,
-            length=None if self.packed else sum(_LENGTHS),
-            lengths=_LENGTHS if self.packed else None,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        return replace(inputs, block_idx=random_blocks(inputs, _CONFIG.num_selected))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +58,7 @@ def _main(argv: Sequence[str] | None) -> int:
     add = parser.add_argument
     add("--backend", metavar="NAME", help=f"fail unless this one runs: {', '.join(BACKENDS)}")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--profile", action="store_true", help="show which kernels run each branch (CUDA)")
     add("--json", action="store_true", help="print JSON for programs instead of tables")
     arguments = parser.parse_strictly(argv)
     if arguments.backend is not None and arguments.backend not in BACKENDS:
@@ -106,7 +68,7 @@ def _main(argv: Sequence[str] | None) -> int:
         )
     # A library that prints while it is probed must not spoil the JSON.
     with contextlib.redirect_stdout(sys.stderr):
-        diagnosis = diagnose(arguments.device, arguments.backend)
+        diagnosis = diagnose(arguments.device, arguments.backend, profile=arguments.profile)
     if arguments.json:
         print(json.dumps(diagnosis.to_dict(), indent=1, allow_nan=False))
     else:
@@ -114,57 +76,57 @@ def _main(argv: Sequence[str] | None) -> int:
     return 1 if diagnosis.problems else 0
 
 
-def diagnose(device_name: str = "auto", backend: str | None = None) -> Diagnosis:
+def diagnose(
+    device_name: str = "auto", backend: str | None = None, *, profile: bool = False
+) -> Diagnosis:
     """Looks at everything.
 
     Args:
         device_name: where the backends run: "auto", "cpu", "cuda" or "cuda:N".
         backend: one that must be able to run; None asks the settings alone.
+        profile: run every branch and see which kernels those are; needs a CUDA device.
 
     Raises:
         ConfigError: there is no such device here.
+        UsageError: nothing can be profiled on that device.
     """
     machine = look_at_machine()
     device = choose_device("cpu" if device_name == "auto" and not machine.gpus else device_name)
-    call_on = device if device.type == "cuda" else None
-    flash_attn = look_at_flash_attn(call_on)
+    if profile:
+        check_profile_device(device)
+    providers = survey(device)
     mistake = environment_error()
     problems = [] if mistake is None else [mistake]
     settings_rows = tuple(explain_settings())
-    trials = [
-        Trial(device=device, dtype=dtype, packed=packed)
-        for dtype in _dtypes(device)
-        for packed in (False, True)
-    ]
+    small, typical = small_trials(device), typical_trials(device)
     with use_settings(Settings() if mistake is not None else current_settings()) as settings:
-        choice, refusal = _choice(trials, backend)
-        problems += refusal
+        choices = [choose(trial, backend, settings) for trial in typical]
+        refused = all(choice.backend is None for choice in choices)
+        problems += [choices[0].reason] if refused else []
         requested = _requested(settings, backend)
-        rows = tuple(_backend_row(name, trials, name in requested) for name in TABLE)
+        rows = tuple(_backend_row(name, small, name in requested) for name in TABLE)
         parity: list[ParityResult] = []
         for row in rows:
             if row.available:
-                results, faults = _parity(row.name, trials)
+                results, faults = _parity(row.name, small)
                 parity += results
                 problems += faults
+        profiles, faults = _profile(choices, typical) if profile and not mistake else ([], [])
+        problems += faults
+        way_out = _way_out(typical[0], backend, settings) if refused else None
     return Diagnosis(
         machine=machine,
-        providers=(flash_attn, look_at_torch(call_on)),
+        providers=providers,
         settings=settings_rows,
         settings_error=mistake,
         backends=rows,
-        choice=choice if mistake is None else None,
         parity=tuple(parity),
+        choices=() if mistake is not None else tuple(choices),
+        profile=tuple(profiles) if profile else None,
+        advice=tuple(advice(machine, providers, settings, mistake)),
         problems=tuple(problems),
-        advice=tuple(advice(machine, flash_attn, mistake)),
+        way_out=way_out,
     )
-
-
-def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    if device.type == "cpu":
-        return (torch.float32,)
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return (half, torch.float32)
 
 
 def _requested(settings: Settings, backend: str | None) -> frozenset[str]:
@@ -176,29 +138,28 @@ def _requested(settings: Settings, backend: str | None) -> frozenset[str]:
     return frozenset({"fa2-dense", "fa2-varlen"} if settings.use_fa2 else ())
 
 
-def _choice(trials: list[Trial], backend: str | None) -> tuple[str | None, list[str]]:
-    """What a plain call runs here and why, or else the refusal as a problem.
+def _way_out(trial: Trial, backend: str | None, settings: Settings) -> str | None:
+    """What would run if nobody asked for what cannot."""
+    if backend is not None:
+        asked, instead = f"--backend {backend}", None
+    else:
+        flags = {"NSA_BACKEND": settings.backend != "auto", "NSA_USE_FA2": settings.use_fa2}
+        asked, instead = " and ".join(flag for flag, is_set in flags.items() if is_set), "auto"
+    try:
+        return f"Without {asked}, {resolved(trial, instead).backend} would run."
+    except BackendUnavailable:
+        return None
 
-    A backend may refuse some trials, such as packed ones; a request fails when all are refused.
-    """
-    refusals = []
-    for trial in trials:
-        problem = trial.problem
-        try:
-            resolution = resolve(
-                problem.config,
-                device=problem.device,
-                dtype=problem.dtype,
-                length=problem.length,
-                packed=problem.packed,
-                needs_grad=problem.needs_grad,
-                backend=backend,
-            )
-        except BackendUnavailable as error:
-            refusals.append(str(error))
-        else:
-            return f"{resolution} for {trial}", []
-    return None, refusals[:1]
+
+def _profile(choices: list[Choice], trials: list[Trial]) -> tuple[list[BranchProfile], list[str]]:
+    """What ran, in the dtype that models are trained in, and what is wrong with it."""
+    profiles, problems = [], []
+    for choice, trial in zip(choices, trials, strict=True):
+        if trial.dtype == trials[0].dtype and choice.backend is not None:
+            found, faults = profile_choice(choice, trial)
+            profiles += found
+            problems += faults
+    return profiles, problems
 
 
 def _backend_row(name: str, trials: list[Trial], requested: bool) -> BackendRow:
@@ -235,7 +196,7 @@ def _parity(name: str, trials: list[Trial]) -> tuple[list[ParityResult], list[st
             result = ParityResult(
                 backend=name,
                 device=str(trial.device),
-                dtype=_short(trial.dtype),
+                dtype=short(trial.dtype),
                 packed=trial.packed,
                 tensor=tensor,
                 error=error,
@@ -246,10 +207,6 @@ def _parity(name: str, trials: list[Trial]) -> tuple[list[ParityResult], list[st
                 problems.append(f"{name}, {trial}: {tensor} is {error:.2e} off, above {bound:.2e}")
         problems += [f"{name}, {trial}: selection: {fault}" for fault in faults]
     return results, problems
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

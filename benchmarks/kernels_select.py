@@ -1,0 +1,234 @@
+"""The selection kernel on a GPU: checked against the ``sdpa`` backend, then variants of its tiles.
+
+    python benchmarks/kernels_select.py              # checks, then every shape
+    python benchmarks/kernels_select.py checks       # checks alone
+    python benchmarks/kernels_select.py paper-65536  # one shape alone
+
+bf16, random data; medians in milliseconds. "lists differ" is the share of queries whose list is
+not that of ``sdpa``: near-ties that rounding decides, which the acceptance rule allows.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from side_by_side import side_by_side
+from torch import Tensor
+from triton.testing import do_bench
+
+from nsa import NSAConfig
+from nsa.backends import load
+from nsa.kernels.select import SelectTiles, select_forward, select_tiles
+from nsa.testing import make_inputs
+from nsa.testing.parity import _sequence_faults
+from nsa.varlen import compressed_members, token_members
+
+PAPER = NSAConfig(num_heads=64, num_kv_heads=4, head_dim=128)
+SMALL = NSAConfig.preset("small")
+CONFIGS = {
+    "paper": PAPER,
+    "small": SMALL,
+    "192/128": NSAConfig.preset("paper"),
+    "G 1": replace(PAPER, num_heads=4),
+    "G 64": replace(PAPER, num_kv_heads=1),
+    "n 64": replace(PAPER, num_selected=64),
+    "n 5, no initial": replace(SMALL, num_selected=5, num_initial=0),
+    "l 48, d 16": replace(PAPER, compress_block=48),
+    "l 16, d 16": replace(PAPER, compress_block=16),
+    "l 8, d 2, l' 24": replace(SMALL, compress_block=8, compress_stride=2, select_block=24),
+}
+SHAPES = {
+    "paper-8192": (PAPER, 1, 8192),
+    "paper-65536": (PAPER, 1, 65536),
+    "small-2048": (SMALL, 32, 2048),
+    "small-8192": (SMALL, 8, 8192),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no maxnreg": {"maxnreg": None},
+    "recompute": {"halo": "recompute"},
+    "2 stages": {"num_stages": 2},
+    "4 stages": {"num_stages": 4},
+    "32 blocks": {"blocks": 32},
+    "64 blocks": {"blocks": 64},
+    "128 blocks": {"blocks": 128, "maxnreg": None},
+    "4 warps": {"num_warps": 4, "maxnreg": None},
+    "64 rows": {"rows": 64, "num_warps": 4, "maxnreg": None},
+    "64 rows, 128 regs": {"rows": 64, "num_warps": 4},
+    "64 rows, 128 blocks": {"rows": 64, "num_warps": 4, "blocks": 128, "maxnreg": None},
+    "256 rows": {"rows": 256, "maxnreg": None},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    dtype: torch.dtype
+    halo: str
+    packed: bool
+
+
+CHECKS = [
+    *(Check(name, torch.bfloat16, "shift", False) for name in CONFIGS),
+    *(Check(name, torch.float32, "shift", False) for name in CONFIGS),
+    *(Check(name, torch.bfloat16, "recompute", False) for name in ("paper", "l 48, d 16")),
+    Check("paper", torch.float16, "shift", False),
+    *(Check(name, torch.bfloat16, "shift", True) for name in ("paper", "small", "G 64")),
+    Check("paper", torch.float32, "shift", True),
+]
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    q_start: int = 0,
+    tiles: SelectTiles | None = None,
+) -> Tensor:
+    start = cmp_start = None
+    if cu_seqlens is not None:
+        tokens = token_members(cu_seqlens, q.shape[1])
+        blocks = compressed_members(cu_seqlens, k.shape[1], config)
+        start, cmp_start = tokens.starts[tokens.seq].int(), blocks.starts[tokens.seq].int()
+    return select_forward(
+        q,
+        k,
+        lse,
+        start=start,
+        cmp_start=cmp_start,
+        compress_block=config.compress_block,
+        compress_stride=config.compress_stride,
+        select_block=config.select_block,
+        num_selected=config.num_selected,
+        num_initial=config.num_initial,
+        num_local=config.num_local,
+        scale=config.softmax_scale,
+        q_start=q_start,
+        tiles=tiles,
+    )
+
+
+def differ(a: Tensor, b: Tensor) -> float:
+    """Fraction of the queries' lists that are not equal."""
+    return (a != b).any(-1).float().mean().item()
+
+
+def problem(
+    config: NSAConfig, batch: int, length: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k_cmp and lse of a regular batch, made on the device."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    N = config.num_compressed(length)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    q = normal(batch, length, config.num_heads, config.head_dim)
+    k = normal(batch, N, config.num_kv_heads, config.head_dim)
+    return q, k, load("sdpa").compressed_attention(q, k, k[..., :1], config)[1]
+
+
+@torch.no_grad()
+def check(case: Check) -> str:
+    """Lists of a regular batch, from the middle of it, twice, and with tied scores; or packed."""
+    sdpa, config = load("sdpa"), CONFIGS[case.name]
+    title = f"{case.name:16s} {str(case.dtype)[6:]:9s} {case.halo:9s}"
+    if case.packed:
+        lengths = (0, 700, 31, 1, 0, 1500, 64, 5, 7, 300)
+        x = make_inputs(config, lengths=lengths, dtype=case.dtype, device="cuda", surplus=True)
+        q, k, cu = x.q.detach(), x.compressed.k.detach(), x.cu_seqlens
+        lse = sdpa.compressed_attention(q, k, k, config, cu)[1]
+        want = sdpa.select_blocks(q, k, config, cu, lse=lse)
+        return f"{title} packed: lists differ {differ(select(q, k, lse, config, cu), want):.4%}"
+    T, middle = 2500, 2000
+    q, k, lse = problem(config, 1, T, case.dtype)
+    tiles = select_tiles(case.dtype, config.group, config.head_dim, config.num_selected, T)
+    tiles = replace(tiles, halo=case.halo)
+    chosen = select(q, k, lse, config, tiles=tiles)
+    share = differ(chosen, sdpa.select_blocks(q, k, config, lse=lse))
+    faults = _sequence_faults(q, k, chosen, config) or "none"
+    tail = select(q[:, middle:], k, lse[:, middle:], config, q_start=middle, tiles=tiles)
+    parts = {
+        "from the middle": torch.equal(tail, chosen[:, middle:]),
+        "twice": torch.equal(chosen, select(q, k, lse, config, tiles=tiles)),
+    }
+    zero = torch.zeros_like(q)
+    lse = sdpa.compressed_attention(zero, k, k[..., :1], config)[1]
+    last = select(zero, k, lse, config, tiles=tiles)[0, -1, 0].tolist()
+    own, inner = (T - 1) // config.select_block, config.num_selected - config.num_local
+    first = 1 - config.num_initial  # block 0 has no block before it: its score is the lower one
+    if config.compress_block == config.compress_stride:
+        first = 0
+    parts["ties"] = last == [*range(first, first + inner), *range(own - 1, own + 1)]
+    if inner >= own:
+        parts["ties"] = last == [*range(own + 1), *[-1] * (config.num_selected - own - 1)]
+    words = ", ".join(f"{name} {'ok' if ok else 'WRONG'}" for name, ok in parts.items())
+    return f"{title} faults {faults}, lists differ {share:.4%}, {words}"
+
+
+@torch.no_grad()
+def prepare(job: tuple[NSAConfig, str]) -> str:
+    """Compiles a variant, on a shape with the alignments of the real one."""
+    config, name = job
+    q, k, lse = problem(config, 1, 64, torch.bfloat16)
+    try:
+        select(q, k, lse, config, tiles=variant(config, name, 1024))
+    except (RuntimeError, triton.errors.TritonError) as error:
+        return f"  {name:20s} {type(error).__name__}: {str(error)[:90]}"
+    return ""
+
+
+def variant(config: NSAConfig, name: str, num_blocks: int) -> SelectTiles:
+    sizes = config.group, config.head_dim, config.num_selected, num_blocks
+    return replace(select_tiles(torch.bfloat16, *sizes), **VARIANTS[name])
+
+
+@torch.no_grad()
+def variants(config: NSAConfig, batch: int, length: int) -> None:
+    """A table of times; one that does not compile or run says why."""
+    side_by_side(prepare, [(config, name) for name in VARIANTS])
+    q, k, lse = problem(config, batch, length, torch.bfloat16)
+    want = load("sdpa").select_blocks(q, k, config, lse=lse)
+    ends = range(config.compress_block - 1, length, config.compress_stride)
+    seen = sum(length - end for end in ends)
+    flop = 2 * config.head_dim * batch * config.num_heads * seen
+    for name in VARIANTS:
+        tiles = variant(config, name, -(-length // config.select_block))
+        try:
+            share = differ(select(q, k, lse, config, tiles=tiles), want)
+            ms = do_bench(
+                lambda: select(q, k, lse, config, tiles=tiles),
+                warmup=50,
+                rep=300,
+                return_mode="median",
+            )
+        except (RuntimeError, triton.errors.TritonError) as error:
+            print(f"  {name:20s} {type(error).__name__}: {str(error)[:90]}", flush=True)
+            continue
+        rate = flop / ms / 1e9
+        print(
+            f"  {name:20s} {ms:8.3f} ms  {rate:5.0f} TFLOP/s  lists differ {share:.4%}", flush=True
+        )
+
+
+def main() -> None:
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    names = sys.argv[1:] or ["checks", *SHAPES]
+    for name in names:
+        if name == "checks":
+            side_by_side(check, CHECKS)
+            continue
+        config, batch, length = SHAPES[name]
+        heads = f"Hq {config.num_heads}, Hkv {config.num_kv_heads}, D {config.head_dim}"
+        print(f"{name}: B {batch}, {heads}", flush=True)
+        variants(config, batch, length)
+
+
+if __name__ == "__main__":
+    main()

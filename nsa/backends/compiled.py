@@ -1,0 +1,256 @@
+"""The ``compiled`` backend: dense kernels where the branch is dense, Triton kernels elsewhere.
+
+- compressed: folded into causal attention (:mod:`.fold`) and given to cuDNN, or, where that does
+  not take it, to the window's kernel with a window as wide as the keys;
+- select: scores and a running top-n in one kernel (:mod:`nsa.kernels.select`);
+- selected: several tokens on the union of their lists (:mod:`nsa.kernels.selected`);
+- window: a band (:mod:`nsa.kernels.window`).
+
+What is between them (rotary embedding, gates, the weighted sum, folding) is plain PyTorch for
+Inductor to fuse: :mod:`nsa.fusion` compiles it for whoever compiles nothing. On a CPU the window
+is plain PyTorch too (:mod:`.compiled_window`), and the branches with lists are left to ``sdpa``.
+
+The step signature is the one of :mod:`nsa.backends.contract`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from nsa.backends import load
+from nsa.backends.compiled_dense import dense_attention, takes_dense
+from nsa.backends.compiled_window import window_in_blocks
+from nsa.backends.contract import Problem
+from nsa.backends.fold import Fold, fold, make_fold, nothing_seen, unfold
+from nsa.backends.selection import SELECTORS, select
+from nsa.config import NSAConfig
+from nsa.kernels.attention_ops import selected_attention as selected_op
+from nsa.kernels.attention_ops import window_attention as window_op
+from nsa.kernels.operators import lse_dtype
+from nsa.settings import Settings, foreign_variable
+from nsa.varlen import compressed_members, token_members
+
+NEG_INF = float("-inf")
+MAX_HEAD = 256
+INTERPRETED = foreign_variable("TRITON_INTERPRET") == "1"
+"""Whether Triton kernels run on the CPU, in Triton's interpreter."""
+_MIN_CAPABILITY = (8, 0)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unavailable(problem: Problem, settings: Settings) -> str | None:
+    """Why this backend cannot run the problem, or None."""
+    device, config = problem.device, problem.config
+    if device.type == "cpu" and not INTERPRETED:
+        return _no_compiler()
+    if device.type not in ("cuda", "cpu"):
+        return f"compiled needs a CUDA device or a CPU, got {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "compiled needs triton on a GPU: pip install triton (PyTorch's CUDA builds bring it)"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _MIN_CAPABILITY:
+            return f"compiled needs sm80 or newer, got sm{capability[0]}{capability[1]}"
+    if problem.dtype not in _DTYPES:
+        return f"compiled takes float16, bfloat16 and float32 on a GPU, got {problem.dtype}"
+    size = max(config.head_dim, config.dv)
+    if size > MAX_HEAD:
+        return f"compiled takes head sizes up to {MAX_HEAD}, got {size}"
+    return None
+
+
+def left_to_sdpa(problem: Problem, settings: Settings) -> dict[str, str]:
+    """The branches that this backend leaves to ``sdpa`` on a CPU, and why."""
+    if problem.device.type != "cpu" or INTERPRETED:
+        return {}
+    why = "on a CPU"
+    branches = ("select", "selected", *(("compressed",) if problem.packed else ()))
+    return dict.fromkeys(branches, why)
+
+
+@cache
+def _no_compiler() -> str | None:
+    """Why Inductor cannot make code for this CPU, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return (
+            "compiled needs a C++ compiler on a CPU, and torch found none: install g++, or name "
+            "one in the variable CXX"
+        )
+    return None
+
+
+def compressed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    q_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Folded causal attention; see :class:`nsa.backends.contract.Backend`."""
+    if cu_seqlens is not None and _plain(q):
+        step = load("sdpa").compressed_attention
+        return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
+    T, N, K = q.shape[1], k.shape[1], k.shape[2]
+    shape = make_fold(T, N, config, cu_seqlens, q_start)
+    if cu_seqlens is None and (shape.rows == 0 or N == 0):
+        return nothing_seen(q, k, v, lse_dtype(q))
+    rows = fold(q, shape, K)
+    scale, start = config.softmax_scale, None
+    whole = cu_seqlens is None and shape.rows == N and shape.first_row == 0
+    if whole and takes_dense(q, v, N):
+        out, lse = dense_attention(rows, k, v, scale)
+    elif _plain(q):  # a step of decode
+        step = load("sdpa").compressed_attention
+        return step(q, k, v, config, q_start=q_start)
+    else:
+        if shape.real is not None:  # whatever stands in surplus rows is not read, NaN included
+            real = shape.real[:, None, None]
+            k, v = k.where(real, 0.0), v.where(real, 0.0)
+            rows = rows.where(real[..., None], 0.0)
+            assert shape.row_seq is not None
+            starts = compressed_members(cast(Tensor, cu_seqlens), N, config).starts
+            start = starts[shape.row_seq].to(torch.int32)
+        out, lse = _causal(rows, k, v, start, scale, shape)
+    out = unfold(out, shape, T, 0.0)
+    return out, unfold(lse[..., None], shape, T, NEG_INF)[..., 0]
+
+
+def _causal(
+    rows: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, shape: Fold
+) -> tuple[Tensor, Tensor]:
+    """The folded branch on the window's kernel, with a window that reaches everything.
+
+    The d queries of a row are d batches, so that a tile has the G heads of one query.
+    rows ``[B, R, K, d*G, D]``, k and v ``[B, N, K, …]`` -> out ``[B, R, K, d*G, V]`` and lse.
+    """
+    B, R, K, M, D = rows.shape
+    d, G = shape.stride, M // shape.stride
+    q = rows.view(B, R, K, d, G, D).permute(0, 3, 1, 2, 4, 5).reshape(B * d, R, K * G, D)
+    k, v = (x[:, None].expand(-1, d, -1, -1, -1).flatten(0, 1) for x in (k, v))
+    out, lse = window_op(q, k, v, start, k.shape[1], scale, shape.first_row)
+    out = out.view(B, d, R, K, G, -1).permute(0, 2, 3, 1, 4, 5).reshape(B, R, K, M, -1)
+    return out, lse.view(B, d, R, K, G).permute(0, 2, 3, 1, 4).reshape(B, R, K, M)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    q_start: int = 0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Top-n selection; see :class:`nsa.backends.contract.Backend`."""
+    if _plain(q):
+        step = load("sdpa").select_blocks
+        return step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start, lse=lse)
+    if lse is None:
+        with torch.no_grad():
+            q, k_cmp = q.detach(), k_cmp.detach()
+            _, lse = compressed_attention(
+                q, k_cmp, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start
+            )
+    return select("compiled", q, k_cmp, lse, config, cu_seqlens, max_seqlen, q_start)
+
+
+def _select(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    q_start: int,
+) -> Tensor:
+    """See :class:`nsa.backends.selection.Selector`."""
+    kernels = importlib.import_module("nsa.kernels.select")
+    start = cmp_start = None
+    if cu_seqlens is not None:
+        token = token_members(cu_seqlens, q.shape[1])
+        start = token.starts[token.seq].to(torch.int32)
+        blocks = compressed_members(cu_seqlens, 0, config).starts
+        cmp_start = blocks[token.seq].to(torch.int32)
+    return kernels.select_forward(
+        q,
+        k_cmp,
+        lse,
+        start=start,
+        cmp_start=cmp_start,
+        compress_block=config.compress_block,
+        compress_stride=config.compress_stride,
+        select_block=config.select_block,
+        num_selected=config.num_selected,
+        num_initial=config.num_initial,
+        num_local=config.num_local,
+        scale=config.softmax_scale,
+        q_start=q_start,
+    )
+
+
+SELECTORS["compiled"] = _select
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    q_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention over listed blocks; see :class:`nsa.backends.contract.Backend`."""
+    if _plain(q):
+        step = load("sdpa").selected_attention
+        return step(q, k, v, block_idx, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
+    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    start = _start(cu_seqlens, q.shape[1])
+    block, scale = config.select_block, config.softmax_scale
+    return selected_op(q, k, v, block_idx, start, sequences, block, scale, q_start)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    q_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A band of keys; see :class:`nsa.backends.contract.Backend`."""
+    start, scale = _start(cu_seqlens, q.shape[1]), config.softmax_scale
+    if _plain(q):
+        return window_in_blocks(q, k, v, start, config.window, scale, q_start)
+    return window_op(q, k, v, start, config.window, scale, q_start)
+
+
+def _plain(q: Tensor) -> bool:
+    """Whether no Triton kernel runs here."""
+    return q.device.type == "cpu" and not INTERPRETED
+
+
+def _start(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
+    """int32 ``[T]``, the first token of each token's sequence when packed."""
+    if cu_seqlens is None:
+        return None
+    token = token_members(cu_seqlens, total)
+    return token.starts[token.seq].to(torch.int32)

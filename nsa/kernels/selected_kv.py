@@ -1,0 +1,266 @@
+"""dk and dv of selected attention: the loop turned round, one block of keys and all its readers.
+
+A program holds one block of keys and values, and the sums of their gradients, while it walks over
+a chunk of the tokens that list the block (:func:`nsa.kernels.selected_lists.chunks`), some at a
+time: they need not be neighbours, so that every row of every matrix product is useful whatever the
+lists.
+
+A block with several chunks (every token reads block 0) is summed by atomic adds into fp32 buffers:
+not deterministic to the last bit, but without a second pass over partial sums, which random lists
+make many.
+
+B batch, T query tokens, S key tokens, H query heads, K key/value heads, G heads per group, D key
+size, V value size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.kernels.selected_lists import Chunks, chunks
+from nsa.kernels.selected_tiles import KeyTiles, default_tiles, padded, padded_rows
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit(do_not_specialize=["T", "S", "q_start", "spans"])
+def _dkv_kernel(
+    q,
+    k,
+    v,
+    dout,
+    lse,  # [B, T, H], contiguous
+    delta,  # [B, T, H], contiguous
+    dk,  # fp32 [B, S, K, D], contiguous; added to
+    dv,  # fp32 [B, S, K, V], contiguous; added to
+    keys,
+    tokens,
+    starts,
+    chunk_count,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_s,
+    k_h,
+    v_b,
+    v_s,
+    v_h,
+    do_b,
+    do_t,
+    do_h,
+    T,
+    S,
+    q_start,
+    KV,
+    spans,
+    score_scale,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    SELECT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    part = (tl.program_id(0) % PARTS) * BLOCK_N
+    r = tl.arange(0, ROWS)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    slot = r // G
+    mask_d = (d < D)[None, :]
+    mask_e = (e < V)[None, :]
+    chunk = tl.program_id(0) // PARTS
+    if chunk < tl.load(chunk_count):
+        begin = tl.load(starts + chunk)
+        end = tl.load(starts + chunk + 1)
+        key = tl.load(keys + begin)
+        first = (key % S).to(tl.int32) + part
+        b_head = (key // S // spans).to(tl.int32)
+        head = b_head % KV
+        b = b_head // KV
+        b64 = b.to(tl.int64)
+        head64 = head.to(tl.int64)
+        exists = (n < SELECT - part) & (first + n < S)
+        k_mask = exists[:, None]
+        v_mask = exists[:, None]
+        if BLOCK_D != D:
+            k_mask = k_mask & mask_d
+        if BLOCK_V != V:
+            v_mask = v_mask & mask_e
+        k_ptr = k + b64 * k_b + head64 * k_h + first.to(tl.int64) * k_s
+        v_ptr = v + b64 * v_b + head64 * v_h + first.to(tl.int64) * v_s
+        k_tile = tl.load(k_ptr + n[:, None] * k_s + d[None, :], mask=k_mask, other=0.0)
+        v_tile = tl.load(v_ptr + n[:, None] * v_s + e[None, :], mask=v_mask, other=0.0)
+        query_head = head * G + r % G
+        q_ptr = q + b64 * q_b
+        do_ptr = dout + b64 * do_b
+
+        dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        # What is the same in every step is cheap to compute again; kept, it spills (sm_90).
+        for pair in tl.range(begin, end, TOKENS, disable_licm=True):
+            live = (slot < TOKENS) & (pair + slot < end)
+            bt = tl.load(tokens + pair + slot, mask=live, other=0)
+            t = bt - b * T
+            t64 = t.to(tl.int64)
+            row = bt.to(tl.int64) * (KV * G) + query_head
+            q_row = t64 * q_t + query_head.to(tl.int64) * q_h
+            do_row = t64 * do_t + query_head.to(tl.int64) * do_h
+            q_mask = live[:, None]
+            do_mask = live[:, None]
+            if BLOCK_D != D:
+                q_mask = q_mask & mask_d
+            if BLOCK_V != V:
+                do_mask = do_mask & mask_e
+            q_tile = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=q_mask, other=0.0)
+            do_tile = tl.load(do_ptr + do_row[:, None] + e[None, :], mask=do_mask, other=0.0)
+            log = tl.load(lse + row, mask=live, other=0.0) * LOG2E
+            mean = tl.load(delta + row, mask=live, other=0.0)
+            # How far into these keys each row sees, so that a key costs one comparison. Rows past
+            # the end of the chunk are zeros in q and dout: they add nothing, whatever they see.
+            reach = tl.minimum(t + q_start - first, SELECT - 1 - part)
+            # No probability is above 1; where scores are so large that rounding the lse says
+            # otherwise, the minimum keeps the gradient finite.
+            if KEYS_FIRST:
+                visible = n[:, None] <= reach[None, :]
+                s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+                p = tl.exp2(tl.minimum(s * score_scale - log[None, :], 0.0))
+                p = tl.where(visible, p, 0.0)
+                p_keys = p.to(do_tile.dtype)
+                dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
+                dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+                ds = tl.where(visible, p * (dp - mean[None, :]), 0.0)
+                ds_keys = ds.to(q_tile.dtype)
+            else:
+                visible = n[None, :] <= reach[:, None]
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+                p = tl.exp2(tl.minimum(s * score_scale - log[:, None], 0.0))
+                p = tl.where(visible, p, 0.0)
+                p_keys = tl.trans(p.to(do_tile.dtype))
+                dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
+                dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+                ds = tl.where(visible, p * (dp - mean[:, None]), 0.0)
+                ds_keys = tl.trans(ds.to(q_tile.dtype))
+            dk_acc = tl.dot(ds_keys, q_tile, dk_acc, input_precision=PRECISION)
+
+        # A key past the end of its block is another block's, or nobody's; p and ds of it are 0.
+        grad_row = (b64 * S + first + n[:, None]) * KV + head
+        tl.atomic_add(dk + grad_row * D + d[None, :], dk_acc * scale, mask=k_mask, sem="relaxed")
+        tl.atomic_add(dv + grad_row * V + e[None, :], dv_acc, mask=v_mask, sem="relaxed")
+
+
+def selected_dkv(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    block_idx: Tensor,
+    *,
+    start: Tensor | None,
+    select_block: int,
+    scale: float,
+    q_start: int = 0,
+    sequences: int | None = None,
+    tiles: KeyTiles | None = None,
+    cut: Chunks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of k and v.
+
+    Args:
+        dout: ``[B, T, H, V]``, the gradient of out.
+        q, k, v, block_idx, start, select_block, scale, q_start: as of
+            :func:`nsa.kernels.selected.selected_forward`.
+        lse: ``[B, T, H]``, fp32, as it returned.
+        delta: ``[B, T, H]``, fp32, the sum of ``dout * out``.
+        sequences: at most so many packed sequences (``cu_seqlens.numel() - 1``); without it, many
+            programs start for nothing.
+        tiles: how to cut the launch; None takes :func:`default_tiles`.
+        cut: made by :func:`chunks`, or None.
+
+    Returns:
+        dk ``[B, S, K, D]`` and dv ``[B, S, K, V]`` in q's dtype; 0 for keys that nobody sees.
+    """
+    B, T, H, D = q.shape
+    S, K, V = v.shape[1:]
+    n = block_idx.shape[3]
+    dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
+    dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
+    if q.numel() and k.numel() and n:
+        G = H // K
+        tiles = tiles or default_tiles(q, v, block_idx, select_block).dkv
+        q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
+        with torch.cuda.device_of(q):
+            if cut is None:
+                cut = chunks(
+                    block_idx,
+                    key_rows=S,
+                    start=start,
+                    select_block=select_block,
+                    chunk=tiles.chunk,
+                    span=tiles.span,
+                    q_start=q_start,
+                    sequences=sequences,
+                )
+            parts = triton.cdiv(select_block, tiles.block_n)
+            _dkv_kernel[(cut.at_most * parts,)](
+                q,
+                k,
+                v,
+                dout,
+                lse.contiguous(),
+                delta.contiguous(),
+                dk,
+                dv,
+                cut.keys,
+                cut.tokens,
+                cut.starts,
+                cut.number,
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *v.stride()[:3],
+                *dout.stride()[:3],
+                T,
+                S,
+                q_start,
+                K,
+                cut.spans,
+                scale * LOG2E.value,
+                scale,
+                G=G,
+                D=D,
+                V=V,
+                SELECT=select_block,
+                TOKENS=tiles.tokens,
+                ROWS=padded_rows(tiles.tokens, G),
+                BLOCK_N=tiles.block_n,
+                BLOCK_D=padded(D),
+                BLOCK_V=padded(V),
+                PARTS=parts,
+                KEYS_FIRST=tiles.keys_first,
+                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )
+    return dk.to(q.dtype), dv.to(q.dtype)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x itself if its rows are contiguous and offsets within a block fit in int32, else a copy."""
+    if x.stride(-1) != 1 or x.stride(1) >= 2**22:
+        return x.contiguous()
+    return x

@@ -1,0 +1,645 @@
+"""Sliding-window attention, forward and backward (paper §3.3.3).
+
+B batch, T query tokens, S keys, H query heads, K key/value heads, G heads per group, D key size,
+V value size.
+
+The G heads of a group are rows of one tile: a program that takes m tokens has m * G rows on the
+same m + w - 1 keys, so keys and values are read once for all of them, little of the window's edge
+is computed in vain, and the gradients of keys and values need no expansion to query heads.
+"Position" means the row of the keys throughout: query t stands at ``q_start + t``, packed or not,
+and sees keys ``max(start, position - w + 1) … position``.
+
+The gradient of q is one kernel, that of k and v another; neither uses atomics, so both are
+deterministic. The algorithm is FlashAttention-2's (arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+LOG2_E = tl.constexpr(LOG2E)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowTiles:
+    """How one launch is cut; powers of two."""
+
+    rows: int
+    """Tokens times heads of a group."""
+    keys: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+    """Registers of a thread; None leaves it to the compiler."""
+
+
+def forward_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
+    """Tiles of the forward kernel on sm_90; size is the larger of D and V."""
+    if dtype == torch.float32:  # no tensor cores: the tiles are what the registers hold
+        return WindowTiles(32, 32, num_warps=4, num_stages=1)
+    if size > 256:
+        return WindowTiles(64, 32, num_warps=8, num_stages=1)
+    if size > 128:
+        return WindowTiles(128, 64, num_warps=8, num_stages=2)
+    # two programs to a multiprocessor: one multiplies while the other exponentiates
+    return WindowTiles(128, 64, num_warps=8, num_stages=2, maxnreg=128)
+
+
+def query_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
+    """Tiles of the kernel for dq."""
+    if dtype == torch.float32:
+        return WindowTiles(32, 32, num_warps=8, num_stages=1)
+    if size > 256:
+        return WindowTiles(64, 32, num_warps=8, num_stages=1)
+    if size > 128:
+        return WindowTiles(64, 64, num_warps=8, num_stages=2)
+    return WindowTiles(128, 64, num_warps=8, num_stages=2)
+
+
+def key_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
+    """Tiles of the kernel for dk and dv."""
+    if dtype == torch.float32:
+        return WindowTiles(32, 32, num_warps=8, num_stages=1)
+    if size > 256:
+        return WindowTiles(32, 64, num_warps=8, num_stages=1)
+    if size > 128:
+        return WindowTiles(64, 64, num_warps=8, num_stages=2)
+    return WindowTiles(128, 64, num_warps=8, num_stages=2)
+
+
+def window_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    start: Tensor | None,
+    scale: float,
+    q_start: int = 0,
+    tiles: WindowTiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the last ``window`` tokens, the query's own included.
+
+    Args:
+        q: ``[B, T, H, D]``, fp16, bf16 or fp32; query head h reads key head h // G.
+        k, v: ``[B, S, K, D]`` and ``[B, S, K, V]``, q's dtype; S is at least ``q_start + T``, and T
+            when packed.
+        window: tokens, at least 1.
+        start: None for a regular batch; packed (B = 1): int32 ``[T]``, the first token of each
+            token's sequence, which does not decrease.
+        q_start: row of k where q's first row stands; 0 when packed.
+        tiles: overrides :func:`forward_tiles`.
+
+    Returns:
+        out ``[B, T, H, V]`` in q's dtype and lse fp32 ``[B, T, H]``, natural log.
+    """
+    B, T, H, D = q.shape
+    K, V = v.shape[2], v.shape[3]
+    out = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+    if lse.numel() == 0:
+        return out, lse
+    q, scale, _ = _positive(q, scale)
+    tiles = tiles or forward_tiles(q.dtype, max(D, V))
+    shape, options = _shape(q, k, v, tiles, window, start, q_start)
+    with torch.cuda.device_of(q):
+        _forward[(triton.cdiv(T, shape["TOKENS"]) * B * K,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            lse if start is None else start,
+            T,
+            K,
+            min(window, k.shape[1]),
+            q_start,
+            scale,
+            scale * LOG2E,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            **shape,
+            **options,
+        )
+    return out, lse
+
+
+def window_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    window: int,
+    start: Tensor | None,
+    scale: float,
+    q_start: int = 0,
+    q_tiles: WindowTiles | None = None,
+    k_tiles: WindowTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`window_forward`, whose arguments and results come in unchanged.
+
+    Args:
+        dout: ``[B, T, H, V]``, the gradient of ``out``, in its dtype.
+        q_tiles, k_tiles: override :func:`query_gradient_tiles` and :func:`key_gradient_tiles`.
+
+    Returns:
+        dq, dk, dv, shaped like q, k, v and in their dtypes.
+    """
+    B, T, H, D = q.shape
+    S, K, V = k.shape[1], v.shape[2], v.shape[3]
+    dq = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
+    dk = torch.empty(B, S, K, D, dtype=k.dtype, device=q.device)
+    dv = torch.empty(B, S, K, V, dtype=v.dtype, device=q.device)
+    if lse.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    out, lse = out.contiguous(), lse.contiguous()
+    q, scale, sign = _positive(q, scale)
+    delta = torch.empty_like(lse)
+    started = lse if start is None else start
+    tiles = q_tiles or query_gradient_tiles(q.dtype, max(D, V))
+    shape, options = _shape(q, k, v, tiles, window, start, q_start)
+    with torch.cuda.device_of(q):
+        _query_gradient[(triton.cdiv(T, shape["TOKENS"]) * B * K,)](
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            delta,
+            dq,
+            started,
+            T,
+            K,
+            min(window, S),
+            q_start,
+            scale * sign,
+            scale * LOG2E,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *dout.stride(),
+            **shape,
+            **options,
+        )
+    tiles = k_tiles or key_gradient_tiles(q.dtype, max(D, V))
+    shape, options = _shape(q, k, v, tiles, window, start, q_start)
+    with torch.cuda.device_of(q):
+        _key_gradient[(triton.cdiv(S, tiles.keys) * B * K,)](
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            dk,
+            dv,
+            started,
+            T,
+            S,
+            K,
+            min(window, S),
+            q_start,
+            scale,
+            scale * LOG2E,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *dout.stride(),
+            **shape,
+            **options,
+        )
+    return dq, dk, dv
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q and a scale above 0 with the same scores; q is the new one times the third result."""
+    if scale > 0:  # the running maximum is taken before scaling
+        return q, scale, 1.0
+    return (-q, -scale, -1.0) if scale < 0 else (torch.zeros_like(q), 1.0, 0.0)
+
+
+def _shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: WindowTiles,
+    window: int,
+    start: Tensor | None,
+    q_start: int,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The constants of a launch, and its options."""
+    G, D, V = q.shape[2] // k.shape[2], q.shape[3], v.shape[3]
+    assert k.shape[1] >= q_start + q.shape[1]
+    assert start is None or (q_start == 0 and k.shape[1] == q.shape[1])
+    rows = max(tiles.rows, triton.next_power_of_2(G))
+    constants = {
+        "G": G,
+        "D": D,
+        "V": V,
+        "TOKENS": rows // G,
+        "ROWS": rows,
+        "KEYS": tiles.keys,
+        "DIM": max(16, triton.next_power_of_2(D)),
+        "VDIM": max(16, triton.next_power_of_2(V)),
+        "PACKED": start is not None,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # tf32: no effect on 16 bits
+    }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    if tiles.maxnreg is not None:
+        options["maxnreg"] = tiles.maxnreg
+    return constants, options
+
+
+@triton.jit
+def _locate(tiles, K):
+    """Tile, batch row and key head of a program; neighbouring tiles run side by side."""
+    pid = tl.program_id(0)
+    return pid % tiles, (pid // tiles // K).to(tl.int64), (pid // tiles % K).to(tl.int64)
+
+
+@triton.jit
+def _oldest(t, start_ptr, window, q_start, PACKED: tl.constexpr):
+    """The first key that query t sees; t a row of q that exists."""
+    oldest = tl.maximum(t + q_start - window + 1, 0)
+    if PACKED:
+        oldest = tl.maximum(oldest, tl.load(start_ptr + t))
+    return oldest
+
+
+@triton.jit(do_not_specialize=["T", "window", "q_start"])
+def _forward(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    start_ptr,
+    T,
+    K,
+    window,
+    q_start,
+    scale,
+    scale_log2,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    q_stride_d,
+    k_stride_b,
+    k_stride_s,
+    k_stride_k,
+    k_stride_d,
+    v_stride_b,
+    v_stride_s,
+    v_stride_k,
+    v_stride_d,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    VDIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile, b, kv = _locate(tl.cdiv(T, TOKENS), K)
+    H = K * G
+    first = tile * TOKENS
+    last = tl.minimum(first + TOKENS, T) - 1
+
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM)
+    vdim = tl.arange(0, VDIM)
+    key = tl.arange(0, KEYS)
+    t = first + row // G
+    there = t <= last
+    t = tl.minimum(t, last)  # rows past the end do what the last token does, and are not stored
+    head = kv * G + row % G
+    q = tl.load(
+        q_ptr
+        + b * q_stride_b
+        + t[:, None].to(tl.int64) * q_stride_t
+        + head[:, None] * q_stride_h
+        + dim[None, :] * q_stride_d,
+        mask=(dim < D)[None, :],
+        other=0.0,
+    )
+    oldest = _oldest(t, start_ptr, window, q_start, PACKED)
+    position = t + q_start
+    begin = _oldest(first, start_ptr, window, q_start, PACKED)
+    seen_by_all = _oldest(last, start_ptr, window, q_start, PACKED)
+    end = last + q_start + 1
+    k_ptr += b * k_stride_b + kv * k_stride_k
+    v_ptr += b * v_stride_b + kv * v_stride_k
+
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, VDIM), tl.float32)
+    for s0 in range(begin, end, KEYS):
+        s = s0 + key
+        at = s[:, None].to(tl.int64)
+        k = tl.load(
+            k_ptr + at * k_stride_s + dim[None, :] * k_stride_d,
+            mask=(s < end)[:, None] & (dim < D)[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            v_ptr + at * v_stride_s + vdim[None, :] * v_stride_d,
+            mask=(s < end)[:, None] & (vdim < V)[None, :],
+            other=0.0,
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if (s0 < seen_by_all) | (s0 + KEYS - 1 > first + q_start):
+            visible = (s[None, :] >= oldest[:, None]) & (s[None, :] <= position[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        new = tl.maximum(highest, tl.max(scores, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)  # other sequences' keys alone so far
+        # the difference first: scaled apart, two huge scores round apart
+        p = tl.exp2((scores - base[:, None]) * scale_log2)
+        shrink = tl.exp2((highest - base) * scale_log2)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        highest = new
+
+    place = (b * T + t.to(tl.int64)) * H + head
+    acc = acc / total[:, None]
+    tl.store(
+        out_ptr + place[:, None] * V + vdim[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=there[:, None] & (vdim < V)[None, :],
+    )
+    tl.store(lse_ptr + place, highest * scale + tl.log(total), mask=there)
+
+
+@triton.jit(do_not_specialize=["T", "window", "q_start"])
+def _query_gradient(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    start_ptr,
+    T,
+    K,
+    window,
+    q_start,
+    factor,
+    scale_log2,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    q_stride_d,
+    k_stride_b,
+    k_stride_s,
+    k_stride_k,
+    k_stride_d,
+    v_stride_b,
+    v_stride_s,
+    v_stride_k,
+    v_stride_d,
+    do_stride_b,
+    do_stride_t,
+    do_stride_h,
+    do_stride_d,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    VDIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq, and delta = Σ dout * out of every row, which the other kernel needs too."""
+    tile, b, kv = _locate(tl.cdiv(T, TOKENS), K)
+    H = K * G
+    first = tile * TOKENS
+    last = tl.minimum(first + TOKENS, T) - 1
+
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM)
+    vdim = tl.arange(0, VDIM)
+    key = tl.arange(0, KEYS)
+    t = first + row // G
+    there = t <= last
+    t = tl.minimum(t, last)
+    wide_t = t.to(tl.int64)
+    head = kv * G + row % G
+    place = (b * T + wide_t) * H + head
+    q = tl.load(
+        q_ptr
+        + b * q_stride_b
+        + wide_t[:, None] * q_stride_t
+        + head[:, None] * q_stride_h
+        + dim[None, :] * q_stride_d,
+        mask=(dim < D)[None, :],
+        other=0.0,
+    )
+    dout = tl.load(
+        dout_ptr
+        + b * do_stride_b
+        + wide_t[:, None] * do_stride_t
+        + head[:, None] * do_stride_h
+        + vdim[None, :] * do_stride_d,
+        mask=(vdim < V)[None, :],
+        other=0.0,
+    )
+    out = tl.load(out_ptr + place[:, None] * V + vdim[None, :], mask=(vdim < V)[None, :], other=0.0)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + place, delta, mask=there)
+    lse_log2 = tl.load(lse_ptr + place) * LOG2_E
+    oldest = _oldest(t, start_ptr, window, q_start, PACKED)
+    position = t + q_start
+    begin = _oldest(first, start_ptr, window, q_start, PACKED)
+    seen_by_all = _oldest(last, start_ptr, window, q_start, PACKED)
+    end = last + q_start + 1
+    k_ptr += b * k_stride_b + kv * k_stride_k
+    v_ptr += b * v_stride_b + kv * v_stride_k
+
+    dq = tl.zeros((ROWS, DIM), tl.float32)
+    for s0 in range(begin, end, KEYS):
+        s = s0 + key
+        at = s[:, None].to(tl.int64)
+        k = tl.load(
+            k_ptr + at * k_stride_s + dim[None, :] * k_stride_d,
+            mask=(s < end)[:, None] & (dim < D)[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            v_ptr + at * v_stride_s + vdim[None, :] * v_stride_d,
+            mask=(s < end)[:, None] & (vdim < V)[None, :],
+            other=0.0,
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        # rounding of a huge lse must not make a probability above 1
+        p = tl.exp2(tl.minimum(scores * scale_log2 - lse_log2[:, None], 0.0))
+        ds = p * (dp - delta[:, None])
+        if (s0 < seen_by_all) | (s0 + KEYS - 1 > first + q_start):
+            visible = (s[None, :] >= oldest[:, None]) & (s[None, :] <= position[:, None])
+            ds = tl.where(visible, ds, 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    tl.store(
+        dq_ptr + place[:, None] * D + dim[None, :],
+        (dq * factor).to(dq_ptr.dtype.element_ty),
+        mask=there[:, None] & (dim < D)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["T", "S", "window", "q_start"])
+def _key_gradient(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    start_ptr,
+    T,
+    S,
+    K,
+    window,
+    q_start,
+    scale,
+    scale_log2,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    q_stride_d,
+    k_stride_b,
+    k_stride_s,
+    k_stride_k,
+    k_stride_d,
+    v_stride_b,
+    v_stride_s,
+    v_stride_k,
+    v_stride_d,
+    do_stride_b,
+    do_stride_t,
+    do_stride_h,
+    do_stride_d,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    VDIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of one block of keys: all tiles of queries that see any of them, in order."""
+    block, b, kv = _locate(tl.cdiv(S, KEYS), K)
+    H = K * G
+    s0 = block * KEYS
+    s_last = tl.minimum(s0 + KEYS, S) - 1
+
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM)
+    vdim = tl.arange(0, VDIM)
+    s = s0 + tl.arange(0, KEYS)
+    key = s[:, None].to(tl.int64)
+    k = tl.load(
+        k_ptr + b * k_stride_b + key * k_stride_s + kv * k_stride_k + dim[None, :] * k_stride_d,
+        mask=(s < S)[:, None] & (dim < D)[None, :],
+        other=0.0,
+    )
+    v = tl.load(
+        v_ptr + b * v_stride_b + key * v_stride_s + kv * v_stride_k + vdim[None, :] * v_stride_d,
+        mask=(s < S)[:, None] & (vdim < V)[None, :],
+        other=0.0,
+    )
+    # queries first_t … end_t - 1 may see one of the keys
+    first_t = tl.maximum(s0 - q_start, 0)
+    end_t = tl.minimum(s_last + window - q_start, T)
+    if PACKED:
+        # starts do not decrease: the last key's sequence ends before the first larger start
+        among = tl.arange(0, 256)
+        same = 0
+        for t0 in range(s_last, end_t, 256):
+            start = tl.load(start_ptr + t0 + among, mask=t0 + among < end_t, other=2147483647)
+            same += tl.sum((start <= s_last).to(tl.int32), 0)
+        end_t = s_last + same
+    token = row // G
+    head = kv * G + row % G
+    q_ptr += b * q_stride_b
+    dout_ptr += b * do_stride_b
+
+    dk = tl.zeros((KEYS, DIM), tl.float32)
+    dv = tl.zeros((KEYS, VDIM), tl.float32)
+    for t0 in range(first_t, end_t, TOKENS):
+        t = t0 + token
+        there = (t < end_t) & (row < TOKENS * G)
+        wide_t = t.to(tl.int64)
+        q = tl.load(
+            q_ptr
+            + wide_t[:, None] * q_stride_t
+            + head[:, None] * q_stride_h
+            + dim[None, :] * q_stride_d,
+            mask=there[:, None] & (dim < D)[None, :],
+            other=0.0,
+        )
+        dout = tl.load(
+            dout_ptr
+            + wide_t[:, None] * do_stride_t
+            + head[:, None] * do_stride_h
+            + vdim[None, :] * do_stride_d,
+            mask=there[:, None] & (vdim < V)[None, :],
+            other=0.0,
+        )
+        place = (b * T + wide_t) * H + head
+        # a row that is not there has probability exp(-inf)
+        lse = tl.load(lse_ptr + place, mask=there, other=float("inf"))
+        delta = tl.load(delta_ptr + place, mask=there, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        p = tl.exp2(tl.minimum(scores * scale_log2 - (lse * LOG2_E)[None, :], 0.0))
+        ds = p * (dp - delta[None, :])
+        t_last = tl.minimum(t0 + TOKENS, end_t) - 1
+        oldest = _oldest(t_last, start_ptr, window, q_start, PACKED)
+        if (oldest > s0) | (t0 + q_start < s_last):
+            seen = tl.maximum(t + q_start - window + 1, 0)
+            if PACKED:
+                seen = tl.maximum(seen, tl.load(start_ptr + t, mask=there, other=0))
+            visible = (s[:, None] >= seen[None, :]) & (s[:, None] <= (t + q_start)[None, :])
+            # after the fact: what overflowed in another sequence's row may be no number
+            p = tl.where(visible, p, 0.0)
+            ds = tl.where(visible, ds, 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    place = (b * S + key) * K + kv
+    tl.store(
+        dk_ptr + place * D + dim[None, :],
+        (dk * scale).to(dk_ptr.dtype.element_ty),
+        mask=(s < S)[:, None] & (dim < D)[None, :],
+    )
+    tl.store(
+        dv_ptr + place * V + vdim[None, :],
+        dv.to(dv_ptr.dtype.element_ty),
+        mask=(s < S)[:, None] & (vdim < V)[None, :],
+    )

@@ -1,0 +1,175 @@
+"""The ``compiled`` backend on a CPU: through Inductor, refused without a compiler, as operators."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from nsa import BackendUnavailable, NSAConfig, NSAttention, fusion, nsa_attention, resolve
+from nsa.backends import compiled
+from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
+
+CONFIG = NSAConfig(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    value_dim=6,
+    compress_block=4,
+    compress_stride=2,
+    select_block=6,
+    num_selected=4,
+    num_local=1,
+    window=7,
+)
+OPERATORS = torch.ops.nsa
+
+
+def problem(packed: bool, dtype: torch.dtype = torch.float32) -> Inputs:
+    shape = {"lengths": (31, 0, 17, 1)} if packed else {"length": 50, "batch": 2}
+    x = make_inputs(CONFIG, dtype=dtype, **shape)
+    return replace(x, block_idx=random_blocks(x, 4))
+
+
+def attend(x: Inputs, backend: str) -> torch.Tensor:
+    return nsa_attention(
+        x.q,
+        x.compressed,
+        x.selected,
+        x.window,
+        x.gates,
+        CONFIG,
+        cu_seqlens=x.cu_seqlens,
+        max_seqlen=x.max_seqlen,
+        block_idx=x.block_idx,
+        backend=backend,
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_parity_through_inductor(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "COMPILER", "inductor")
+    x = problem(packed)
+    rows = attention_parity("compiled", x)
+    assert [row for row in rows if not row.ok] == []
+    assert selection_faults("compiled", x) == []
+
+
+def test_the_layer_compiles_itself_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layers = [NSAttention(24, CONFIG, backend="compiled") for _ in range(3)]
+    plain = [NSAttention(24, CONFIG, backend="sdpa") for _ in range(3)]
+    x = torch.randn(2, 50, 24)
+    for ours, theirs in zip(layers, plain, strict=True):
+        theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(ours(x), theirs(x))
+        assert ours.resolution is not None
+        assert ours.resolution.backend == "compiled"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_past_the_recompile_limit_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "COMPILER", "eager")
+    monkeypatch.setattr(fusion, "RECOMPILE_LIMIT", 1)
+    torch._dynamo.reset()
+    attend(problem(False), "compiled")
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        attend(problem(True), "compiled")
+    torch._dynamo.reset()
+
+
+def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    compiled._no_compiler.cache_clear()
+    from nsa import backends
+
+    backends._resolve.cache_clear()
+    with pytest.raises(BackendUnavailable, match=r"needs a C\+\+ compiler .* install g\+\+"):
+        resolve(
+            CONFIG,
+            device="cpu",
+            dtype=torch.float32,
+            length=9,
+            packed=False,
+            needs_grad=True,
+            backend="compiled",
+        )
+    compiled._no_compiler.cache_clear()
+    backends._resolve.cache_clear()
+
+
+def test_what_a_cpu_leaves_to_sdpa_is_said() -> None:
+    resolution = resolve(
+        CONFIG,
+        device="cpu",
+        dtype=torch.float32,
+        length=9,
+        packed=False,
+        needs_grad=True,
+        backend="compiled",
+    )
+    assert dict(resolution.per_branch) == {
+        "compressed": "compiled",
+        "select": "sdpa",
+        "selected": "sdpa",
+        "window": "compiled",
+    }
+    assert "selected on sdpa: on a CPU" in resolution.reason
+
+
+def test_the_schemas_need_no_triton() -> None:
+    assert "triton" not in sys.modules or "nsa.kernels.selected" not in sys.modules
+    assert OPERATORS.window_attention.default is not None
+    assert OPERATORS.selected_attention.default is not None
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
+def test_operators_of_sdpa(packed: bool) -> None:
+    from nsa.kernels.operators import geometry
+    from nsa.varlen import token_members
+
+    x = problem(packed)
+    q, k, v = (y.detach().requires_grad_() for y in (x.q, *x.selected))
+    seq = None if x.cu_seqlens is None else token_members(x.cu_seqlens, q.shape[1]).seq
+    rows = q.detach().view(*q.shape[:2], 2, 2, 8).requires_grad_()
+    opcheck(OPERATORS.band.default, (rows, k, v, seq, 7, 0, 0.3))
+    q2, k2, v2 = (
+        torch.nn.functional.pad(y.detach(), (0, 16 - y.shape[-1])).requires_grad_()
+        for y in (q, k, v)
+    )
+    shape, blocks = geometry(CONFIG), x.block_idx
+    opcheck(OPERATORS.sdpa_selected.default, (q2, k2, v2, blocks, x.cu_seqlens, shape, 0.3, 0))
+    lse = torch.randn(q.shape[:3])
+    k_cmp = x.compressed.k.detach()
+    arguments = (q.detach(), k_cmp, lse, x.cu_seqlens, 50, 0, shape, 0.3, "sdpa")
+    opcheck(OPERATORS.select_blocks.default, arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
+def test_operators_of_fa2(packed: bool) -> None:
+    from nsa.kernels.operators import geometry
+
+    x = problem(packed)
+    q, k = (y.detach().requires_grad_() for y in (x.q, x.selected.k))
+    v = torch.randn(k.shape, requires_grad=True)
+    shape = geometry(CONFIG)
+    arguments = (q, k, v, x.block_idx, x.cu_seqlens, shape, 0.3, 0, "math", [0, 0])
+    opcheck(OPERATORS.fa2_selected.default, arguments)
+    longest, cu = (50, None) if x.cu_seqlens is None else (31, x.cu_seqlens)
+    if packed:
+        q, k, v = (y[0].detach().requires_grad_() for y in (q, k, v))
+    call = (cu, cu, longest, longest, 0.3, True, 7, "math")
+    opcheck(OPERATORS.flash_attention_2.default, (q, k, v, *call))
