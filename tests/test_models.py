@@ -1,14 +1,19 @@
 """The language model: its configuration, its parts, what it computes."""
 
+import copy
+import functools
 import json
+import logging
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from nsa import ConfigError, NSAConfig, NSAttention, ShapeError
-from nsa.models import DenseAttention, LanguageModel, ModelConfig
+from nsa.backends import load, selection
+from nsa.models import DenseAttention, LanguageModel, ModelConfig, language_model
 
 HEADS = NSAConfig(
     num_heads=4, num_kv_heads=2, head_dim=8, compress_block=8, compress_stride=4, select_block=8,
@@ -263,3 +268,130 @@ def test_double_precision_loss():
     assert loss.dtype == torch.float64
     expected = F.cross_entropy(model(bytes_of(1, 8))[0], bytes_of(1, 8)[0])
     torch.testing.assert_close(loss, expected)
+
+
+# Compiling, and what activation checkpointing keeps
+
+compiles = pytest.mark.filterwarnings(
+    # Torch hides this one from everybody but those to whom warnings are errors.
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def loss_of(model: LanguageModel, mode: str):
+    if mode == "model":
+        return model.compile_loss(backend="aot_eager", dynamic=False)
+    if mode == "blocks":
+        model.compile_blocks(backend="aot_eager", dynamic=False)
+    return model.loss
+
+
+@compiles
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_code_serves_all_blocks():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = LanguageModel(small(num_layers=3, attention="dense"))
+    names, expected = list(model.state_dict()), model.loss(bytes_of(2, 8), bytes_of(2, 8))
+    model.compile_blocks(backend=count)
+    torch.testing.assert_close(model.loss(bytes_of(2, 8), bytes_of(2, 8)), expected)
+    assert len(graphs) == 1
+    assert list(model.state_dict()) == names
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied.loss(bytes_of(2, 8), bytes_of(2, 8)), expected)
+
+
+@compiles
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_loss_is_one_graph_and_leaves_the_model_alone():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = LanguageModel(small(attention="dense"))
+    expected = model.loss(bytes_of(2, 8), bytes_of(2, 8))
+    loss = model.compile_loss(backend=count)
+    torch.testing.assert_close(loss(bytes_of(2, 8), bytes_of(2, 8)), expected)
+    assert len(graphs) == 1
+    model.loss(bytes_of(2, 9), bytes_of(2, 9))
+    assert len(graphs) == 1
+    with pytest.raises(ShapeError, match="targets: expected int64"):
+        model.loss(bytes_of(2, 8), bytes_of(2, 7))
+
+
+_EVERYTHING_AGAIN = functools.partial(
+    create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE
+)
+
+
+@compiles
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("mode", "kept"),
+    [("none", True), ("blocks", True), ("model", True), ("none", False), ("model", False)],
+)
+def test_a_checkpointed_block_does_not_select_again(monkeypatch, mode, kept):
+    """The second selection, that of the recomputation, would come out otherwise; where the lists
+    are not kept, gradients follow it without a word, and this test would see it."""
+    if not kept:
+        monkeypatch.setattr(language_model, "_keep_lists", _EVERYTHING_AGAIN)
+    load("sdpa")  # puts its selector there
+    select, calls = selection.SELECTORS["sdpa"], []
+
+    def fickle(*inputs):
+        calls.append(1)
+        lists = select(*inputs)
+        if len(calls) == 1:
+            return lists
+        own_first = torch.arange(lists.shape[-1], dtype=torch.int32).clamp(max=1).neg()
+        return own_first.expand(lists.shape)
+
+    warned = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = warned.append
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    log.addHandler(handler)
+    losses, gradients = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        model = LanguageModel(
+            small(num_layers=1), backend="sdpa", activation_checkpointing=checkpointing
+        )
+        if checkpointing:
+            monkeypatch.setitem(selection.SELECTORS, "sdpa", fickle)
+        loss = loss_of(model, mode if checkpointing else "none")(
+            bytes_of(1, 40), bytes_of(1, 40).roll(1, 1)
+        )
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    log.removeHandler(handler)
+    torch.testing.assert_close(losses[1], losses[0])
+    assert model.resolution.backend == "sdpa"
+    assert len(calls) == (1 if kept else 2)
+    assert warned == []
+    apart = max(float((gradients[1][name] - g).abs().max()) for name, g in gradients[0].items())
+    largest = max(float(g.abs().max()) for g in gradients[0].values())
+    assert (apart < 1e-5 * largest) == kept, (apart, largest)
+
+
+def test_no_random_state_is_stashed(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the state of a generator was read")
+
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+    model = LanguageModel(small(num_layers=1), activation_checkpointing=True)
+    model.loss(bytes_of(1, 20), bytes_of(1, 20)).backward()

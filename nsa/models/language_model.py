@@ -5,13 +5,24 @@ Shapes: B batch, T tokens, C vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
+import nsa.backends.selection  # noqa: F401 - defines the operator nsa::select_blocks
 from nsa.backends import Resolution
 from nsa.errors import ConfigError, ShapeError
 from nsa.models.config import ModelConfig
@@ -20,6 +31,22 @@ from nsa.module import NSAttention
 
 _INIT_STD = 0.02
 """Standard deviation of every matrix at the start, as in GPT-2 and Llama."""
+
+
+def _kept(
+    context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    """Of a checkpointed block the lists of selected blocks stay (int32, ``n`` a query and head).
+
+    Computed again, a list may come out otherwise where two scores nearly tie, and the gradients
+    would be those of another function. Everything else is computed again.
+    """
+    if operator is torch.ops.nsa.select_blocks.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_lists = functools.partial(create_selective_checkpoint_contexts, _kept)
 
 
 class SwiGLU(nn.Module):
@@ -82,7 +109,9 @@ class LanguageModel(nn.Module):
         backend: the NSA backend; None lets the settings decide. Must be None with
             ``attention="dense"``, which has no backends to choose from.
         activation_checkpointing: recompute each block in the backward pass in place of keeping its
-            activations: less memory, about a third more time. Affects training only.
+            activations: less memory, about a third more time. Affects training only. The lists of
+            selected blocks are kept, not recomputed, so that backward reads what forward read
+            (the backend ``reference`` alone selects again: it is made of no operators).
         device: where the parameters live; "meta" makes shapes only (then ``to_empty`` and
             :meth:`reset_parameters`).
         dtype: of the parameters.
@@ -147,6 +176,43 @@ class LanguageModel(nn.Module):
                 return module.resolution
         return None
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block in place, as one graph (``nn.Module.compile(fullgraph=True)``).
+
+        The blocks are alike, so the first one's code serves all: compiling takes as long as for a
+        model of one layer. Names of parameters stay as they are. What a block cannot compile raises
+        when it is first run.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        for block in self.blocks:
+            block.compile(fullgraph=True, **options)
+
+    def compile_loss(self, **options: Any) -> Callable[..., Tensor]:
+        """:meth:`loss` as one graph, from the embedding to the cross-entropy.
+
+        Compiling takes longer the more layers there are; embedding, head and cross-entropy gain
+        too. The model itself stays as it is.
+
+        Args:
+            options: of ``torch.compile``.
+
+        Returns:
+            A function with the signature of :meth:`loss`. With ``activation_checkpointing``,
+            prefer it to a ``torch.compile`` of your own: a layer notes which backend ran
+            (:attr:`resolution`), and torch refuses that inside a checkpoint unless it is told not
+            to, as this function does.
+        """
+        compiled = torch.compile(self.loss, fullgraph=True, **options)
+
+        @functools.wraps(self.loss)
+        def loss(*args: Any, **kwargs: Any) -> Tensor:
+            with _checkpoints_in_a_graph():
+                return compiled(*args, **kwargs)
+
+        return loss
+
     def num_parameters(self) -> int:
         """Trainable numbers in the model."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -177,11 +243,19 @@ class LanguageModel(nn.Module):
                 f"tokens: expected int64 [B, T], got {_name(tokens.dtype)} {list(tokens.shape)}"
             )
         x = self.embedding(tokens)
+        lists = self.config.attention == "nsa"
+        contexts: dict[str, Any] = {"context_fn": _keep_lists} if lists else {}
         for block in self.blocks:
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
                 # Nothing in a block draws random numbers, so no RNG state is stashed per block.
                 x = checkpoint(
-                    block, x, cu_seqlens, max_seqlen, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    x,
+                    cu_seqlens,
+                    max_seqlen,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    **contexts,
                 )
             else:
                 x = block(x, cu_seqlens, max_seqlen)
@@ -219,6 +293,25 @@ class LanguageModel(nn.Module):
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@contextlib.contextmanager
+def _checkpoints_in_a_graph() -> Iterator[None]:
+    """What a trace of checkpointed blocks needs: see :meth:`LanguageModel.compile_loss`.
+
+    Torch also warns that kept results must not be written to; nothing writes to a list of blocks.
+    """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "context_fn is passed" not in str(record.msg)
+
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    log.addFilter(is_other)
+    try:
+        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+            yield
+    finally:
+        log.removeFilter(is_other)
 
 
 def _name(dtype: torch.dtype) -> str:

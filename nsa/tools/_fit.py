@@ -26,6 +26,7 @@ def fit(
     metrics_path: Path,
     display: Display,
     started: Callable[[], None],
+    validated: Callable[[], None] = lambda: None,
 ) -> float | None:
     """Trains up to the last step, or until a signal asks to stop (it saves then).
 
@@ -36,6 +37,7 @@ def fit(
         display: where people look.
         started: called once, after the first step (of a finished run, the validation): what runs
             is known by then.
+        validated: called after each validation.
 
     Returns:
         The last validation loss (nats per byte), or None when it was stopped.
@@ -71,10 +73,14 @@ def fit(
                     tokens_per_second=round(speed, 1),
                 )
                 display.report(step, loss=loss, tokens_per_second=speed)
+            if step == first + 1:  # it compiled, and warmed caches up: no measure of the others
+                clock.restart()
+                display.restart(step)
             if step % train.eval_every == 0 or last:
                 validation_loss = trainer.validate()
                 metrics.write(step=step, validation_loss=validation_loss)
                 display.line(f"step {step}: validation loss {validation_loss:.4f} nats per byte")
+                validated()
                 clock.restart()
             if step % train.save_every == 0 or last or stop.requested:
                 _finite(result, step, store)

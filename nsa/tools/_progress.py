@@ -67,6 +67,10 @@ class Display:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
+    def restart(self, step: int) -> None:
+        """Estimates the time left from here on."""
+        self._first, self._started = step, time.perf_counter()
+
     def report(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """New numbers: the loss in nats per byte and the speed."""
         left = self._time_left(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,6 +12,7 @@ from nsa.errors import ConfigError
 from nsa.models import ModelConfig
 
 PRECISIONS = ("fp32", "bf16")
+COMPILE_MODES = ("none", "blocks", "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,8 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     activation_checkpointing: bool = False
+    compile: str = "none"
+    """"model": the loss as one graph; "blocks": each block, with one code for all; "none"."""
     seed: int = 0
     eval_every: int
     """Steps between validations."""
@@ -81,11 +84,13 @@ class TrainConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or not holds(value):
                 raise ConfigError(f"{flag(name)}: expected a number {expected}, got {value!r}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(
-                f"--precision: expected one of the known names, got {self.precision!r}; "
-                f"{nearest(self.precision, PRECISIONS)}"
-            )
+        for name, known in (("precision", PRECISIONS), ("compile", COMPILE_MODES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(
+                    f"{flag(name)}: expected one of the known names, got {value!r}; "
+                    f"{nearest(value, known)}"
+                )
 
     def learning_rate(self, step: int) -> float:
         """The rate of step ``step``, counted from 0: linear warm-up, then half a cosine."""
@@ -128,6 +133,12 @@ _FREE = frozenset(
 """May change when a run goes on: none of them touches what is computed (the bytes of the data are
 compared themselves)."""
 
+_ROUNDING = frozenset({"compile"})
+"""May change when a run goes on, and changes rounding: whoever goes on says so."""
+
+_ADDED_LATER = {"compile": "none"}
+"""Settings that older runs do not have, and what those runs did."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
@@ -150,7 +161,7 @@ class RunConfig:
         for part in ("model", "train"):
             if not isinstance(values.get(part), Mapping):
                 raise ConfigError(f"{part}: expected a table of values, got {values.get(part)!r}")
-        train = values["train"]
+        train = {**_ADDED_LATER, **values["train"]}
         names = {field.name for field in fields(TrainConfig)}
         for name in sorted(names ^ set(train)):
             known = "none" if name in names else "an unknown name"
@@ -158,12 +169,19 @@ class RunConfig:
         return cls(model=ModelConfig.from_dict(values["model"]), train=TrainConfig(**train))
 
     def differences(self, other: RunConfig) -> list[str]:
-        """``name: mine -> other's`` of every field that changes what is computed."""
+        """``name mine -> other's`` of every field that changes what is computed."""
+        return self._differences(other, lambda name: name not in _FREE | _ROUNDING)
+
+    def rounding_differences(self, other: RunConfig) -> list[str]:
+        """The same of every field that changes the last bits of it alone."""
+        return self._differences(other, lambda name: name in _ROUNDING)
+
+    def _differences(self, other: RunConfig, counts: Callable[[str], bool]) -> list[str]:
         mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
         return [
             f"{name.rpartition('.')[2]} {mine[name]} -> {theirs[name]}"
             for name in mine
-            if mine[name] != theirs[name] and name.removeprefix("train.") not in _FREE
+            if mine[name] != theirs[name] and counts(name.removeprefix("train."))
         ]
 
 

@@ -14,7 +14,7 @@ from nsa.models.config import PRESETS, Attention
 from nsa.settings import BACKENDS
 from nsa.tools._cli import Parser, choose_device, integer, number
 from nsa.tools._data import STDLIB
-from nsa.tools._run_config import PRECISIONS, RunConfig, TrainConfig, flag
+from nsa.tools._run_config import COMPILE_MODES, PRECISIONS, RunConfig, TrainConfig, flag
 from nsa.tools._run_config import PRESETS as TRAIN_PRESETS
 
 _EXAMPLES = """\
@@ -93,6 +93,17 @@ def train_parser() -> Parser:
         action="store_const",
         const=True,
         help="recompute activations in the backward pass: less memory, more time",
+    )
+    add(
+        "--compile",
+        choices=COMPILE_MODES,
+        help="torch.compile each block, or model, loss and all, as one graph (default: none)",
+    )
+    add(
+        "--compile-cache",
+        metavar="FILE",
+        help="with --compile: start from the compiled code in FILE, if there, and keep it there; "
+        "torch runs what FILE holds, so use only your own",
     )
     training = parser.add_argument_group("training (lengths in bytes, counts in steps)")
     for name in _TRAIN_INTEGERS:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nsa.errors import CheckpointError
 from nsa.models import LanguageModel
 from nsa.tools._checkpoint import Checkpoint
+from nsa.tools._compile import loss_function
 from nsa.tools._data import Corpus, training_batch, validation_batches
 from nsa.tools._run_config import RunConfig
 
@@ -68,6 +69,7 @@ class Trainer:
             betas=(train.beta1, train.beta2),
             fused=True,
         )
+        self._model_loss = loss_function(self.model, train.compile)
 
     def train_step(self) -> StepResult:
         """One optimizer step over ``accumulate`` batches."""
@@ -116,7 +118,7 @@ class Trainer:
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"
         ):
-            return self.model.loss(tokens, targets)
+            return self._model_loss(tokens, targets)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor that the next step depends on, in :data:`GROUPS`."""

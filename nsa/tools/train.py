@@ -7,7 +7,8 @@ A run is a folder (``--out``)::
     checkpoints/     see nsa.tools._checkpoint
 
 ``--resume`` goes on bit for bit: on a CPU with the same number of threads, on a GPU as far as its
-kernels are deterministic. One process at a time may write to a run.
+kernels are deterministic, and with the same ``--compile``; another may be given, and is noted. One
+process at a time may write to a run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from nsa.errors import CheckpointError
 from nsa.tools._checkpoint import CheckpointStore, load_checkpoint
 from nsa.tools._cli import EXIT_INTERRUPTED, run
+from nsa.tools._compile import Compilation
 from nsa.tools._data import Corpus, load_corpus, require_length
 from nsa.tools._entropy import baselines
 from nsa.tools._files import replace_atomically
@@ -43,6 +45,7 @@ def _main(argv: Sequence[str] | None) -> int:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     out = Path(given.pop("out", "runs/train"))
     resume = given.pop("resume")
+    cache = given.pop("compile_cache", None)
     checkpoint = None
     if resume:
         stored = _stored_config(out)
@@ -58,6 +61,7 @@ def _main(argv: Sequence[str] | None) -> int:
         config = new_config(given)
         store = CheckpointStore(out / "checkpoints", keep=config.train.keep)
 
+    compilation = Compilation(config.train.compile, torch.device(config.train.device), cache)
     corpus = load_corpus(config.train.data)
     require_length(corpus, config.train.seq_len)
     trainer = Trainer(config, corpus)
@@ -69,22 +73,30 @@ def _main(argv: Sequence[str] | None) -> int:
                 f"note: saved with {before} threads, going on with {now}: results may differ in "
                 "the last bits"
             )
+        saved = RunConfig.from_dict(checkpoint.state["config"])
+        for difference in saved.rounding_differences(config):
+            print(f"note: going on with {difference}: results may differ in the last bits")
     out.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
     _describe(out, config, corpus, trainer)
     with Display(step=trainer.step, steps=config.train.steps) as display:
 
         def started() -> None:
+            compilation.ready(display.line, "step" if steps_left else "validation")
             display.line(f"backend      {_backend(trainer)}")
             data = json.dumps(config.to_dict(), indent=1) + "\n"
             replace_atomically(out / "config.json", data.encode())
 
-        validation_loss = fit(
-            trainer,
-            store=store,
-            metrics_path=out / "metrics.jsonl",
-            display=display,
-            started=started,
-        )
+        steps_left = trainer.step < config.train.steps
+        compilation.begin(display.line)
+        with compilation.failures():
+            validation_loss = fit(
+                trainer,
+                store=store,
+                metrics_path=out / "metrics.jsonl",
+                display=display,
+                started=started,
+                validated=lambda: compilation.keep(display.line),
+            )
     if validation_loss is None:
         print(f"stopped and saved at step {trainer.step}; go on with: {_resume_command(out)}")
         return EXIT_INTERRUPTED
