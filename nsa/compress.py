@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa.config import NSAConfig
+from nsa.operators import define
 from nsa.varlen import compressed_members
 
 
@@ -22,17 +23,95 @@ def block_tokens(x: Tensor, config: NSAConfig, cu_seqlens: Tensor | None = None)
 
     Returns:
         ``[B, N, K, L, D]``; packed, N is ``T // d``, and rows past the last block hold tokens
-        that mean nothing.
+        that mean nothing; they pass no gradient on.
     """
-    length, block, stride = x.shape[1], config.compress_block, config.compress_stride
+    # the number of rows is no view's size: a trace would tell T = l and T > l apart
+    return _BLOCKS(x, cu_seqlens, config.compress_block, config.compress_stride)
+
+
+def _count(length: int, block: int, stride: int, packed: bool) -> int:
+    if packed:
+        return length // stride
+    return (length - block) // stride + 1 if length >= block else 0
+
+
+def _first_tokens(x: Tensor, cu_seqlens: Tensor, block: int, stride: int) -> tuple[Tensor, Tensor]:
+    """int64 ``[N]``, the first token of each row's block, and bool ``[N]``, whether it exists."""
+    rows = compressed_members(
+        cu_seqlens,
+        x.shape[1] // stride,
+        NSAConfig(compress_block=block, compress_stride=stride, select_block=block),
+    )
+    real = rows.seq < cu_seqlens.numel() - 1
+    return cu_seqlens.long()[rows.seq] + rows.rank * stride, real
+
+
+def _gather(x: Tensor, cu_seqlens: Tensor | None, block: int, stride: int) -> Tensor:
+    B, T, K, D = x.shape
+    N = _count(T, block, stride, cu_seqlens is not None)
+    if N == 0:
+        return x.new_empty(B, 0, K, block, D)
     if cu_seqlens is None:
-        if length >= block:
-            return x.unfold(1, block, stride).transpose(3, 4)
-        return x[:, :0, :, None].expand(-1, -1, -1, block, -1)
-    rows = compressed_members(cu_seqlens, length // stride, config)
-    first = cu_seqlens.long()[rows.seq] + rows.rank * stride
+        blocks = x.unfold(1, block, stride).transpose(3, 4)
+        return blocks.clone(memory_format=torch.contiguous_format)  # an operator returns no view
+    first, _ = _first_tokens(x, cu_seqlens, block, stride)
     token = first[:, None] + torch.arange(block, device=x.device)
-    return x[:, token.clamp_max(length - 1)].transpose(2, 3)
+    return x[:, token.clamp_max(T - 1)].transpose(2, 3).contiguous()
+
+
+def _scatter(grad: Tensor, cu_seqlens: Tensor | None, T: int, block: int, stride: int) -> Tensor:
+    """Each token's sum over the blocks that hold it, one part of ``stride`` tokens at a time.
+
+    Within a part no token is held twice, so the sum has one order.
+    """
+    B, N, K, _, D = grad.shape
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    total = grad.new_zeros(B, T, K, D, dtype=wide)
+    if N == 0:
+        return total.to(grad.dtype)
+    parts = grad.unflatten(3, (block // stride, stride)).unbind(3)  # [B, N, K, d, D] each
+    if cu_seqlens is None:
+        for m, part in enumerate(parts):
+            tokens = part.transpose(2, 3).reshape(B, N * stride, K, D)
+            total[:, m * stride : (m + N) * stride] += tokens
+        return total.to(grad.dtype)
+    first, real = _first_tokens(total, cu_seqlens, block, stride)
+    for m, part in enumerate(parts):
+        token = first[:, None] + m * stride + torch.arange(stride, device=grad.device)
+        tokens = part.masked_fill(~real[:, None, None, None], 0.0).transpose(2, 3)
+        tokens = tokens.reshape(B, N * stride, K, D).to(wide)
+        total.index_add_(1, token.flatten().clamp_max(T - 1), tokens)
+    return total.to(grad.dtype)
+
+
+_CALL = "Tensor? cu_seqlens, int block, int stride"
+_BLOCKS_BACKWARD = define(
+    "block_tokens_backward(Tensor grad, Tensor? cu_seqlens, SymInt T, int block, int stride) "
+    "-> Tensor",
+    _scatter,
+    lambda grad, cu_seqlens, T, block, stride: grad.new_empty(
+        grad.shape[0], T, grad.shape[2], grad.shape[4]
+    ),
+)
+_BLOCKS = define(
+    f"block_tokens(Tensor x, {_CALL}) -> Tensor",
+    _gather,
+    lambda x, cu_seqlens, block, stride: x.new_empty(
+        x.shape[0],
+        _count(x.shape[1], block, stride, cu_seqlens is not None),
+        x.shape[2],
+        block,
+        x.shape[3],
+    ),
+    saved=lambda inputs, outputs: (inputs[1],),
+    kept=lambda inputs: (inputs[0].shape[1], inputs[2], inputs[3]),
+    gradients=lambda kept, saved, dout: (
+        _BLOCKS_BACKWARD(dout, saved[0], *kept),
+        None,
+        None,
+        None,
+    ),
+)
 
 
 class Compress(nn.Module):

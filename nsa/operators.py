@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 
 _LIBRARY = torch.library.Library("nsa", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 Forward = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
@@ -26,7 +26,8 @@ def define(
     forward: Forward,
     fake: Forward,
     *,
-    saved: Callable[[tuple[Any, ...], tuple[Tensor, ...]], Sequence[Tensor | None]] | None = None,
+    saved: Callable[[tuple[Any, ...], Any], Sequence[Tensor | None]] | None = None,
+    kept: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Any:
     """Registers ``nsa::`` + schema and returns the operator.
@@ -36,7 +37,8 @@ def define(
         forward: computes it, on any device, outside autograd and autocast.
         fake: empty results with the shapes, dtypes and strides that ``forward`` gives.
         saved: the tensors a backward needs, from (inputs, outputs).
-        gradients: ``(inputs, saved tensors, dout)`` to a gradient for every input. Of two outputs
+        kept: what else it needs, from the inputs; None keeps every input that is no tensor.
+        gradients: ``(kept, saved tensors, dout)`` to a gradient for every input. Of two outputs
             the second is a log-sum-exp, which carries none.
 
     Without ``gradients`` a backward through the operator raises.
@@ -58,13 +60,14 @@ def define(
         assert saved is not None
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            out, lse = output
             ctx.save_for_backward(*saved(inputs, output))
-            ctx.inputs = tuple(None if isinstance(x, Tensor) else x for x in inputs)
-            ctx.mark_non_differentiable(lse)
+            plain = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+            ctx.kept = plain if kept is None else kept(inputs)
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(output[1])
 
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            return gradients(ctx.inputs, ctx.saved_tensors, grads[0])
+            return gradients(ctx.kept, ctx.saved_tensors, grads[0])
 
     torch.library.register_autograd(f"nsa::{name}", backward, setup_context=setup, lib=_LIBRARY)
     return getattr(torch.ops.nsa, name).default

@@ -138,7 +138,7 @@ def test_the_schemas_need_no_triton() -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
 def test_operators_of_sdpa(packed: bool) -> None:
-    from nsa.kernels.operators import geometry
+    from nsa.operators import geometry
     from nsa.varlen import token_members
 
     x = problem(packed)
@@ -160,7 +160,7 @@ def test_operators_of_sdpa(packed: bool) -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
 def test_operators_of_fa2(packed: bool) -> None:
-    from nsa.kernels.operators import geometry
+    from nsa.operators import geometry
 
     x = problem(packed)
     q, k = (y.detach().requires_grad_() for y in (x.q, x.selected.k))

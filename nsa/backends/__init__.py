@@ -208,8 +208,11 @@ def _requested(problem: Problem, backend: str | None, settings: Settings) -> tup
 def _resolution(name: str, reason: str, problem: Problem, settings: Settings) -> Resolution:
     """The backend of every step; some leave a branch to ``sdpa``, and the reason says why."""
     steps = dict.fromkeys(STEPS, name)
-    if name.startswith("fa2-"):
-        steps["select"] = "sdpa"
+    if name.startswith("fa2-"):  # which selects nothing itself
+        kernel = (
+            problem.device.type == "cuda" and unavailable("compiled", problem, settings) is None
+        )
+        steps["select"] = "compiled" if kernel else "sdpa"
     for branch, why in left_by(name, problem, settings).items():
         steps[branch] = "sdpa"
         reason += f"; {branch} on sdpa: {why}"

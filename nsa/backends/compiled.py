@@ -31,7 +31,7 @@ from nsa.backends.selection import SELECTORS, select
 from nsa.config import NSAConfig
 from nsa.kernels.attention_ops import selected_attention as selected_op
 from nsa.kernels.attention_ops import window_attention as window_op
-from nsa.kernels.operators import lse_dtype
+from nsa.operators import lse_dtype
 from nsa.settings import Settings, foreign_variable
 from nsa.varlen import compressed_members, token_members
 
@@ -107,7 +107,7 @@ def compressed_attention(
     shape = make_fold(T, N, config, cu_seqlens, q_start)
     if cu_seqlens is None and (shape.rows == 0 or N == 0):
         return nothing_seen(q, k, v, lse_dtype(q))
-    rows = fold(q, shape, K)
+    rows = fold(q, cu_seqlens, N, K, config, q_start)
     scale, start = config.softmax_scale, None
     whole = cu_seqlens is None and shape.rows == N and shape.first_row == 0
     if whole and takes_dense(q, v, N):
@@ -124,8 +124,9 @@ def compressed_attention(
             starts = compressed_members(cast(Tensor, cu_seqlens), N, config).starts
             start = starts[shape.row_seq].to(torch.int32)
         out, lse = _causal(rows, k, v, start, scale, shape)
-    out = unfold(out, shape, T, 0.0)
-    return out, unfold(lse[..., None], shape, T, NEG_INF)[..., 0]
+    out = unfold(out, cu_seqlens, T, N, config, q_start, 0.0)
+    lse = unfold(lse[..., None], cu_seqlens, T, N, config, q_start, NEG_INF)
+    return out, lse[..., 0]
 
 
 def _causal(
@@ -223,7 +224,8 @@ def selected_attention(
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     start = _start(cu_seqlens, q.shape[1])
     block, scale = config.select_block, config.softmax_scale
-    return selected_op(q, k, v, block_idx, start, sequences, block, scale, q_start)
+    longest = q_start + q.shape[1] if cu_seqlens is None or max_seqlen is None else max_seqlen
+    return selected_op(q, k, v, block_idx, start, sequences, longest, block, scale, q_start)
 
 
 def window_attention(

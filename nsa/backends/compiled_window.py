@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.kernels.operators import lse_dtype
+from nsa.operators import lse_dtype
 
 BLOCK = 128
 """Rows of a block at most."""

@@ -35,9 +35,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
         out ``[X, M, N, V]`` in q's dtype and the natural log-sum-exp ``[X, M, N]``, detached.
     """
     M, N, value_dim = q.shape[1], q.shape[2], v.shape[-1]
+    dtype = q.dtype
     k = k[:, None].expand(-1, M, -1, -1)
     v = v[:, None].expand(-1, M, -1, -1)
     if q.device.type == "cpu":
+        if dtype in (torch.float16, torch.bfloat16):
+            # the gradients of the M copies of a key are rounded before they are summed
+            q, k, v = q.float(), k.float(), v.float()
         q, k, v = _pad_heads(q, k, v, multiple=1, equal=True)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, True, scale=scale
@@ -52,7 +56,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, True, scale=scale
         )
-    return out[..., :value_dim], lse[..., :N].detach()
+    return out[..., :value_dim].to(dtype), lse[..., :N].detach()
 
 
 def _pad_heads(

@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa.backends.contract import Problem
 from nsa.backends.fa2_providers import Call, provider
 from nsa.errors import BackendUnavailable
-from nsa.kernels.operators import define, lse_dtype
+from nsa.operators import define, lse_dtype
 from nsa.settings import Settings
 
 MAX_HEAD = 256

@@ -30,7 +30,7 @@ from nsa.backends.tiles import (
 )
 from nsa.backends.workspace import Kind, Space, Store
 from nsa.config import NSAConfig
-from nsa.kernels.operators import config_of, define, geometry, lse_dtype
+from nsa.operators import config_of, define, geometry, lse_dtype
 from nsa.varlen import select_members
 
 MAX_BATCH = 65_535

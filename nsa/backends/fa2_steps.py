@@ -18,7 +18,7 @@ from nsa.backends.fa2_selected import selected_attention
 from nsa.backends.fold import fold, make_fold, nothing_seen, unfold
 from nsa.backends.workspace import Store
 from nsa.config import NSAConfig
-from nsa.kernels.operators import lse_dtype
+from nsa.operators import lse_dtype
 from nsa.varlen import compressed_members
 
 
@@ -47,7 +47,7 @@ class Steps:
         shape = make_fold(T, N, config, cu_seqlens, q_start)
         if cu_seqlens is None and (shape.rows == 0 or N == 0):
             return nothing_seen(q, k, v, lse_dtype(q))
-        rows = fold(q, shape, K)
+        rows = fold(q, cu_seqlens, N, K, config, q_start)
         if shape.real is not None:  # surplus rows are neither read nor written
             real = shape.real[:, None, None]
             k, v = k.where(real, 0.0), v.where(real, 0.0)
@@ -69,8 +69,9 @@ class Steps:
                 max_k=longest,
             )
         out, lse = self._attend(rows.flatten(2, 3), k, v, call)
-        out = unfold(out.unflatten(2, (K, M)), shape, T, 0.0)
-        lse = unfold(lse.unflatten(2, (K, M))[..., None], shape, T, NEG_INF)[..., 0]
+        out, lse = out.unflatten(2, (K, M)), lse.unflatten(2, (K, M))[..., None]
+        out = unfold(out, cu_seqlens, T, N, config, q_start, 0.0)
+        lse = unfold(lse, cu_seqlens, T, N, config, q_start, NEG_INF)[..., 0]
         return out[..., :V], lse
 
     def selected_attention(

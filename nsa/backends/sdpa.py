@@ -23,7 +23,7 @@ from nsa.backends.sdpa_select import top_blocks
 from nsa.backends.sdpa_selected import even_heads, tiled_attention
 from nsa.backends.selection import SELECTORS, select
 from nsa.config import NSAConfig
-from nsa.kernels.operators import lse_dtype
+from nsa.operators import lse_dtype
 from nsa.settings import Settings
 from nsa.varlen import compressed_members, token_members
 
@@ -52,7 +52,7 @@ def compressed_attention(
     if shape.real is not None:  # whatever stands in surplus rows is not read, NaN included
         real = shape.real[:, None, None]
         k, v = k.where(real, 0.0), v.where(real, 0.0)
-    rows = fold(q, shape, K)
+    rows = fold(q, cu_seqlens, N, K, config, q_start)
     if cu_seqlens is None and 0 < shape.rows == N and shape.first_row == 0 and has_kernel(q):
         M = rows.shape[3]
         out, lse = causal_attention(
@@ -66,8 +66,9 @@ def compressed_attention(
     else:
         band = _compressed_band(shape, N, max_seqlen, config)
         out, lse = band_attention(rows, k, v, band, config.softmax_scale)
-    out = unfold(out, shape, T, 0.0)
-    return out, unfold(lse[..., None], shape, T, NEG_INF)[..., 0]
+    out = unfold(out, cu_seqlens, T, N, config, q_start, 0.0)
+    lse = unfold(lse[..., None], cu_seqlens, T, N, config, q_start, NEG_INF)
+    return out, lse[..., 0]
 
 
 def _compressed_band(shape: Fold, N: int, max_seqlen: int | None, config: NSAConfig) -> Band:

@@ -23,7 +23,7 @@ from nsa.backends.sdpa_numerics import (
     heads_first,
     operand_dtype,
 )
-from nsa.kernels.operators import define, lse_dtype
+from nsa.operators import define, lse_dtype
 
 
 class Band(NamedTuple):

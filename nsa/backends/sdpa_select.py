@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.backends.fold import Fold, fold
+from nsa.backends.fold import Fold, fold_rows
 from nsa.backends.sdpa_band import Band, Chunk, chunks
 from nsa.backends.sdpa_numerics import NEG_INF, bmm, heads_first, operand_dtype
 from nsa.blocks import num_select_blocks, overlap_weights
@@ -45,8 +45,8 @@ def top_blocks(
     R, d, n = shape.rows, shape.stride, config.num_selected
     M = d * (q.shape[2] // K)
     dtype = operand_dtype(q)
-    q_rows = fold(q, shape, K).transpose(1, 2).to(dtype).reshape(B * K, R * M, q.shape[3])
-    lse_rows = fold(lse[..., None], shape, K).transpose(1, 2).reshape(B * K, R * M, 1)
+    q_rows = fold_rows(q, shape, K).transpose(1, 2).to(dtype).reshape(B * K, R * M, q.shape[3])
+    lse_rows = fold_rows(lse[..., None], shape, K).transpose(1, 2).reshape(B * K, R * M, 1)
     k_rows = heads_first(k_cmp, dtype)
     result = torch.empty(B * K, R * d, n, dtype=torch.int32, device=q.device)
     within = torch.arange(d, device=q.device) + config.compress_block - 1

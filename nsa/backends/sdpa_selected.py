@@ -32,7 +32,7 @@ from nsa.backends.tiles import (
     to_blocks,
 )
 from nsa.config import NSAConfig
-from nsa.kernels.operators import config_of, define, geometry, lse_dtype
+from nsa.operators import config_of, define, geometry, lse_dtype
 
 EVEN = 16
 """Sizes of a tile's matrices are rounded up to this many elements, 64 bytes of fp32.

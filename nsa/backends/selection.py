@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.operators import config_of, define, geometry
+from nsa.operators import config_of, define, geometry
 
 
 class Selector(Protocol):

@@ -61,7 +61,7 @@ def query_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
         return WindowTiles(64, 32, num_warps=8, num_stages=1)
     if size > 128:
         return WindowTiles(64, 64, num_warps=8, num_stages=2)
-    return WindowTiles(128, 64, num_warps=8, num_stages=2)
+    return WindowTiles(128, 32, num_warps=8, num_stages=2, maxnreg=128)
 
 
 def key_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
@@ -72,7 +72,7 @@ def key_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
         return WindowTiles(32, 64, num_warps=8, num_stages=1)
     if size > 128:
         return WindowTiles(64, 64, num_warps=8, num_stages=2)
-    return WindowTiles(128, 64, num_warps=8, num_stages=2)
+    return WindowTiles(64, 128, num_warps=8, num_stages=3)
 
 
 def window_forward(
