@@ -28,7 +28,8 @@ class Members(NamedTuple):
 def members(starts: Tensor, items: int) -> Members:
     """Distributes ``items`` items over sequences that begin at ``starts`` (int64, ascending)."""
     item = torch.arange(items, device=starts.device)
-    seq = torch.searchsorted(starts[1:], item, right=True)
+    # of all starts, not of a slice: Inductor of torch 2.11 cannot search a view
+    seq = torch.searchsorted(starts, item, right=True) - 1
     return Members(seq, item - starts[seq], starts)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nsa import NSAConfig, fusion, nsa_attention, resolve
-from nsa.kernels import attention_ops
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
 pytestmark = [
@@ -77,18 +76,8 @@ def attend(x: Inputs, *, select: bool = False) -> Tensor:
     )
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype", "short"),
-    [
-        *(pytest.param(*x.values, True, id=f"{x.id}-short") for x in TARGETS),
-        *(pytest.param(*TARGETS[i].values, False, id=f"{TARGETS[i].id}-union") for i in (0, 3, 5)),
-    ],
-)
-def test_parity(
-    config: NSAConfig, dtype: torch.dtype, short: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not short:  # the kernel of long sequences, on short ones
-        monkeypatch.setattr(attention_ops, "SHORT", 0)
+@pytest.mark.parametrize(("config", "dtype"), TARGETS)
+def test_parity(config: NSAConfig, dtype: torch.dtype) -> None:
     faults = []
     for shape in SHAPES:
         x = problem(config, dtype, **shape)

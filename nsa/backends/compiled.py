@@ -137,12 +137,12 @@ def _causal(
     The d queries of a row are d batches, so that a tile has the G heads of one query.
     rows ``[B, R, K, d*G, D]``, k and v ``[B, N, K, …]`` -> out ``[B, R, K, d*G, V]`` and lse.
     """
-    B, R, K, M, D = rows.shape
+    (B, R, K, M, D), V = rows.shape, v.shape[-1]
     d, G = shape.stride, M // shape.stride
     q = rows.view(B, R, K, d, G, D).permute(0, 3, 1, 2, 4, 5).reshape(B * d, R, K * G, D)
     k, v = (x[:, None].expand(-1, d, -1, -1, -1).flatten(0, 1) for x in (k, v))
     out, lse = window_op(q, k, v, start, k.shape[1], scale, shape.first_row)
-    out = out.view(B, d, R, K, G, -1).permute(0, 2, 3, 1, 4, 5).reshape(B, R, K, M, -1)
+    out = out.view(B, d, R, K, G, V).permute(0, 2, 3, 1, 4, 5).reshape(B, R, K, M, V)
     return out, lse.view(B, d, R, K, G).permute(0, 2, 3, 1, 4).reshape(B, R, K, M)
 
 
@@ -224,8 +224,7 @@ def selected_attention(
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     start = _start(cu_seqlens, q.shape[1])
     block, scale = config.select_block, config.softmax_scale
-    longest = q_start + q.shape[1] if cu_seqlens is None or max_seqlen is None else max_seqlen
-    return selected_op(q, k, v, block_idx, start, sequences, longest, block, scale, q_start)
+    return selected_op(q, k, v, block_idx, start, sequences, block, scale, q_start)
 
 
 def window_attention(

@@ -92,26 +92,13 @@ def _selected(
     block_idx: Tensor,
     start: Tensor | None,
     sequences: int,
-    longest: int,
     select_block: int,
     scale: float,
     q_start: int,
 ) -> tuple[Tensor, Tensor]:
     call = {"start": start, "select_block": select_block, "scale": scale, "q_start": q_start}
-    if _is_short(longest, select_block):
-        kernels = importlib.import_module("nsa.kernels.selected_short")
-        return kernels.short_forward(q, k, v, block_idx, **call)
     kernels = importlib.import_module("nsa.kernels.selected")
     return kernels.selected_forward(q, k, v, block_idx, **call)
-
-
-SHORT = 64
-"""Selection blocks of a sequence up to which lists are bits and every causal block is visited: what
-a query lists is then most of what its neighbours list, and a dense kernel's tiles are faster."""
-
-
-def _is_short(longest: int, select_block: int) -> bool:
-    return longest <= SHORT * select_block
 
 
 def _selected_backward(
@@ -124,23 +111,19 @@ def _selected_backward(
     block_idx: Tensor,
     start: Tensor | None,
     sequences: int,
-    longest: int,
     select_block: int,
     scale: float,
     q_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = {"start": start, "select_block": select_block, "scale": scale, "q_start": q_start}
-    if _is_short(longest, select_block):
-        kernels = importlib.import_module("nsa.kernels.selected_short")
-        return kernels.short_backward(dout, q, k, v, out, lse, block_idx, **call)
     kernels = importlib.import_module("nsa.kernels.selected")
     call["sequences"] = None if start is None else sequences
     return kernels.selected_backward(dout, q, k, v, out, lse, block_idx, **call)
 
 
 _SELECTED_CALL = (
-    "Tensor block_idx, Tensor? start, SymInt sequences, SymInt longest, int select_block, "
-    "float scale, SymInt q_start"
+    "Tensor block_idx, Tensor? start, SymInt sequences, int select_block, float scale, "
+    "SymInt q_start"
 )
 _SELECTED_BACKWARD = define(
     "selected_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
@@ -153,7 +136,7 @@ _SELECTED_BACKWARD = define(
 def _selected_gradients(
     inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
 ) -> tuple[Tensor | None, ...]:
-    return (*_SELECTED_BACKWARD(dout, *saved, *inputs[5:]), *(None,) * 7)
+    return (*_SELECTED_BACKWARD(dout, *saved, *inputs[5:]), *(None,) * 6)
 
 
 selected_attention = define(
@@ -164,5 +147,4 @@ selected_attention = define(
     gradients=_selected_gradients,
 )
 """``(q, k, v, block_idx int32 [B, T, K, n], start int32 [T] or None, number of packed sequences,
-length of the longest, select_block, scale, q_start) -> out, lse``; see
-:func:`nsa.kernels.selected.selected_forward`."""
+select_block, scale, q_start) -> out, lse``; see :func:`nsa.kernels.selected.selected_forward`."""

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nsa import NSAConfig, nsa_attention, resolve
-from nsa.kernels import attention_ops
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
 # NumPy multiplies in the kernels' place, and says so where 1e30 meets 1e30
@@ -35,6 +34,7 @@ SHAPES = [
     {"length": 4, "batch": 2},
     {"length": 45, "batch": 2},
     {"lengths": (17, 0, 9, 1)},
+    {"lengths": (1,)},
 ]
 
 
@@ -73,23 +73,14 @@ def test_every_branch_is_compiled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "short"),
+    ("dtype", "shape"),
     [
-        *((torch.float32, shape, True) for shape in SHAPES),
-        *((torch.float32, shape, False) for shape in SHAPES[3:]),
-        *(
-            (dtype, shape, True)
-            for dtype in (torch.bfloat16, torch.float16)
-            for shape in SHAPES[3:]
-        ),
+        *((torch.float32, shape) for shape in SHAPES),
+        *((dtype, shape) for dtype in (torch.bfloat16, torch.float16) for shape in SHAPES[3:]),
     ],
     ids=str,
 )
-def test_parity(
-    dtype: torch.dtype, shape: dict[str, object], short: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not short:  # the kernel of long sequences, on short ones
-        monkeypatch.setattr(attention_ops, "SHORT", 0)
+def test_parity(dtype: torch.dtype, shape: dict[str, object]) -> None:
     x = problem(dtype, **shape)
     faults = [
         f"{row.name}: error {row.error:.3e} > bound {row.bound:.3e}"
