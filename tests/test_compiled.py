@@ -59,6 +59,22 @@ def test_parity_through_inductor(packed: bool, monkeypatch: pytest.MonkeyPatch) 
     assert selection_faults("compiled", x) == []
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_gradients_of_a_layer_through_inductor() -> None:
+    """Saved gates and their slices share memory, which a donated buffer would overwrite."""
+    torch._dynamo.reset()
+    layer = NSAttention(24, CONFIG, backend="sdpa")
+    x = torch.randn(2, 50, 24, requires_grad=True)
+    dout = torch.randn_like(x)
+    leaves = (x, *layer.parameters())
+    want = torch.autograd.grad(layer(x), leaves, dout)
+    compiled_layer = torch.compile(layer, fullgraph=True)
+    got = torch.autograd.grad(compiled_layer(x), leaves, dout)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_the_layer_compiles_itself_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusion, "COMPILER", "aot_eager")
     torch._dynamo.reset()
