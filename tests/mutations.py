@@ -99,7 +99,7 @@ MUTATIONS = (
     Mutation("φ: packed blocks one token late", "nsa/compress.py", "first[:, None] + torch.arange(block", "first[:, None] + 1 + torch.arange(block", PIECES),
     Mutation("φ: tanh for erf", "nsa/compress.py", "F.gelu(self.up(flat))", "F.gelu(self.up(flat), approximate=\"tanh\")", PIECES),
     Mutation("RoPE: rotation the other way", "nsa/rope.py", "low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D", "low * cos_T1D + high * sin_T1D, high * cos_T1D - low * sin_T1D", PIECES),
-    Mutation("RoPE: wrong frequencies", "nsa/rope.py", "torch.arange(0, size, 2, device=x.device, dtype=torch.float64) / size", "torch.arange(0, size, 2, device=x.device, dtype=torch.float64) / (size + 2)", PIECES),
+    Mutation("RoPE: wrong frequencies", "nsa/rope.py", "torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / size", "torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / (size + 2)", PIECES),
     Mutation("layer: RoPE on V", "nsa/module.py", "return KV(self._rotate(k, cu_seqlens), v)", "return KV(self._rotate(k, cu_seqlens), self._rotate(v, cu_seqlens) if v.shape[-1] % 2 == 0 else v)", LAYER),
     Mutation("layer: positions do not restart", "nsa/module.py", "positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).rank", "positions = None", LAYER),
     Mutation("layer: gates branch-major", "nsa/module.py", "logits = self.gate_proj(x).unflatten(-1, (self.config.num_heads, len(BRANCHES)))", "logits = self.gate_proj(x).unflatten(-1, (len(BRANCHES), self.config.num_heads)).mT", LAYER),
@@ -109,6 +109,10 @@ MUTATIONS = (
     fa2("surplus rows get gradients", "fa2_steps.py", "rows = rows.where(real[..., None], 0.0)", "pass"),
     fa2("tiles with another scale", "fa2_selected.py", "scale=config.softmax_scale, causal=False", "scale=1.0, causal=False"),
     fa2("window off by one", "fa2_steps.py", "window=config.window,", "window=config.window + 1,"),
+    Mutation("fa2: another implementation goes unnoticed", "nsa/backends/fa2_providers.py", 'impl = active_impl() if source == "aten" else None', "impl = None", ("tests/test_fa2_aten.py",)),
+    Mutation("fa2: a resolution outlives the implementation", "nsa/backends/__init__.py", "settings, fa2_providers.active_impl())", "settings, None)", ("tests/test_fa2_aten.py",)),
+    Mutation("workspace: a buffer for every call", "nsa/backends/workspace.py", "buffer = self._buffers.get((name, dtype))", "buffer = None", ("tests/test_workspace.py",)),
+    Mutation("φ: a token's blocks are not summed", "nsa/compress.py", "total[:, m * stride : (m + N) * stride] += tokens", "total[:, m * stride : (m + N) * stride] = tokens", LAYER),
     Mutation("combine: gate order swapped", "nsa/attention.py", "zip(gates.unbind(-1), outputs, strict=True)", "zip(gates.flip(-1).unbind(-1), outputs, strict=True)", BACKENDS),
 )  # fmt: skip
 
