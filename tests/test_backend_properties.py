@@ -143,7 +143,8 @@ def test_packed_equals_alone(backend: str, device: str, dtype: torch.dtype, case
             max_seqlen=None,
             block_idx=inputs.block_idx[:, tokens],
         )
-        assert all(row.ok for row in attention_parity(backend, alone))
+        faults = [row for row in attention_parity(backend, alone) if not row.ok]
+        assert not faults, (length, faults)
         if not hasattr(load(backend), "select_blocks"):
             continue  # the backend that selects in its place is tested itself
         lists = load(backend).select_blocks(alone.q, alone.compressed.k, config)
