@@ -1,7 +1,8 @@
 """How a step becomes one operator of ``torch.library``: opaque to a trace, differentiable once.
 
 Chunk loops, workspaces and hand-written kernels stand inside operators, so that ``torch.compile``
-sees one call with shapes that follow from its arguments, whatever the length.
+sees one call with shapes that follow from its arguments, whatever the length. ``torch.func`` sees
+operators too: ``grad``, ``vjp`` and ``vmap`` work, forward mode raises.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from nsa.config import NSAConfig
 
@@ -69,8 +72,57 @@ def define(
         def backward(ctx: Any, *grads: Tensor) -> Any:
             return gradients(ctx.kept, ctx.saved_tensors, grads[0])
 
-    torch.library.register_autograd(f"nsa::{name}", backward, setup_context=setup, lib=_LIBRARY)
-    return getattr(torch.ops.nsa, name).default
+    operator = getattr(torch.ops.nsa, name).default
+    _LIBRARY.impl(name, _differentiable(operator, setup, backward), "Autograd", with_keyset=True)
+    return operator
+
+
+def _differentiable(
+    operator: Any, setup: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What runs for the dispatch key Autograd.
+
+    ``torch.library.register_autograd`` makes nearly the same. Its node refuses ``torch.func``
+    (pytorch/pytorch#170834) and drops the tangents of forward mode in silence; this one stands on
+    ``_SingleLevelFunction``, as torch's own node for ``torch.func`` does, and refuses tangents.
+    """
+    name = operator.name()
+    # the dispatcher would leave arguments out that equal their defaults
+    assert not any(x.has_default_value() for x in operator._schema.arguments), name
+
+    def below(keys: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    class Once(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, keys: Any, *args: Any) -> Any:
+            # a transform around this one differentiates what runs here, which torch has turned off
+            nested = torch._C._are_functorch_transforms_active()
+            with torch.set_grad_enabled(nested), forward_ad._set_fwd_grad_enabled(nested):
+                output = below(keys, *args)
+            setup(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (None, *backward(ctx, *grads))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(
+                f"{name}: forward mode (torch.func.jvp, jacfwd, hessian) is not implemented; use "
+                "reverse mode (torch.func.grad, vjp, jacrev) or backend='reference'"
+            )
+
+    def run(keys: Any, *args: Any) -> Any:
+        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if reverse or forward_ad._current_level >= 0:
+            with enable_single_level_autograd_function():
+                return Once.apply(keys, *args)  # type: ignore[attr-defined]
+        return below(keys, *args)
+
+    return run
 
 
 def _outside_autocast(function: Forward) -> Forward:

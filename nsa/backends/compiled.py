@@ -1,7 +1,7 @@
 """The ``compiled`` backend: dense kernels where the branch is dense, Triton kernels elsewhere.
 
-- compressed: folded into causal attention (:mod:`.fold`) and given to cuDNN, or, where that does
-  not take it, to the window's kernel with a window as wide as the keys;
+- compressed: the window's kernel over keys that stand d tokens apart, or, where there are many,
+  folded into causal attention for cuDNN (:mod:`.compiled_compressed`);
 - select: scores and a running top-n in one kernel (:mod:`nsa.kernels.select`);
 - selected: several tokens on the union of their lists (:mod:`nsa.kernels.selected`);
 - window: a band (:mod:`nsa.kernels.window`).
@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from nsa.backends import load
-from nsa.backends.compiled_dense import dense_attention, takes_dense
+from nsa.backends.compiled_compressed import causal_on_a_cpu, compressed_op, packed_blocks
 from nsa.backends.compiled_window import window_in_blocks
 from nsa.backends.contract import Problem
-from nsa.backends.fold import Fold, fold, make_fold, nothing_seen, unfold
+from nsa.backends.fold import fold, make_fold, nothing_seen, unfold
 from nsa.backends.selection import SELECTORS, select
 from nsa.config import NSAConfig
 from nsa.kernels.attention_ops import selected_attention as selected_op
@@ -99,51 +98,39 @@ def compressed_attention(
     max_seqlen: int | None = None,
     q_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Folded causal attention; see :class:`nsa.backends.contract.Backend`."""
-    if cu_seqlens is not None and _plain(q):
-        step = load("sdpa").compressed_attention
-        return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
-    T, N, K = q.shape[1], k.shape[1], k.shape[2]
-    shape = make_fold(T, N, config, cu_seqlens, q_start)
-    if cu_seqlens is None and (shape.rows == 0 or N == 0):
-        return nothing_seen(q, k, v, lse_dtype(q))
-    rows = fold(q, cu_seqlens, N, K, config, q_start)
-    scale, start = config.softmax_scale, None
-    whole = cu_seqlens is None and shape.rows == N and shape.first_row == 0
-    if whole and takes_dense(q, v, N):
-        out, lse = dense_attention(rows, k, v, scale)
-    elif _plain(q):  # a step of decode
-        step = load("sdpa").compressed_attention
-        return step(q, k, v, config, q_start=q_start)
-    else:
-        if shape.real is not None:  # whatever stands in surplus rows is not read, NaN included
-            real = shape.real[:, None, None]
-            k, v = k.where(real, 0.0), v.where(real, 0.0)
-            rows = rows.where(real[..., None], 0.0)
-            assert shape.row_seq is not None
-            starts = compressed_members(cast(Tensor, cu_seqlens), N, config).starts
-            start = starts[shape.row_seq].to(torch.int32)
-        out, lse = _causal(rows, k, v, start, scale, shape)
-    out = unfold(out, cu_seqlens, T, N, config, q_start, 0.0)
-    lse = unfold(lse[..., None], cu_seqlens, T, N, config, q_start, NEG_INF)
-    return out, lse[..., 0]
+    """Causal attention over blocks; see :class:`nsa.backends.contract.Backend`."""
+    if _plain(q):
+        return _compressed_on_a_cpu(q, k, v, config, cu_seqlens, max_seqlen, q_start)
+    start = first = seen_from = None
+    if cu_seqlens is not None:
+        start, first, seen_from = packed_blocks(cu_seqlens, q.shape[1], k.shape[1], config)
+    block, stride, scale = config.compress_block, config.compress_stride, config.softmax_scale
+    return compressed_op(q, k, v, start, first, seen_from, block, stride, scale, q_start)
 
 
-def _causal(
-    rows: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, shape: Fold
+def _compressed_on_a_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    q_start: int,
 ) -> tuple[Tensor, Tensor]:
-    """The folded branch on the window's kernel, with a window that reaches everything.
-
-    The d queries of a row are d batches, so that a tile has the G heads of one query.
-    rows ``[B, R, K, d*G, D]``, k and v ``[B, N, K, …]`` -> out ``[B, R, K, d*G, V]`` and lse.
-    """
-    (B, R, K, M, D), V = rows.shape, v.shape[-1]
-    d, G = shape.stride, M // shape.stride
-    q = rows.view(B, R, K, d, G, D).permute(0, 3, 1, 2, 4, 5).reshape(B * d, R, K * G, D)
-    k, v = (x[:, None].expand(-1, d, -1, -1, -1).flatten(0, 1) for x in (k, v))
-    out, lse = window_op(q, k, v, start, k.shape[1], scale, shape.first_row)
-    out = out.view(B, d, R, K, G, V).permute(0, 2, 3, 1, 4, 5).reshape(B, R, K, M, V)
-    return out, lse.view(B, d, R, K, G).permute(0, 2, 3, 1, 4).reshape(B, R, K, M)
+    """Folded; a packed batch and a step of decode are left to ``sdpa``."""
+    T, N, K = q.shape[1], k.shape[1], k.shape[2]
+    if cu_seqlens is None:
+        shape = make_fold(T, N, config, None, q_start)
+        if shape.rows == 0 or N == 0:
+            return nothing_seen(q, k, v, lse_dtype(q))
+        if shape.rows == N and shape.first_row == 0:
+            rows = fold(q, None, N, K, config, q_start)
+            out, lse = causal_on_a_cpu(rows, k, v, config.softmax_scale)
+            out = unfold(out, None, T, N, config, q_start, 0.0)
+            lse = unfold(lse[..., None], None, T, N, config, q_start, NEG_INF)
+            return out, lse[..., 0]
+    step = load("sdpa").compressed_attention
+    return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
 
 
 def select_blocks(

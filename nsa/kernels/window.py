@@ -1,4 +1,5 @@
-"""Sliding-window attention, forward and backward (paper §3.3.3).
+"""Attention over a band of keys, forward and backward: the window (paper §3.3.3) and, with keys
+that stand ``stride`` tokens apart, the compressed branch (Eq. 7-8).
 
 B batch, T query tokens, S keys, H query heads, K key/value heads, G heads per group, D key size,
 V value size.
@@ -6,18 +7,20 @@ V value size.
 The G heads of a group are rows of one tile: a program that takes m tokens has m * G rows on the
 same m + w - 1 keys, so keys and values are read once for all of them, little of the window's edge
 is computed in vain, and the gradients of keys and values need no expansion to query heads.
-"Position" means the row of the keys throughout: query t stands at ``q_start + t``, packed or not,
-and sees keys ``max(start, position - w + 1) … position``.
+"Position" means a row of the keys throughout. Query t stands at ``q_start + t``, packed or not, and
+sees keys ``max(start, position - w + 1) … position``. Where keys are blocks of l tokens, one every
+d (:class:`Blocks`), it stands at the last block that ends at or before it, or at none.
 
 The gradient of q is one kernel, that of k and v another; neither uses atomics, so both are
-deterministic. The algorithm is FlashAttention-2's (arXiv 2307.08691).
+deterministic: where few blocks of keys have many queries, parts of the queries are summed apart and
+added in order. The algorithm is FlashAttention-2's (arXiv 2307.08691).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +29,26 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 LOG2_E = tl.constexpr(LOG2E)
+PROGRAMS = 1024
+"""Programs of the kernel for dk and dv that a launch over few keys is split into, about."""
+
+
+class Blocks(NamedTuple):
+    """Keys that are blocks of tokens."""
+
+    block: int
+    """l, tokens of a block."""
+    stride: int
+    """d, tokens from one block to the next."""
+    first: Tensor | None = None
+    """Packed: int32 ``[T]``, the first token of each token's sequence."""
+    seen_from: Tensor | None = None
+    """Packed: int32 ``[S]``, the first token that sees each key, T for a surplus one; it does not
+    decrease."""
+
+
+TOKENS = Blocks(1, 1)
+"""Keys that are the tokens themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +107,24 @@ def window_forward(
     start: Tensor | None,
     scale: float,
     q_start: int = 0,
+    blocks: Blocks = TOKENS,
     tiles: WindowTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the last ``window`` tokens, the query's own included.
+    """Attention over the last ``window`` keys, the query's own included.
 
     Args:
         q: ``[B, T, H, D]``, fp16, bf16 or fp32; query head h reads key head h // G.
-        k, v: ``[B, S, K, D]`` and ``[B, S, K, V]``, q's dtype; S is at least ``q_start + T``, and T
-            when packed.
-        window: tokens, at least 1.
-        start: None for a regular batch; packed (B = 1): int32 ``[T]``, the first token of each
+        k, v: ``[B, S, K, D]`` and ``[B, S, K, V]``, q's dtype; S reaches the last query's position.
+        window: keys, at least 1.
+        start: None for a regular batch; packed (B = 1): int32 ``[T]``, the first key of each
             token's sequence, which does not decrease.
-        q_start: row of k where q's first row stands; 0 when packed.
+        q_start: number of q's first token; 0 when packed.
+        blocks: what a key stands for.
         tiles: overrides :func:`forward_tiles`.
 
     Returns:
-        out ``[B, T, H, V]`` in q's dtype and lse fp32 ``[B, T, H]``, natural log.
+        out ``[B, T, H, V]`` in q's dtype and lse fp32 ``[B, T, H]``, natural log; 0 and −inf for a
+        query that sees no block.
     """
     B, T, H, D = q.shape
     K, V = v.shape[2], v.shape[3]
@@ -109,7 +134,7 @@ def window_forward(
         return out, lse
     q, scale, _ = _positive(q, scale)
     tiles = tiles or forward_tiles(q.dtype, max(D, V))
-    shape, options = _shape(q, k, v, tiles, window, start, q_start)
+    shape, options = _shape(q, k, v, tiles, start, q_start, blocks)
     with torch.cuda.device_of(q):
         _forward[(triton.cdiv(T, shape["TOKENS"]) * B * K,)](
             q,
@@ -118,6 +143,7 @@ def window_forward(
             out,
             lse,
             lse if start is None else start,
+            lse if blocks.first is None else blocks.first,
             T,
             K,
             min(window, k.shape[1]),
@@ -145,14 +171,17 @@ def window_backward(
     start: Tensor | None,
     scale: float,
     q_start: int = 0,
+    blocks: Blocks = TOKENS,
     q_tiles: WindowTiles | None = None,
     k_tiles: WindowTiles | None = None,
+    splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`window_forward`, whose arguments and results come in unchanged.
 
     Args:
         dout: ``[B, T, H, V]``, the gradient of ``out``, in its dtype.
         q_tiles, k_tiles: override :func:`query_gradient_tiles` and :func:`key_gradient_tiles`.
+        splits: parts of the queries that dk and dv are summed over apart; None chooses.
 
     Returns:
         dq, dk, dv, shaped like q, k, v and in their dtypes.
@@ -162,14 +191,15 @@ def window_backward(
     dq = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     dk = torch.empty(B, S, K, D, dtype=k.dtype, device=q.device)
     dv = torch.empty(B, S, K, V, dtype=v.dtype, device=q.device)
-    if lse.numel() == 0:
-        return dq, dk.zero_(), dv.zero_()
+    if lse.numel() == 0 or S == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
     out, lse = out.contiguous(), lse.contiguous()
     q, scale, sign = _positive(q, scale)
     delta = torch.empty_like(lse)
     started = lse if start is None else start
+    first = lse if blocks.first is None else blocks.first
     tiles = q_tiles or query_gradient_tiles(q.dtype, max(D, V))
-    shape, options = _shape(q, k, v, tiles, window, start, q_start)
+    shape, options = _shape(q, k, v, tiles, start, q_start, blocks)
     with torch.cuda.device_of(q):
         _query_gradient[(triton.cdiv(T, shape["TOKENS"]) * B * K,)](
             q,
@@ -181,6 +211,7 @@ def window_backward(
             delta,
             dq,
             started,
+            first,
             T,
             K,
             min(window, S),
@@ -195,33 +226,49 @@ def window_backward(
             **options,
         )
     tiles = k_tiles or key_gradient_tiles(q.dtype, max(D, V))
-    shape, options = _shape(q, k, v, tiles, window, start, q_start)
+    shape, options = _shape(q, k, v, tiles, start, q_start, blocks)
+    programs = triton.cdiv(S, tiles.keys) * B * K
+    if splits is None:
+        splits = _splits(programs, min(window * blocks.stride, T), shape["TOKENS"])
+    parts = [dk, dv]
+    if splits > 1:
+        parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in parts]
     with torch.cuda.device_of(q):
-        _key_gradient[(triton.cdiv(S, tiles.keys) * B * K,)](
+        _key_gradient[(programs * splits,)](
             q,
             k,
             v,
             dout,
             lse,
             delta,
-            dk,
-            dv,
+            *parts,
             started,
+            first,
+            lse if blocks.seen_from is None else blocks.seen_from,
             T,
             S,
             K,
             min(window, S),
             q_start,
+            splits,
             scale,
             scale * LOG2E,
             *q.stride(),
             *k.stride(),
             *v.stride(),
             *dout.stride(),
+            SPLIT=splits > 1,
             **shape,
             **options,
         )
+    if splits > 1:
+        dk, dv = (x.sum(0).to(dk.dtype) for x in parts)
     return dq, dk, dv
+
+
+def _splits(programs: int, queries: int, tokens: int) -> int:
+    """Parts of the queries of one block of keys: enough programs, each with enough tiles."""
+    return max(1, min(PROGRAMS // programs, queries // (tokens * 16)))
 
 
 def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
@@ -236,14 +283,16 @@ def _shape(
     k: Tensor,
     v: Tensor,
     tiles: WindowTiles,
-    window: int,
     start: Tensor | None,
     q_start: int,
+    blocks: Blocks,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The constants of a launch, and its options."""
     G, D, V = q.shape[2] // k.shape[2], q.shape[3], v.shape[3]
-    assert k.shape[1] >= q_start + q.shape[1]
-    assert start is None or (q_start == 0 and k.shape[1] == q.shape[1])
+    strided = blocks[:2] != (1, 1)
+    assert k.shape[1] * blocks.stride + blocks.block > q_start + q.shape[1] or start is not None
+    assert start is None or q_start == 0
+    assert start is None or not strided or blocks.first is not None
     rows = max(tiles.rows, triton.next_power_of_2(G))
     constants = {
         "G": G,
@@ -254,6 +303,9 @@ def _shape(
         "KEYS": tiles.keys,
         "DIM": max(16, triton.next_power_of_2(D)),
         "VDIM": max(16, triton.next_power_of_2(V)),
+        "LEAD": blocks.block - 1,
+        "STRIDE": blocks.stride,
+        "STRIDED": strided,
         "PACKED": start is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # tf32: no effect on 16 bits
     }
@@ -271,9 +323,33 @@ def _locate(tiles, K):
 
 
 @triton.jit
-def _oldest(t, start_ptr, window, q_start, PACKED: tl.constexpr):
-    """The first key that query t sees; t a row of q that exists."""
-    oldest = tl.maximum(t + q_start - window + 1, 0)
+def _position(
+    t,
+    start_ptr,
+    first_ptr,
+    q_start,
+    LEAD: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """The last key that query t sees, one before its sequence's first if none; t a row of q that
+    exists."""
+    position = t + q_start
+    if STRIDED:
+        position -= LEAD
+        if PACKED:
+            position -= tl.load(first_ptr + t)
+        position = tl.where(position >= 0, position // STRIDE, -1)
+        if PACKED:
+            position += tl.load(start_ptr + t)
+    return position
+
+
+@triton.jit
+def _oldest(t, position, start_ptr, window, PACKED: tl.constexpr):
+    """The first key that query t at ``position`` sees; t a row of q that exists."""
+    oldest = tl.maximum(position - window + 1, 0)
     if PACKED:
         oldest = tl.maximum(oldest, tl.load(start_ptr + t))
     return oldest
@@ -287,6 +363,7 @@ def _forward(
     out_ptr,
     lse_ptr,
     start_ptr,
+    first_ptr,
     T,
     K,
     window,
@@ -313,6 +390,9 @@ def _forward(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
     VDIM: tl.constexpr,
+    LEAD: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDED: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -338,11 +418,13 @@ def _forward(
         mask=(dim < D)[None, :],
         other=0.0,
     )
-    oldest = _oldest(t, start_ptr, window, q_start, PACKED)
-    position = t + q_start
-    begin = _oldest(first, start_ptr, window, q_start, PACKED)
-    seen_by_all = _oldest(last, start_ptr, window, q_start, PACKED)
-    end = last + q_start + 1
+    position = _position(t, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED)
+    oldest = _oldest(t, position, start_ptr, window, PACKED)
+    # both ends rise with t
+    lowest = _position(first, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED)
+    end = _position(last, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED) + 1
+    begin = _oldest(first, lowest, start_ptr, window, PACKED)
+    seen_by_all = _oldest(last, end - 1, start_ptr, window, PACKED)
     k_ptr += b * k_stride_b + kv * k_stride_k
     v_ptr += b * v_stride_b + kv * v_stride_k
 
@@ -363,7 +445,7 @@ def _forward(
             other=0.0,
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if (s0 < seen_by_all) | (s0 + KEYS - 1 > first + q_start):
+        if (s0 < seen_by_all) | (s0 + KEYS - 1 > lowest):
             visible = (s[None, :] >= oldest[:, None]) & (s[None, :] <= position[:, None])
             scores = tl.where(visible, scores, float("-inf"))
         new = tl.maximum(highest, tl.max(scores, 1))
@@ -377,13 +459,17 @@ def _forward(
         highest = new
 
     place = (b * T + t.to(tl.int64)) * H + head
+    log = highest * scale
+    if STRIDED:  # some see nothing
+        log = tl.where(total == 0.0, float("-inf"), log)
+        total = tl.where(total == 0.0, 1.0, total)
     acc = acc / total[:, None]
     tl.store(
         out_ptr + place[:, None] * V + vdim[None, :],
         acc.to(out_ptr.dtype.element_ty),
         mask=there[:, None] & (vdim < V)[None, :],
     )
-    tl.store(lse_ptr + place, highest * scale + tl.log(total), mask=there)
+    tl.store(lse_ptr + place, log + tl.log(total), mask=there)
 
 
 @triton.jit(do_not_specialize=["T", "window", "q_start"])
@@ -397,6 +483,7 @@ def _query_gradient(
     delta_ptr,
     dq_ptr,
     start_ptr,
+    first_ptr,
     T,
     K,
     window,
@@ -427,6 +514,9 @@ def _query_gradient(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
     VDIM: tl.constexpr,
+    LEAD: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDED: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -468,11 +558,13 @@ def _query_gradient(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + place, delta, mask=there)
     lse_log2 = tl.load(lse_ptr + place) * LOG2_E
-    oldest = _oldest(t, start_ptr, window, q_start, PACKED)
-    position = t + q_start
-    begin = _oldest(first, start_ptr, window, q_start, PACKED)
-    seen_by_all = _oldest(last, start_ptr, window, q_start, PACKED)
-    end = last + q_start + 1
+    position = _position(t, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED)
+    oldest = _oldest(t, position, start_ptr, window, PACKED)
+    # both ends rise with t
+    lowest = _position(first, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED)
+    end = _position(last, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED) + 1
+    begin = _oldest(first, lowest, start_ptr, window, PACKED)
+    seen_by_all = _oldest(last, end - 1, start_ptr, window, PACKED)
     k_ptr += b * k_stride_b + kv * k_stride_k
     v_ptr += b * v_stride_b + kv * v_stride_k
 
@@ -495,7 +587,7 @@ def _query_gradient(
         # rounding of a huge lse must not make a probability above 1
         p = tl.exp2(tl.minimum(scores * scale_log2 - lse_log2[:, None], 0.0))
         ds = p * (dp - delta[:, None])
-        if (s0 < seen_by_all) | (s0 + KEYS - 1 > first + q_start):
+        if (s0 < seen_by_all) | (s0 + KEYS - 1 > lowest):
             visible = (s[None, :] >= oldest[:, None]) & (s[None, :] <= position[:, None])
             ds = tl.where(visible, ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -507,7 +599,7 @@ def _query_gradient(
     )
 
 
-@triton.jit(do_not_specialize=["T", "S", "window", "q_start"])
+@triton.jit(do_not_specialize=["T", "S", "window", "q_start", "splits"])
 def _key_gradient(
     q_ptr,
     k_ptr,
@@ -518,11 +610,14 @@ def _key_gradient(
     dk_ptr,
     dv_ptr,
     start_ptr,
+    first_ptr,
+    seen_from_ptr,
     T,
     S,
     K,
     window,
     q_start,
+    splits,
     scale,
     scale_log2,
     q_stride_b,
@@ -549,11 +644,23 @@ def _key_gradient(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
     VDIM: tl.constexpr,
+    LEAD: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDED: tl.constexpr,
+    SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dk and dv of one block of keys: all tiles of queries that see any of them, in order."""
-    block, b, kv = _locate(tl.cdiv(S, KEYS), K)
+    if SPLIT:  # the part changes fastest
+        blocks = tl.cdiv(S, KEYS)
+        pid = tl.program_id(0)
+        split = pid % splits
+        block = pid // splits % blocks
+        b = (pid // splits // blocks // K).to(tl.int64)
+        kv = (pid // splits // blocks % K).to(tl.int64)
+    else:
+        block, b, kv = _locate(tl.cdiv(S, KEYS), K)
     H = K * G
     s0 = block * KEYS
     s_last = tl.minimum(s0 + KEYS, S) - 1
@@ -574,16 +681,26 @@ def _key_gradient(
         other=0.0,
     )
     # queries first_t … end_t - 1 may see one of the keys
-    first_t = tl.maximum(s0 - q_start, 0)
-    end_t = tl.minimum(s_last + window - q_start, T)
+    first_t = tl.maximum(s0 * STRIDE + LEAD - q_start, 0)
+    end_t = tl.minimum((s_last + window) * STRIDE + LEAD - q_start, T)
     if PACKED:
+        last_from = s_last
+        if STRIDED:
+            first_t = tl.load(seen_from_ptr + s0)
+            last_from = tl.load(seen_from_ptr + s_last)
+            end_t = T
         # starts do not decrease: the last key's sequence ends before the first larger start
         among = tl.arange(0, 256)
         same = 0
-        for t0 in range(s_last, end_t, 256):
+        for t0 in range(last_from, end_t, 256):
             start = tl.load(start_ptr + t0 + among, mask=t0 + among < end_t, other=2147483647)
             same += tl.sum((start <= s_last).to(tl.int32), 0)
-        end_t = s_last + same
+        end_t = last_from + same
+    if SPLIT:  # whole tiles of queries, so that the parts together read what one would
+        tiles = tl.cdiv(tl.maximum(end_t - first_t, 0), TOKENS)
+        each = tl.cdiv(tiles, splits) * TOKENS
+        first_t += split * each
+        end_t = tl.minimum(end_t, first_t + each)
     token = row // G
     head = kv * G + row % G
     q_ptr += b * q_stride_b
@@ -620,12 +737,14 @@ def _key_gradient(
         p = tl.exp2(tl.minimum(scores * scale_log2 - (lse * LOG2_E)[None, :], 0.0))
         ds = p * (dp - delta[None, :])
         t_last = tl.minimum(t0 + TOKENS, end_t) - 1
-        oldest = _oldest(t_last, start_ptr, window, q_start, PACKED)
-        if (oldest > s0) | (t0 + q_start < s_last):
-            seen = tl.maximum(t + q_start - window + 1, 0)
-            if PACKED:
-                seen = tl.maximum(seen, tl.load(start_ptr + t, mask=there, other=0))
-            visible = (s[:, None] >= seen[None, :]) & (s[:, None] <= (t + q_start)[None, :])
+        lowest = _position(t0, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED)
+        highest = _position(t_last, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED)
+        oldest = _oldest(t_last, highest, start_ptr, window, PACKED)
+        if (oldest > s0) | (lowest < s_last):
+            real = tl.minimum(t, T - 1)
+            position = _position(real, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED)
+            seen = _oldest(real, position, start_ptr, window, PACKED)
+            visible = (s[:, None] >= seen[None, :]) & (s[:, None] <= position[None, :])
             # after the fact: what overflowed in another sequence's row may be no number
             p = tl.where(visible, p, 0.0)
             ds = tl.where(visible, ds, 0.0)
@@ -633,6 +752,8 @@ def _key_gradient(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     place = (b * S + key) * K + kv
+    if SPLIT:
+        place += split * (tl.num_programs(0) // splits // blocks * S).to(tl.int64)
     tl.store(
         dk_ptr + place * D + dim[None, :],
         (dk * scale).to(dk_ptr.dtype.element_ty),

@@ -2,6 +2,7 @@
 
 - a scalar from NumPy 2.4's one-element arrays is no longer an index: loop bounds need one;
 - ``tl.dot`` of bf16 multiplies the bit patterns;
+- fp32 to bf16 cuts bits off where a GPU rounds to nearest, so that 0.9999999 becomes 0.996;
 - ``xor_sum``, on which ``tl.sort`` rests, is a Python loop over elements;
 - every call of one jit function by another patches the whole language anew.
 """
@@ -22,6 +23,7 @@ def apply() -> None:
     interpreter._mended = True
     patch_tensor = interpreter._patch_lang_tensor
     create_dot = interpreter.InterpreterBuilder.create_dot
+    cast_impl = interpreter.InterpreterBuilder.cast_impl
     reduce = interpreter.ReduceOps.apply_impl
 
     def with_index(tensor: Any, scope: Any) -> None:
@@ -36,6 +38,14 @@ def apply() -> None:
 
     def dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
         return create_dot(self, wide(a), wide(b), *args)
+
+    def cast(self: Any, src: interpreter.TensorHandle, to: Any) -> interpreter.TensorHandle:
+        if src.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return cast_impl(self, src, to)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+        nearest = np.where(np.isnan(src.data), np.uint32(0x7FC0), nearest)
+        return interpreter.TensorHandle(nearest.astype(np.uint16), to.scalar)
 
     def fast_reduce(self: Any, inputs: Any) -> Any:
         if self.combine_fn != tl.standard._xor_combine:
@@ -61,4 +71,5 @@ def apply() -> None:
     interpreter.GridExecutor.__call__ = launch_afresh
     interpreter._patch_lang_tensor = with_index
     interpreter.InterpreterBuilder.create_dot = dot
+    interpreter.InterpreterBuilder.cast_impl = cast
     interpreter.ReduceOps.apply_impl = fast_reduce
