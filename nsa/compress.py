@@ -5,6 +5,9 @@ B batch, T tokens, N compressed blocks, K key/value heads, D head size, L tokens
 
 from __future__ import annotations
 
+import importlib.util
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,6 +55,9 @@ def _gather(x: Tensor, cu_seqlens: Tensor | None, block: int, stride: int) -> Te
     if N == 0:
         return x.new_empty(B, 0, K, block, D)
     if cu_seqlens is None:
+        if _by_triton(x):
+            kernels = importlib.import_module("nsa.kernels.block_tokens")
+            return kernels.gather(x, block, stride, N)
         blocks = x.unfold(1, block, stride).transpose(3, 4)
         return blocks.clone(memory_format=torch.contiguous_format)  # an operator returns no view
     first, _ = _first_tokens(x, cu_seqlens, block, stride)
@@ -65,6 +71,8 @@ def _scatter(grad: Tensor, cu_seqlens: Tensor | None, T: int, block: int, stride
     Within a part no token is held twice, so the sum has one order.
     """
     B, N, K, _, D = grad.shape
+    if cu_seqlens is None and N > 0 and _by_triton(grad):
+        return importlib.import_module("nsa.kernels.block_tokens").scatter(grad, T, stride)
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     total = grad.new_zeros(B, T, K, D, dtype=wide)
     if N == 0:
@@ -84,6 +92,17 @@ def _scatter(grad: Tensor, cu_seqlens: Tensor | None, T: int, block: int, stride
     return total.to(grad.dtype)
 
 
+def _by_triton(x: Tensor) -> bool:
+    """Whether one kernel does it; PyTorch's own operations take half a dozen, and do the same."""
+    return x.is_cuda and x.dtype in _TRITON_DTYPES and _has_triton()
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CALL = "Tensor? cu_seqlens, int block, int stride"
 _BLOCKS_BACKWARD = define(
     "block_tokens_backward(Tensor grad, Tensor? cu_seqlens, SymInt T, int block, int stride) "
@@ -168,5 +187,7 @@ class Compress(nn.Module):
             return blocks_BNKLD.mean(dim=3)
         if self.config.compression == "linear":
             return self.proj(blocks_BNKLD.flatten(3))
-        flat = (blocks_BNKLD + self.position.to(x.dtype)).flatten(3)
-        return self.down(F.gelu(self.up(flat)))
+        # up(blocks + position) without a sum as large as all blocks
+        bias = self.up(self.position.to(x.dtype).flatten())
+        hidden = F.linear(blocks_BNKLD.flatten(3), self.up.weight, bias)
+        return self.down(F.gelu(hidden))

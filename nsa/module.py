@@ -6,9 +6,11 @@ B batch, T tokens, H query heads, K key/value heads, D key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nsa import validate
 from nsa.attention import check_values, needs_grad, run
@@ -138,15 +140,16 @@ class NSAttention(nn.Module):
         """Projections, branches and gates, of checked input."""
         settings, config = self.settings, self.config
         T = x.shape[1]
+        projected = self._project(x)
         q = self._rotate(
-            self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim)), cu_seqlens
+            projected["q"].unflatten(-1, (config.num_heads, config.head_dim)), cu_seqlens
         )
-        selected, window, tokens = (self._kv(x, branch, cu_seqlens) for branch in _KV_ORDER)
+        tokens, selected, window = (self._kv(projected, branch, cu_seqlens) for branch in BRANCHES)
         compressed = KV(
             self.compress_k(tokens.k, cu_seqlens).to(q.dtype),
             self.compress_v(tokens.v, cu_seqlens).to(q.dtype),
         )
-        gates = self._gates(x)
+        gates = self._gates(projected["gate"])
         if settings.check:
             check_values(q, compressed, selected, window, gates, config, cu_seqlens)
         self._plan = plan(
@@ -174,27 +177,69 @@ class NSAttention(nn.Module):
         )
         return self.o_proj(out.flatten(2))
 
-    def _kv(self, x: Tensor, branch: str, cu_seqlens: Tensor | None) -> KV:
-        k_proj, v_proj = self.k_proj, self.v_proj
-        if isinstance(k_proj, nn.ModuleDict) and isinstance(v_proj, nn.ModuleDict):
-            k_proj, v_proj = k_proj[branch], v_proj[branch]
-        k = k_proj(x).unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
-        v = v_proj(x).unflatten(-1, (self.config.num_kv_heads, self.config.dv))
+    def _linears(self) -> dict[str, nn.Module]:
+        """The projections of the layer's input: "q", "k" and "v" or "k.<branch>" …, "gate"."""
+        linears: dict[str, nn.Module] = {"q": self.q_proj}
+        for name, proj in (("k", self.k_proj), ("v", self.v_proj)):
+            if isinstance(proj, nn.ModuleDict):
+                linears.update({f"{name}.{branch}": proj[branch] for branch in BRANCHES})
+            else:
+                linears[name] = proj
+        linears["gate"] = self.gate_proj
+        return linears
+
+    def _project(self, x: Tensor) -> dict[str, Tensor]:
+        """What :meth:`_linears` make of x: one product where they are nothing but linear maps.
+
+        Six of the eight are so narrow that reading x is most of their work, and in the backward
+        pass each would write a gradient of x. A projection that somebody has wrapped, hooked,
+        parametrized, quantized or sharded is called as it is, and then so are all.
+        """
+        linears = self._linears()
+        if not all(_is_plain(linear) for linear in linears.values()):
+            return {name: linear(x) for name, linear in linears.items()}
+        weights = [cast(nn.Linear, linear).weight for linear in linears.values()]
+        sizes = [weight.shape[0] for weight in weights]
+        spare = -sum(sizes) % _ALIGNED  # so that every row of the result begins aligned
+        together = F.linear(x, F.pad(torch.cat(weights), (0, 0, 0, spare)))
+        parts = dict(zip(linears, together.split([*sizes, spare], -1), strict=False))
+        parts["gate"] = parts["gate"] + self.gate_proj.bias.to(together.dtype)
+        return parts
+
+    def _kv(self, projected: dict[str, Tensor], branch: str, cu_seqlens: Tensor | None) -> KV:
+        k = projected["k" if "k" in projected else f"k.{branch}"]
+        v = projected["v" if "v" in projected else f"v.{branch}"]
+        k = k.unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
+        # a copy: a part that is kept for the backward pass would keep the whole product
+        v = v.contiguous().unflatten(-1, (self.config.num_kv_heads, self.config.dv))
         return KV(self._rotate(k, cu_seqlens), v)
 
     def _rotate(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         theta = self.config.rope_theta
         if theta is None:
-            return x
+            return x.contiguous()
         positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).rank
         return apply_rope(x, theta, positions)
 
-    def _gates(self, x: Tensor) -> Tensor:
-        logits = self.gate_proj(x).unflatten(-1, (self.config.num_heads, len(BRANCHES)))
+    def _gates(self, logits: Tensor) -> Tensor:
+        logits = logits.unflatten(-1, (self.config.num_heads, len(BRANCHES)))
         if self.config.gate == "sigmoid":
             return logits.sigmoid()
         return logits.softmax(-1)
 
 
-_KV_ORDER = ("selected", "window", "compressed")
+_ALIGNED = 64
+"""Elements."""
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling the module is a product with its weight, and nothing else."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not (linear._backward_hooks or linear._backward_pre_hooks)
+    )
+
+
 _FUSED = fused(NSAttention._attend)

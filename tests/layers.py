@@ -60,15 +60,19 @@ class Problem(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-def problem(lengths: tuple[int, ...] | None, dtype: torch.dtype = torch.float64) -> Problem:
+def problem(
+    lengths: tuple[int, ...] | None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Problem:
     """Packed sequences of these lengths, or two rows of 37 tokens."""
     generator = torch.Generator().manual_seed(1)
     shape = (2, 37, DIM) if lengths is None else (1, sum(lengths), DIM)
     x, dout = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     cu_seqlens = None
     if lengths is not None:
-        cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
-    return Problem(x.to(dtype).requires_grad_(), dout.to(dtype), cu_seqlens)
+        cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32)
+    return Problem(x.to(device, dtype).requires_grad_(), dout.to(device, dtype), cu_seqlens)
 
 
 def make_layer(
@@ -120,6 +124,32 @@ def by_hand(layer: NSAttention, x: Tensor, cu_seqlens: Tensor | None = None) -> 
             q, *(pairs[branch] for branch in BRANCHES), gates, config, cu_seqlens=cu_seqlens
         )
     return F.linear(out.flatten(2), weights["o_proj.weight"])
+
+
+def gradients(layer: NSAttention, out: Tensor, case: Problem) -> dict[str, Tensor]:
+    """The gradient of x and of every parameter."""
+    leaves = {"x": case.x, **dict(layer.named_parameters())}
+    grads = torch.autograd.grad(out, list(leaves.values()), case.dout.to(out.dtype))
+    return dict(zip(leaves, grads, strict=True))
+
+
+def by_part(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One vector for each part of the layer: the truth for φ's last bias of keys is exactly 0."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, x in found.items():
+        parts.setdefault(name.split(".")[0], []).append(x.detach().double().flatten())
+    return {name: torch.cat(vectors) for name, vectors in parts.items()}
+
+
+def agree(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    """Norms of the differences, relative to the norms."""
+    assert got.keys() == want.keys()
+    wrong = {
+        name: error
+        for name, x in want.items()
+        if not (error := (got[name] - x).norm().item()) <= tolerance * x.norm().item() + 1e-12
+    }
+    assert not wrong
 
 
 class Seen(NamedTuple):

@@ -1,4 +1,4 @@
-"""The ``compiled`` backend on a CPU: through Inductor, refused without a compiler, as operators."""
+"""The ``compiled`` backend on a CPU: through Inductor, refused without a compiler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.library import opcheck
 
 from nsa import BackendUnavailable, NSAConfig, NSAttention, fusion, nsa_attention, resolve
 from nsa.backends import compiled
@@ -26,7 +25,6 @@ CONFIG = NSAConfig(
     num_local=1,
     window=7,
 )
-OPERATORS = torch.ops.nsa
 
 
 def problem(packed: bool, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -156,42 +154,3 @@ def test_the_schemas_need_no_triton() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nsa.window_attention.default nsa.selected_attention.default" in done.stdout
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
-def test_operators_of_sdpa(packed: bool) -> None:
-    from nsa.operators import geometry
-    from nsa.varlen import token_members
-
-    x = problem(packed)
-    q, k, v = (y.detach().requires_grad_() for y in (x.q, *x.selected))
-    seq = None if x.cu_seqlens is None else token_members(x.cu_seqlens, q.shape[1]).seq
-    rows = q.detach().view(*q.shape[:2], 2, 2, 8).requires_grad_()
-    opcheck(OPERATORS.band.default, (rows, k, v, seq, 7, 0, 0.3))
-    q2, k2, v2 = (
-        torch.nn.functional.pad(y.detach(), (0, 16 - y.shape[-1])).requires_grad_()
-        for y in (q, k, v)
-    )
-    shape, blocks = geometry(CONFIG), x.block_idx
-    opcheck(OPERATORS.sdpa_selected.default, (q2, k2, v2, blocks, x.cu_seqlens, shape, 0.3, 0))
-    lse = torch.randn(q.shape[:3])
-    k_cmp = x.compressed.k.detach()
-    arguments = (q.detach(), k_cmp, lse, x.cu_seqlens, 50, 0, shape, 0.3, "sdpa")
-    opcheck(OPERATORS.select_blocks.default, arguments)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
-def test_operators_of_fa2(packed: bool) -> None:
-    from nsa.operators import geometry
-
-    x = problem(packed)
-    q, k = (y.detach().requires_grad_() for y in (x.q, x.selected.k))
-    v = torch.randn(k.shape, requires_grad=True)
-    shape = geometry(CONFIG)
-    arguments = (q, k, v, x.block_idx, x.cu_seqlens, shape, 0.3, 0, "math", [0, 0])
-    opcheck(OPERATORS.fa2_selected.default, arguments)
-    longest, cu = (50, None) if x.cu_seqlens is None else (31, x.cu_seqlens)
-    if packed:
-        q, k, v = (y[0].detach().requires_grad_() for y in (q, k, v))
-    call = (cu, cu, longest, longest, 0.3, True, 7, "math")
-    opcheck(OPERATORS.flash_attention_2.default, (q, k, v, *call))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nsa import ConfigError, NSAConfig, NSAttention, reference
@@ -17,39 +17,16 @@ from tests.layers import (
     LENGTHS,
     VARIANTS,
     Problem,
+    agree,
     by_hand,
+    by_part,
+    gradients,
     make_layer,
     problem,
     seen_by_attention,
 )
 
 LAYOUTS = pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["regular", "packed"])
-
-
-def gradients(layer: NSAttention, out: Tensor, case: Problem) -> dict[str, Tensor]:
-    """The gradient of x and of every parameter."""
-    leaves = {"x": case.x, **dict(layer.named_parameters())}
-    grads = torch.autograd.grad(out, list(leaves.values()), case.dout.to(out.dtype))
-    return dict(zip(leaves, grads, strict=True))
-
-
-def by_part(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One vector for each part of the layer: the truth for φ's last bias of keys is exactly 0."""
-    parts: dict[str, list[Tensor]] = {}
-    for name, x in found.items():
-        parts.setdefault(name.split(".")[0], []).append(x.detach().double().flatten())
-    return {name: torch.cat(vectors) for name, vectors in parts.items()}
-
-
-def agree(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    """Norms of the differences, relative to the norms."""
-    assert got.keys() == want.keys()
-    wrong = {
-        name: error
-        for name, x in want.items()
-        if not (error := (got[name] - x).norm().item()) <= tolerance * x.norm().item() + 1e-12
-    }
-    assert not wrong
 
 
 # Against the oracle

@@ -47,7 +47,7 @@ def window_in_blocks(
     rows = F.pad(q.to(wide), (0, 0, 0, 0, 0, tail)).reshape(B, R, b, K, H // K, D)
     first = q_start - before  # the key of the first column
     k_blocks, v_blocks = (_key_blocks(x.to(wide), q_start, T, before, tail, b) for x in (k, v))
-    scores = scale * torch.einsum("brikgd,brkdc->brkgic", rows, k_blocks)
+    scores = scale * torch.einsum("brikgd,brckd->brkgic", rows, k_blocks)
     row = torch.arange(R * b, device=q.device).view(R, b, 1) + q_start
     column = torch.arange(before + b, device=q.device)
     key = column + (torch.arange(R, device=q.device) * b + first)[:, None, None]
@@ -59,14 +59,21 @@ def window_in_blocks(
     visible = (key <= row) & (key >= oldest) & (key >= 0) | (row >= q_start + T)
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
     p = scores.softmax(-1)
-    out = torch.einsum("brkgic,brkvc->brikgv", p, v_blocks)
+    out = torch.einsum("brkgic,brckv->brikgv", p, v_blocks)
     lse = scores.detach().logsumexp(-1).permute(0, 1, 4, 2, 3)
     out = out.reshape(B, R * b, H, V)[:, :T].to(q.dtype)
     return out, lse.reshape(B, R * b, H)[:, :T]
 
 
 def _key_blocks(x: Tensor, q_start: int, T: int, before: int, tail: int, b: int) -> Tensor:
-    """``[B, S, K, D]`` -> ``[B, R, K, D, before + b]``, zero where no token is."""
+    """``[B, S, K, D]`` -> ``[B, R, before + b, K, D]``, zero where no token is.
+
+    Slices side by side in place of an overlapping view: the gradient of that is a scatter, which
+    Inductor gets wrong on some CPUs (torch 2.13, AVX2).
+    """
     x = x[:, max(0, q_start - before) : q_start + T]
     x = F.pad(x, (0, 0, 0, 0, before + T - x.shape[1], tail))
-    return x.unfold(1, before + b, b)
+    x = x.unflatten(1, (-1, b))
+    blocks = before // b
+    R = x.shape[1] - blocks
+    return torch.cat([x[:, i : i + R] for i in range(blocks + 1)], dim=2)

@@ -62,7 +62,7 @@ def select_tiles(
     if key_size > 128:
         return SelectTiles(128, blocks, num_warps=8, num_stages=2)
     if group < 8:  # many tokens in a tile, each with a list of its own
-        return SelectTiles(128, blocks, num_warps=8, num_stages=3)
+        return SelectTiles(64, min(most, least), num_warps=4, num_stages=3)
     # two programs to a multiprocessor: one multiplies while the other exponentiates
     return SelectTiles(128, blocks, num_warps=8, num_stages=3, maxnreg=128)
 

@@ -15,13 +15,14 @@ size, V value size, n listed blocks, W entries of a union list.
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.kernels.selected_kv import rows_contiguous, selected_dkv
+from nsa.kernels.selected_kv import row_sums, rows_contiguous, selected_dkv
 from nsa.kernels.selected_lists import UnionLists, union_lists
 from nsa.kernels.selected_tiles import (
     QueryTiles,
@@ -419,36 +420,20 @@ def selected_backward(
     dk and dv are summed by atomic adds in fp32, so that their last bits may differ between runs.
     """
     tiles = tiles or default_tiles(q, v, block_idx, select_block)
-    dq, delta = selected_dq(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        block_idx,
-        start=start,
-        select_block=select_block,
-        scale=scale,
-        q_start=q_start,
-        tiles=tiles.dq,
+    call: dict[str, Any] = {
+        "start": start,
+        "select_block": select_block,
+        "scale": scale,
+        "q_start": q_start,
+    }
+    if tiles.dkv.with_dq:
+        dq, delta = None, row_sums(dout, out)
+    else:
+        dq, delta = selected_dq(dout, q, k, v, out, lse, block_idx, **call, tiles=tiles.dq)
+    dk, dv, summed = selected_dkv(
+        dout, q, k, v, lse, delta, block_idx, **call, sequences=sequences, tiles=tiles.dkv
     )
-    dk, dv = selected_dkv(
-        dout,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        block_idx,
-        start=start,
-        select_block=select_block,
-        scale=scale,
-        q_start=q_start,
-        sequences=sequences,
-        tiles=tiles.dkv,
-    )
-    return dq, dk, dv
+    return cast(Tensor, summed if dq is None else dq), dk, dv
 
 
 def _lists(

@@ -1,4 +1,4 @@
-"""dk and dv of selected attention: the loop turned round, one block of keys and all its readers.
+"""dk, dv and dq of selected attention: the loop turned round, one block of keys, all its readers.
 
 A program holds one block of keys and values, and the sums of their gradients, while it walks over
 a chunk of the tokens that list the block (:func:`nsa.kernels.selected_lists.chunks`), some at a
@@ -7,7 +7,8 @@ lists.
 
 A block with several chunks (every token reads block 0) is summed by atomic adds into fp32 buffers:
 not deterministic to the last bit, but without a second pass over partial sums, which random lists
-make many.
+make many. dq can be summed in the same way (``KeyTiles.with_dq``): n adds to each element, and no
+second time the scores and dp that dk and dv need anyway.
 
 B batch, T query tokens, S key tokens, H query heads, K key/value heads, G heads per group, D key
 size, V value size.
@@ -38,6 +39,7 @@ def _dkv_kernel(
     delta,  # [B, T, H], contiguous
     dk,  # fp32 [B, S, K, D], contiguous; added to
     dv,  # fp32 [B, S, K, V], contiguous; added to
+    dq,  # fp32 [B, T, H, D], contiguous; added to with WITH_DQ
     keys,
     tokens,
     starts,
@@ -72,6 +74,7 @@ def _dkv_kernel(
     BLOCK_V: tl.constexpr,
     PARTS: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
+    WITH_DQ: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     part = (tl.program_id(0) % PARTS) * BLOCK_N
@@ -155,11 +158,63 @@ def _dkv_kernel(
                 ds = tl.where(visible, p * (dp - mean[:, None]), 0.0)
                 ds_keys = tl.trans(ds.to(q_tile.dtype))
             dk_acc = tl.dot(ds_keys, q_tile, dk_acc, input_precision=PRECISION)
+            if WITH_DQ:
+                dq_part = tl.dot(tl.trans(ds_keys), k_tile, input_precision=PRECISION) * scale
+                dq_row = row[:, None] * D + d[None, :]
+                tl.atomic_add(dq + dq_row, dq_part, mask=q_mask, sem="relaxed")
 
         # A key past the end of its block is another block's, or nobody's; p and ds of it are 0.
         grad_row = (b64 * S + first + n[:, None]) * KV + head
         tl.atomic_add(dk + grad_row * D + d[None, :], dk_acc * scale, mask=k_mask, sem="relaxed")
         tl.atomic_add(dv + grad_row * V + e[None, :], dv_acc, mask=v_mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _delta_kernel(
+    out,  # [B, T, H, V], contiguous
+    dout,
+    delta,  # [B, T, H], contiguous; written
+    rows,
+    T,
+    H,
+    do_b,
+    do_t,
+    do_h,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    e = tl.arange(0, BLOCK_V)
+    live = row < rows
+    mask = live[:, None] & (e < V)[None, :]
+    at = row // H // T * do_b + row // H % T * do_t + row % H * do_h
+    x = tl.load(out + row[:, None] * V + e[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(dout + at[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(x * y, 1), mask=live)
+
+
+def row_sums(dout: Tensor, out: Tensor) -> Tensor:
+    """delta, fp32 ``[B, T, H]``: the sum of ``dout * out`` ``[B, T, H, V]`` over V."""
+    B, T, H, V = out.shape
+    delta = torch.empty(B, T, H, dtype=torch.float32, device=out.device)
+    if delta.numel() == 0:
+        return delta
+    dout, rows, wide = rows_contiguous(dout), max(1, 4096 // padded(V)), padded(V)
+    with torch.cuda.device_of(out):
+        _delta_kernel[(triton.cdiv(delta.numel(), rows),)](
+            out.contiguous(),
+            dout,
+            delta,
+            delta.numel(),
+            T,
+            H,
+            *dout.stride()[:3],
+            V=V,
+            ROWS=rows,
+            BLOCK_V=wide,
+        )
+    return delta
 
 
 def selected_dkv(
@@ -178,8 +233,8 @@ def selected_dkv(
     sequences: int | None = None,
     tiles: KeyTiles | None = None,
     cut: Chunks | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of k and v.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of k and v, and of q where the tiles say so.
 
     Args:
         dout: ``[B, T, H, V]``, the gradient of out.
@@ -193,16 +248,18 @@ def selected_dkv(
         cut: made by :func:`chunks`, or None.
 
     Returns:
-        dk ``[B, S, K, D]`` and dv ``[B, S, K, V]`` in q's dtype; 0 for keys that nobody sees.
+        dk ``[B, S, K, D]`` and dv ``[B, S, K, V]`` in q's dtype, 0 for keys that nobody sees; dq
+        ``[B, T, H, D]`` in q's dtype with ``KeyTiles.with_dq``, else None.
     """
     B, T, H, D = q.shape
     S, K, V = v.shape[1:]
     n = block_idx.shape[3]
     dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
+    tiles = tiles or default_tiles(q, v, block_idx, select_block).dkv
+    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if tiles.with_dq else None
     if q.numel() and k.numel() and n:
         G = H // K
-        tiles = tiles or default_tiles(q, v, block_idx, select_block).dkv
         q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
         with torch.cuda.device_of(q):
             if cut is None:
@@ -226,6 +283,7 @@ def selected_dkv(
                 delta.contiguous(),
                 dk,
                 dv,
+                dk if dq is None else dq,
                 cut.keys,
                 cut.tokens,
                 cut.starts,
@@ -252,11 +310,12 @@ def selected_dkv(
                 BLOCK_V=padded(V),
                 PARTS=parts,
                 KEYS_FIRST=tiles.keys_first,
+                WITH_DQ=tiles.with_dq,
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )
-    return dk.to(q.dtype), dv.to(q.dtype)
+    return dk.to(q.dtype), dv.to(q.dtype), None if dq is None else dq.to(q.dtype)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def union_lists(
 
     Args:
         block_idx: int32 ``[B, T, K, n]``, each list ascending, then −1.
-        tokens: m, a power of two, at most 32, with m*n at most 1024.
+        tokens: m, at most 32, with m*n at most 1024.
         key_rows: S, rows of k and v.
         start: int32 ``[T]``, first row of each token's packed sequence; None for a regular batch.
         select_block: l', in tokens.
@@ -162,7 +162,6 @@ def union_lists(
 def check_tokens(tokens: int, width: int) -> None:
     """Raises where a tile of that many tokens can't be listed."""
     assert 1 <= tokens <= MASK_BITS, tokens
-    assert tokens & (tokens - 1) == 0, tokens
     assert tokens == 1 or triton.next_power_of_2(tokens * width) <= MAX_SLOTS, (tokens, width)
 
 

@@ -7,7 +7,7 @@ a key/value head. D key size, V value size, n listed blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ SHARED_BYTES = 220 * 1024
 MAX_SLOTS = 1024
 """List entries of one query tile that the list builder sorts at once."""
 
+WITH_DQ_FROM = 4096
+"""Tokens from which small heads sum dq beside dk and dv (H100: 2.8 ms against 3.9 at T = 8192, with
+lists at random; with heads of 128 the adds cost more than they save)."""
+
 MASK_BITS = 32
 """Tokens of one query tile: one bit of an int32 each."""
 
@@ -28,7 +32,7 @@ class QueryTiles:
     """One launch of the forward or of the dq kernel."""
 
     tokens: int
-    """Consecutive tokens of a tile, a power of two, at most 32."""
+    """Consecutive tokens of a tile, at most 32."""
     block_n: int
     """Keys of one step, a power of two from 16; a block of more keys takes several steps."""
     num_warps: int
@@ -53,6 +57,8 @@ class KeyTiles:
     keys_first: bool = False
     """Keys are the rows of the score tile: p and ds stay in registers on their way to the next
     product, but lse and delta take more of them. Otherwise p and ds go through shared memory."""
+    with_dq: bool = False
+    """Whether dq is summed here too, by atomic adds in fp32, in place of a kernel of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +81,13 @@ def padded_rows(tokens: int, group: int) -> int:
 
 
 def tokens_per_tile(group: int, rows: int, width: int | None = None) -> int:
-    """The largest power of two of tokens whose rows fit in ``rows``, at least 1.
+    """The most tokens whose rows fit in ``rows``, at least 1.
 
     ``width`` (n): also so few that a union list can be made of their lists.
     """
-    tokens = 1
-    while tokens * 2 * group <= rows and (width is None or _listable(2 * tokens, width)):
-        tokens *= 2
+    tokens = max(1, rows // group)
+    while width is not None and tokens > 1 and not _listable(tokens, width):
+        tokens -= 1
     return tokens
 
 
@@ -94,15 +100,15 @@ def config_for(
 ) -> SelectedTiles:
     """Tiles for an H100: head sizes, group, listed blocks n, l', and T (only a small one matters).
 
-    Chosen for fp16 and bf16 at D = V = 128: two programs a multiprocessor, nothing spilled. Larger
-    heads take less of everything until it fits in shared memory. IEEE fp32 has no matrix unit:
-    small tiles.
+    Chosen for fp16 and bf16 at D = V = 128 (G = 16) and 64 (G = 6): two or more programs a
+    multiprocessor, nothing spilled. Larger heads take less of everything until it fits in shared
+    memory. IEEE fp32 has no matrix unit: small tiles.
     """
     wide = padded(D) + padded(V)
     fp32 = dtype == torch.float32
     rows = 16 if fp32 else 64
     keys = padded(select_block)
-    few = next_power_of_2(length)  # no rows for tokens that do not exist
+    few = max(1, length)  # no rows for tokens that do not exist
     tokens = min(tokens_per_tile(G, rows, width), few)
     fp32_warps = 8 if wide >= 256 else 4
 
@@ -142,6 +148,13 @@ def config_for(
             dkv=key_tiles(min(keys, 32), 1),
         )
     n = min(keys, 64)
+    if wide <= 128:
+        dkv = key_tiles(n, 2)
+        # Short sequences list nearly all they see, so that unions are small and dq alone is fast.
+        dkv = replace(dkv, with_dq=length >= WITH_DQ_FROM)
+        return SelectedTiles(
+            forward=query_tiles(n, 2, padded(D)), dq=query_tiles(n, 3, wide), dkv=dkv
+        )
     return SelectedTiles(
         forward=query_tiles(n, 3, padded(D)), dq=query_tiles(n, 2, wide), dkv=key_tiles(n, 3)
     )

@@ -72,6 +72,8 @@ def forward_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
         return WindowTiles(64, 32, num_warps=8, num_stages=1)
     if size > 128:
         return WindowTiles(128, 64, num_warps=8, num_stages=2)
+    if size <= 64:
+        return WindowTiles(128, 64, num_warps=4, num_stages=3)
     # two programs to a multiprocessor: one multiplies while the other exponentiates
     return WindowTiles(128, 64, num_warps=8, num_stages=2, maxnreg=128)
 
@@ -84,6 +86,8 @@ def query_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
         return WindowTiles(64, 32, num_warps=8, num_stages=1)
     if size > 128:
         return WindowTiles(64, 64, num_warps=8, num_stages=2)
+    if size <= 64:
+        return WindowTiles(64, 32, num_warps=4, num_stages=3)
     return WindowTiles(128, 32, num_warps=8, num_stages=2, maxnreg=128)
 
 
@@ -95,6 +99,8 @@ def key_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
         return WindowTiles(32, 64, num_warps=8, num_stages=1)
     if size > 128:
         return WindowTiles(64, 64, num_warps=8, num_stages=2)
+    if size <= 64:
+        return WindowTiles(64, 64, num_warps=4, num_stages=2)
     return WindowTiles(64, 128, num_warps=8, num_stages=3)
 
 

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 from nsa.backends.fa2_providers import BROKEN, WRONG, Report
 from nsa.settings import Settings
-from nsa.tools._machine import ALLOCATOR_VARIABLES, Machine
+from nsa.tools._machine import (
+    ALLOCATOR_VARIABLES,
+    CACHE_SWITCHES,
+    INTERPRETER,
+    OFF_SWITCHES,
+    Machine,
+)
 
 _TORCH_INSTALL = "install a CUDA build of PyTorch (https://pytorch.org/get-started/locally)"
 
@@ -26,6 +32,7 @@ def advice(
         )
     found += _about_devices(machine)
     found += _about_fa2(providers, settings)
+    found += _about_compiling(machine)
     if machine.gpus and not any(name in machine.variables for name in ALLOCATOR_VARIABLES):
         found.append(
             f"Sequences of many lengths fragment GPU memory; {ALLOCATOR_VARIABLES[1]}="
@@ -82,4 +89,24 @@ def _about_fa2(providers: Iterable[Report], settings: Settings) -> list[str]:
             "NSA_FA2_PROVIDER=math computes in plain PyTorch, for tests: no kernel of "
             "FlashAttention-2 runs."
         )
+    return found
+
+
+def _about_compiling(machine: Machine) -> list[str]:
+    def set_of(names: Iterable[str]) -> list[str]:
+        return [f"{name}=1" for name in names if machine.variables.get(name) == "1"]
+
+    found = [
+        f"{switch}: torch.compile compiles nothing and returns what it was given; unset it."
+        for switch in set_of(OFF_SWITCHES)
+    ]
+    found += [
+        f"{switch}: everything is compiled anew in every process; unset it."
+        for switch in set_of(CACHE_SWITCHES)
+    ]
+    found += [
+        f"{switch}: Triton kernels run in Python, on the CPU: for tests of kernels, and far too "
+        "slow for anything else."
+        for switch in set_of((INTERPRETER,))
+    ]
     return found

@@ -15,7 +15,7 @@ from nsa.testing.parity import ParityRow, attention_parity, selection_faults
 from nsa.testing.tolerances import expected
 from nsa.tools._bench_cases import DENSE, Shape
 from nsa.tools._bench_rivals import Refusal, Rival
-from nsa.tools._bench_rows import failures, one_line
+from nsa.tools._failures import failures, one_line
 
 _LENGTH = 203
 _PACKED = (131, 0, 72)

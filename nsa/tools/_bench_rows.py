@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import torch
 
-from nsa.errors import NSAError
 from nsa.tools._bench_cases import Shape
 from nsa.tools._bench_counts import Work
 from nsa.tools._bench_timing import PASSES, Measurement, Timing
 
 ANY = "any"
 """The branch of a row that says why a backend was not timed at all."""
-OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,31 +94,6 @@ class Journal:
 def short(dtype: torch.dtype) -> str:
     """``float32`` of ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """What a kernel may raise that does not fit the problem or the machine."""
-    found: list[type[Exception]] = [
-        RuntimeError, NSAError, AssertionError, TypeError, ValueError, AttributeError, LookupError,
-    ]  # fmt: skip
-    triton = sys.modules.get("triton.errors")  # its own are not RuntimeErrors
-    if triton is not None:
-        found.append(triton.TritonError)
-    return tuple(found)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory, on whatever device."""
-    cpu = "can't allocate memory", "not enough memory"
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in cpu)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as its type and message."""
-    if out_of_memory(error):
-        return OUT_OF_MEMORY
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:

@@ -19,8 +19,9 @@ from nsa.tools._bench_fla import find_fla, installed
 from nsa.tools._bench_parity import Parity, backend_parity, rival_parity
 from nsa.tools._bench_plan import Plan
 from nsa.tools._bench_rivals import Refusal, Refusing, Rival, dense_rivals
-from nsa.tools._bench_rows import ANY, OUT_OF_MEMORY, Row, failures, one_line
+from nsa.tools._bench_rows import ANY, Row
 from nsa.tools._bench_timing import Clock, Measurement, measure_passes
+from nsa.tools._failures import OUT_OF_MEMORY, failures, one_line
 
 
 class Listener(Protocol):

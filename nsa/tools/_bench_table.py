@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nsa.tools._bench_cases import BRANCHES, DENSE, WHOLE
-from nsa.tools._bench_rows import OUT_OF_MEMORY, Row, groups, short
+from nsa.tools._bench_rows import Row, groups, short
 from nsa.tools._bench_timing import Timing
+from nsa.tools._failures import OUT_OF_MEMORY
 
 _ORDER = {branch: i for i, branch in enumerate((*BRANCHES, DENSE))}
 _GIB = 2**30

@@ -114,10 +114,16 @@ def _reason(error: BaseException, mode: str) -> BaseException:
         if isinstance(cause, torch.OutOfMemoryError):
             return cause
         cause = cause.__cause__ or cause.__context__
+    return CompileFailed(
+        f"--compile {mode}: torch.compile failed: {first_words(error)}; go on without it: "
+        "--compile none"
+    )
+
+
+def first_words(error: BaseException) -> str:
+    """The first line of torch's reason, and the second where the first one only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     if first.endswith(":") and len(lines) > 1:  # "backend='inductor' raised:"
         first += f" {lines[1]}"
-    return CompileFailed(
-        f"--compile {mode}: torch.compile failed: {first}; go on without it: --compile none"
-    )
+    return first

@@ -10,6 +10,7 @@ from typing import Any
 from nsa.backends.fa2_providers import Report
 from nsa.settings import FlagRow
 from nsa.tools._choices import Choice
+from nsa.tools._compile_report import CompileReport
 from nsa.tools._machine import Machine
 from nsa.tools._profile import BranchProfile
 
@@ -57,6 +58,8 @@ class Diagnosis:
     """What the settings come to on this machine; none where they are wrong."""
     profile: tuple[BranchProfile, ...] | None
     """What ran; None where nobody asked."""
+    compile: CompileReport | None
+    """What torch.compile makes of it; None where nobody asked."""
     advice: tuple[str, ...]
     problems: tuple[str, ...]
     """Why the exit code is 1; none, and it is 0."""

@@ -19,6 +19,13 @@ from nsa.settings import foreign_variable
 GIB = 2**30
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where PyTorch reads the allocator's options from; the first name is the newer one."""
+OFF_SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+"""Where 1 means that ``torch.compile`` returns what it was given."""
+CACHE_SWITCHES = ("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "TORCH_COMPILE_FORCE_DISABLE_CACHES")
+"""Where 1 means that nothing compiled is kept."""
+INTERPRETER = "TRITON_INTERPRET"
+COMPILE_SWITCHES = (*OFF_SWITCHES, *CACHE_SWITCHES, INTERPRETER)
+"""What changes how everything here runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +73,7 @@ def look_at_machine() -> Machine:
     """Reads all of it."""
     driver, gpus_of_driver = _ask_driver()
     gpus, messages = _ask_torch()
-    names = (*ALLOCATOR_VARIABLES, "CUDA_VISIBLE_DEVICES")
+    names = (*ALLOCATOR_VARIABLES, "CUDA_VISIBLE_DEVICES", *COMPILE_SWITCHES)
     variables = {name: foreign_variable(name) for name in names}
     return Machine(
         os=platform.platform(),

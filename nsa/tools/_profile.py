@@ -17,6 +17,7 @@ from nsa.backends.contract import Backend
 from nsa.testing.inputs import Inputs
 from nsa.tools._choices import BranchChoice, Choice
 from nsa.tools._cli import UsageError
+from nsa.tools._failures import failures, one_line
 from nsa.tools._trials import Trial
 
 _FORWARD, _BACKWARD = "flash_fwd", "flash_bwd"
@@ -64,9 +65,8 @@ def profile_choice(choice: Choice, trial: Trial) -> tuple[list[BranchProfile], l
         where = f"profile, {choice.kind}: {branch.branch}"
         try:
             kernels = summarise(kernels_of(call, trial.device))
-        except RuntimeError as failure:  # what a kernel raises that cannot run after all
-            message = " ".join(str(failure).split())
-            problems.append(f"{where} failed: {type(failure).__name__}: {message}")
+        except failures() as failure:
+            problems.append(f"{where} failed: {one_line(failure)}")
             continue
         ran = _fa2_ran(kernels)
         profiles.append(

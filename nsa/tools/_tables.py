@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from nsa.backends.fa2_providers import BROKEN, WORKS, WRONG, Report
 from nsa.tools._choices import BranchChoice, Choice
+from nsa.tools._compile_tables import compile_tables
 from nsa.tools._diagnosis import Diagnosis, ParityResult
 from nsa.tools._machine import Machine
 from nsa.tools._profile import BranchProfile
+from nsa.tools._tables_style import BAD, DIM, GOOD, WARN, listed, table_of
 
-_GOOD, _BAD, _DIM = "green", "bold red", "dim"
+_COMPILE_HINT = "torch.compile: --compile shows graphs, recompiles, caches and each branch's kernel"
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
@@ -28,35 +30,24 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         console.print(_choices(diagnosis.choices))
     if diagnosis.profile is not None:
         console.print(_profile(diagnosis.profile))
+    if diagnosis.compile is not None:
+        console.print(*compile_tables(diagnosis.compile), sep="\n")
     if diagnosis.advice:
-        console.print(_list("Advice", diagnosis.advice, "yellow"))
+        console.print(listed("Advice", diagnosis.advice, WARN))
+    if diagnosis.compile is None:
+        console.print(Text(_COMPILE_HINT))
     if diagnosis.choices:
         console.print(_fa2(diagnosis))
     if not diagnosis.problems:
-        console.print(Text("Everything asked for works.", style=_GOOD))
+        console.print(Text("Everything asked for works.", style=GOOD))
         return
-    console.print(_list("Something is wrong:", diagnosis.problems, _BAD))
+    console.print(listed("Something is wrong:", diagnosis.problems, BAD))
     if diagnosis.way_out is not None:
         console.print(Text(diagnosis.way_out))
 
 
-def _list(title: str, lines: Iterable[str], style: str) -> Group:
-    """Lines under a title; those that are folded stay behind their mark."""
-    grid = Table.grid(padding=(0, 1))
-    for line in lines:
-        grid.add_row(Text("  -"), Text(line, overflow="fold"))
-    return Group(Text(title, style=style), grid)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
 def _machine(machine: Machine) -> Table:
-    table = _table("Machine")
+    table = table_of("Machine")
     memory = "?" if machine.memory_gib is None else f"{machine.memory_gib} GiB"
     rows: list[tuple[str, str]] = [
         ("system", machine.os),
@@ -78,14 +69,14 @@ def _machine(machine: Machine) -> Table:
         rows.append(("gpu", "none that torch sees"))
     rows += sorted(machine.variables.items())
     for name, text in rows:
-        table.add_row(Text(name, style=_DIM), Text(text))
+        table.add_row(Text(name, style=DIM), Text(text))
     return table
 
 
 def _providers(providers: Iterable[Report]) -> Table:
-    table = _table("FlashAttention-2", "provider", "version", "status", "detail")
+    table = table_of("FlashAttention-2", "provider", "version", "status", "detail")
     for report in providers:
-        style = {WORKS: _GOOD, BROKEN: _BAD, WRONG: _BAD}.get(report.status, _DIM)
+        style = {WORKS: GOOD, BROKEN: BAD, WRONG: BAD}.get(report.status, DIM)
         fix = f" (fix: {report.fix})" if report.fix is not None else ""
         table.add_row(
             report.name,
@@ -97,9 +88,9 @@ def _providers(providers: Iterable[Report]) -> Table:
 
 
 def _settings(diagnosis: Diagnosis) -> Table:
-    table = _table("Settings", "flag", "value", "source")
+    table = table_of("Settings", "flag", "value", "source")
     for row in diagnosis.settings:
-        style = _DIM if row.source == "default" else ""
+        style = DIM if row.source == "default" else ""
         table.add_row(
             Text(row.flag), Text(_as_text(row.value), style=style), Text(row.source, style=style)
         )
@@ -114,12 +105,12 @@ def _as_text(value: object) -> str:
 
 
 def _backends(diagnosis: Diagnosis) -> Table:
-    table = _table("Backends", "backend", "here", "what it is", "what it cannot run, and why")
+    table = table_of("Backends", "backend", "here", "what it is", "what it cannot run, and why")
     for row in diagnosis.backends:
         name = Text(f"{row.name} (requested)" if row.requested else row.name)
-        here = Text("available", style=_GOOD) if row.available else Text("no", style=_DIM)
+        here = Text("available", style=GOOD) if row.available else Text("no", style=DIM)
         if row.requested and not row.available:
-            here = Text("no", style=_BAD)
+            here = Text("no", style=BAD)
         table.add_row(name, here, Text(row.summary), Text(row.detail))
     return table
 
@@ -127,7 +118,7 @@ def _backends(diagnosis: Diagnosis) -> Table:
 def _parity(results: Iterable[ParityResult]) -> Table:
     """A row for each run with the tensor nearest to its bound, and one for each that is past it."""
     title = "Forward and backward beside the oracle (worst tensor of each run)"
-    table = _table(title, "run", "passed", "tensor", "error", "bound")
+    table = table_of(title, "run", "passed", "tensor", "error", "bound")
     runs: dict[str, list[ParityResult]] = {}
     for result in results:
         shape = "packed" if result.packed else "regular"
@@ -135,7 +126,7 @@ def _parity(results: Iterable[ParityResult]) -> Table:
         runs.setdefault(run, []).append(result)
     for run, rows in runs.items():
         failed = [row for row in rows if not row.ok]
-        passed = Text(f"{len(rows) - len(failed)} of {len(rows)}", style=_BAD if failed else _GOOD)
+        passed = Text(f"{len(rows) - len(failed)} of {len(rows)}", style=BAD if failed else GOOD)
         for i, row in enumerate(failed or [max(rows, key=_closeness)]):
             first = (run, passed) if i == 0 else ("", "")
             table.add_row(*first, row.tensor, f"{row.error:.2e}", f"{row.bound:.2e}")
@@ -147,42 +138,42 @@ def _closeness(row: ParityResult) -> float:
 
 
 def _choices(choices: Iterable[Choice]) -> Table:
-    table = _table("What runs here", "input", "branch", "backend", "provider")
+    table = table_of("What runs here", "input", "branch", "backend", "provider")
     for choice in choices:
-        length = Text(f"{choice.length:,} tokens", style=_DIM)
+        length = Text(f"{choice.length:,} tokens", style=DIM)
         if choice.backend is None:
-            refused = Text("refused", style=_BAD)
+            refused = Text("refused", style=BAD)
             kind = Text("\n").join([Text(choice.kind), length])
             table.add_row(kind, "every", refused, Text(choice.reason))
         for i, branch in enumerate(choice.branches):
             kind = (Text(choice.kind), length)[i] if i < 2 else Text()
-            backend = Text(branch.backend, style=_GOOD if branch.fa2 else "")
+            backend = Text(branch.backend, style=GOOD if branch.fa2 else "")
             table.add_row(kind, branch.branch, backend, _source(branch))
         if choice.branches:
-            table.add_row("", Text("why", style=_DIM), "", Text(choice.reason, style=_DIM))
+            table.add_row("", Text("why", style=DIM), "", Text(choice.reason, style=DIM))
         table.add_section()
     return table
 
 
 def _source(branch: BranchChoice) -> Text:
     if branch.provider is None:
-        return Text(branch.why or "-", style=_DIM)
+        return Text(branch.why or "-", style=DIM)
     return Text(branch.provider if branch.fa2 else f"{branch.provider}: not FA-2, plain PyTorch")
 
 
 def _profile(profiles: Iterable[BranchProfile]) -> Table:
     """A row for each branch, then its kernels."""
     title = "Kernels of one forward and backward, random block lists"
-    table = _table(title, "kernel", "calls", "µs", "FA-2")
+    table = table_of(title, "kernel", "calls", "µs", "FA-2")
     for branch in profiles:
         source = f"{branch.backend}, {branch.provider}" if branch.provider else branch.backend
         name = Text(f"{branch.kind} {branch.branch}: {source}", style="bold")
         calls = sum(kernel.calls for kernel in branch.kernels)
         total = sum(kernel.microseconds for kernel in branch.kernels)
-        ran = Text(f"ran: {branch.fa2_ran}", style=_GOOD if branch.fa2_ran == "yes" else "")
+        ran = Text(f"ran: {branch.fa2_ran}", style=GOOD if branch.fa2_ran == "yes" else "")
         table.add_row(name, str(calls), f"{total:,.0f}", ran)
         for kernel in branch.kernels:
-            style = _GOOD if kernel.fa2 else _DIM
+            style = GOOD if kernel.fa2 else DIM
             numbers = (str(kernel.calls), f"{kernel.microseconds:,.0f}")
             cells = (f"  {kernel.name}", *numbers, "FA-2" if kernel.fa2 else "")
             table.add_row(*(Text(cell, style=style) for cell in cells))

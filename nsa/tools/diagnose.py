@@ -1,8 +1,9 @@
 """Says what this machine can run, and proves it: ``python -m nsa.tools.diagnose``.
 
 Exit code 0: everything asked for works. 1: a requested backend cannot run, a backend is not within
-its accuracy bounds, one that claims FlashAttention-2 ran other kernels (``--profile``), or the
-``NSA_…`` environment is wrong. 2: the command line is wrong.
+its accuracy bounds, one that claims FlashAttention-2 ran other kernels (``--profile``), one breaks
+its graph or compiles again (``--compile``), or the ``NSA_…`` environment is wrong. 2: the command
+line is wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ from nsa.testing.parity import attention_parity, selection_faults
 from nsa.tools._advice import advice
 from nsa.tools._choices import Choice, choose, resolved
 from nsa.tools._cli import Parser, UsageError, choose_device, run
+from nsa.tools._compile_report import look_at_compiling
+from nsa.tools._compile_state import read_variables
+from nsa.tools._compile_trials import COMPILERS
 from nsa.tools._diagnosis import BackendRow, Diagnosis, ParityResult
+from nsa.tools._failures import failures, one_line
 from nsa.tools._machine import look_at_machine
 from nsa.tools._profile import BranchProfile, check_profile_device, profile_choice
 from nsa.tools._tables import print_diagnosis
@@ -41,6 +46,7 @@ examples:
   python -m nsa.tools.diagnose
   NSA_USE_FA2=1 python -m nsa.tools.diagnose --profile
   python -m nsa.tools.diagnose --backend sdpa --json
+  python -m nsa.tools.diagnose --compile inductor --backend compiled
 """
 
 
@@ -59,6 +65,15 @@ def _main(argv: Sequence[str] | None) -> int:
     add("--backend", metavar="NAME", help=f"fail unless this one runs: {', '.join(BACKENDS)}")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--profile", action="store_true", help="show which kernels run each branch (CUDA)")
+    add(
+        "--compile",
+        nargs="?",
+        const=COMPILERS[0],
+        metavar="COMPILER",
+        help="show what torch.compile makes of every backend, or of --backend's, and hold it to "
+        f"one graph and no recompiles; takes minutes: {', '.join(COMPILERS)} "
+        f"(default: {COMPILERS[0]}; the quickest: eager; the real one: inductor)",
+    )
     add("--json", action="store_true", help="print JSON for programs instead of tables")
     arguments = parser.parse_strictly(argv)
     if arguments.backend is not None and arguments.backend not in BACKENDS:
@@ -66,9 +81,19 @@ def _main(argv: Sequence[str] | None) -> int:
             f"--backend: expected one of the known names, got {arguments.backend!r}; "
             f"{nearest(arguments.backend, BACKENDS)}"
         )
+    if arguments.compile is not None and arguments.compile not in COMPILERS:
+        raise UsageError(
+            f"--compile: expected one of the known names, got {arguments.compile!r}; "
+            f"{nearest(arguments.compile, COMPILERS)}"
+        )
     # A library that prints while it is probed must not spoil the JSON.
     with contextlib.redirect_stdout(sys.stderr):
-        diagnosis = diagnose(arguments.device, arguments.backend, profile=arguments.profile)
+        diagnosis = diagnose(
+            arguments.device,
+            arguments.backend,
+            profile=arguments.profile,
+            compiler=arguments.compile,
+        )
     if arguments.json:
         print(json.dumps(diagnosis.to_dict(), indent=1, allow_nan=False))
     else:
@@ -77,7 +102,11 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def diagnose(
-    device_name: str = "auto", backend: str | None = None, *, profile: bool = False
+    device_name: str = "auto",
+    backend: str | None = None,
+    *,
+    profile: bool = False,
+    compiler: str | None = None,
 ) -> Diagnosis:
     """Looks at everything.
 
@@ -85,11 +114,14 @@ def diagnose(
         device_name: where the backends run: "auto", "cpu", "cuda" or "cuda:N".
         backend: one that must be able to run; None asks the settings alone.
         profile: run every branch and see which kernels those are; needs a CUDA device.
+        compiler: compile every backend, or ``backend`` alone, with this compiler of torch's; None
+            compiles nothing for show.
 
     Raises:
         ConfigError: there is no such device here.
         UsageError: nothing can be profiled on that device.
     """
+    variables = read_variables()
     machine = look_at_machine()
     device = choose_device("cpu" if device_name == "auto" and not machine.gpus else device_name)
     if profile:
@@ -113,6 +145,12 @@ def diagnose(
                 problems += faults
         profiles, faults = _profile(choices, typical) if profile and not mistake else ([], [])
         problems += faults
+        report = None
+        if compiler is not None:
+            report, faults = look_at_compiling(
+                device, compiler, backend, settings, variables, machine.triton
+            )
+            problems += faults
         way_out = _way_out(typical[0], backend, settings) if refused else None
     return Diagnosis(
         machine=machine,
@@ -123,6 +161,7 @@ def diagnose(
         parity=tuple(parity),
         choices=() if mistake is not None else tuple(choices),
         profile=tuple(profiles) if profile else None,
+        compile=report,
         advice=tuple(advice(machine, providers, settings, mistake)),
         problems=tuple(problems),
         way_out=way_out,
@@ -188,9 +227,8 @@ def _parity(name: str, trials: list[Trial]) -> tuple[list[ParityResult], list[st
         try:
             rows = [(row.name, row.error, row.bound) for row in attention_parity(name, inputs)]
             faults = selection_faults(name, inputs)
-        except RuntimeError as failure:  # what a kernel raises that cannot run after all
-            message = " ".join(str(failure).split())
-            problems.append(f"{name} failed, {trial}: {type(failure).__name__}: {message}")
+        except failures() as failure:
+            problems.append(f"{name} failed, {trial}: {one_line(failure)}")
             continue
         for tensor, error, bound in [*rows, ("selection", float(len(faults)), 0.0)]:
             result = ParityResult(

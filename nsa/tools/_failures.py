@@ -1,0 +1,36 @@
+"""What a kernel or a compiler raises that does not work, and how it is said in a line."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from nsa.errors import NSAError
+
+OUT_OF_MEMORY = "out of memory"
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a kernel may raise that does not fit the problem or the machine."""
+    found: list[type[Exception]] = [
+        RuntimeError, NSAError, AssertionError, TypeError, ValueError, AttributeError, LookupError,
+    ]  # fmt: skip
+    triton = sys.modules.get("triton.errors")  # its own are not RuntimeErrors
+    if triton is not None:
+        found.append(triton.TritonError)
+    return tuple(found)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, on whatever device."""
+    cpu = "can't allocate memory", "not enough memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in cpu)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as its type and message."""
+    if out_of_memory(error):
+        return OUT_OF_MEMORY
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,13 @@
+"""``torch.library.opcheck`` of the operators made of Triton kernels, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.operator_samples import IN_TRITON, check, problem
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
+@pytest.mark.parametrize("name", IN_TRITON)
+def test_opcheck(name: str, packed: bool) -> None:
+    check(name, problem(packed))
