@@ -2,10 +2,13 @@
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --lengths 8192 --attention dense compiled --compile blocks
+    python benchmarks/train_step.py --attention compiled --text /usr/lib/python3 --train-steps 200
     python benchmarks/train_step.py --device cpu --tiny
 
 12 layers, width 768, Hq 12, Hkv 2, D 64, bytes, bf16 autocast; forward, backward, clipping and
-fused AdamW over 65,536 random tokens that stand on the device. Each configuration starts with
+fused AdamW over 65,536 random tokens that stand on the device, or over those of ``--text`` (a file,
+or a folder of Python sources), other ones each step: after ``--train-steps`` the lists of selected
+blocks are those of a model that has learnt something. Each configuration starts with
 ``torch._dynamo.reset()`` and a new model; torch's caches on the disk are used, so that "first step"
 is what a new machine pays only if they were empty. One JSON line each as they come, then a table:
 
@@ -32,6 +35,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -42,7 +46,7 @@ from torch.profiler import ProfilerActivity, profile
 from nsa.models import LanguageModel, ModelConfig
 
 WARM_UP = 2
-"""Steps after the first that are not timed."""
+"""Steps after the first that are not timed, besides ``--train-steps``."""
 TINY = {
     "lengths": [64],
     "attention": ["dense", "sdpa", "fa2-dense"],
@@ -118,12 +122,18 @@ def make_step(case: Case, args: argparse.Namespace) -> tuple[Callable[[], None],
     elif case.compile == "blocks":
         model.compile_blocks(backend=args.compiler, dynamic=False)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.95), fused=True)
     shape = (max(1, args.tokens // case.length), case.length + 1)
-    text = torch.randint(0, config.vocab_size, shape, device=args.device)
-    tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    text = None if args.text is None else read_bytes(args.text).to(args.device)
+    made = torch.randint(0, config.vocab_size, shape, device=args.device)
+    offsets = torch.arange(shape[1], device=args.device)
 
     def step() -> None:
+        batch = made
+        if text is not None:
+            first = torch.randint(0, text.numel() - shape[1], (shape[0], 1), device=args.device)
+            batch = text[first + offsets].long()
+        tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             loss = loss_of(tokens, targets)
@@ -149,7 +159,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     first = time.perf_counter() - built
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP + args.train_steps):
         step()
     seconds = statistics.median(times(step, args.steps, cuda))
     return {
@@ -163,6 +173,13 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "kernels": kernels(step) if cuda else None,
         "backend": str(model.resolution),
     }
+
+
+def read_bytes(path: str) -> torch.Tensor:
+    """uint8 ``[bytes]``: a file, or every ``*.py`` of a folder, in order."""
+    root = Path(path)
+    files = sorted(root.rglob("*.py")) if root.is_dir() else [root]
+    return torch.frombuffer(bytearray(b"".join(map(Path.read_bytes, files))), dtype=torch.uint8)
 
 
 def wait(cuda: bool) -> None:
@@ -265,6 +282,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compiler", help="a backend of torch.compile")
     parser.add_argument("--limit-s", type=float, default=300.0, help="seconds a configuration")
     parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--text", metavar="PATH", help="bytes to train on in place of random ones")
+    parser.add_argument("--train-steps", type=int, default=0, help="before those that are timed")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", metavar="FILE", help="JSON lines go there, not to the screen")
     parser.add_argument("--tiny", action="store_true", help="one layer, few tokens: does it run?")
@@ -281,7 +300,8 @@ def main() -> None:
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     machine = {"device": name, "torch": torch.__version__}
-    print(f"{name}, torch {torch.__version__}, {args.tokens:,} tokens a step", flush=True)
+    data = "random bytes" if args.text is None else f"{args.text}, {args.train_steps} steps before"
+    print(f"{name}, torch {torch.__version__}, {args.tokens:,} tokens a step, {data}", flush=True)
     rows = []
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(args.json, "w")) if args.json else None

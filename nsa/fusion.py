@@ -7,11 +7,14 @@ themselves here, into one graph for each kind of input.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+
+_LOG = logging.getLogger("nsa")
 
 COMPILER: str | None = "inductor"
 """The ``torch.compile`` backend; None runs everything as it is written (for tests)."""
@@ -30,11 +33,8 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if COMPILER is None or torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        # donated buffers would make a second backward through the same graph an error
-        with (
-            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
-            torch._functorch.config.patch(donated_buffer=False),
-        ):
+        keep_saved_tensors()
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             return _compiled(function, COMPILER)(*args, **kwargs)
 
     return call
@@ -43,3 +43,18 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 @lru_cache(maxsize=64)
 def _compiled(function: Callable[P, R], compiler: str) -> Callable[P, R]:
     return torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+
+
+def keep_saved_tensors() -> None:
+    """Turns AOTAutograd's buffer donation off, for this process.
+
+    With it Inductor's backward overwrites a saved tensor after its last use, although another saved
+    tensor may be a view of the same memory: gates and their slices, queries and their reshapes. The
+    gradients are then wrong, in silence (torch 2.11 and 2.13). It stays off, since a backward that
+    keeps its graph is refused while it is on, whatever was donated.
+    """
+    import torch._functorch.config as functorch
+
+    if functorch.donated_buffer:
+        functorch.donated_buffer = False
+        _LOG.info("torch._functorch.config.donated_buffer is off: saved views would be overwritten")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import nsa
+import nsa.backends.compiled
 import nsa.backends.sdpa
 from nsa import NSAConfig
 from nsa.backends.compiled_compressed import packed_blocks
@@ -213,3 +214,9 @@ def check(name: str, x: Inputs) -> None:
     shapes, dtypes and strides of real ones, and AOTAutograd traces it with symbolic shapes.
     """
     opcheck(getattr(torch.ops.nsa, name).default, arguments(name, x))
+
+
+def check_selection(x: Inputs) -> None:
+    """:func:`check` of ``select_blocks`` with the Triton kernel behind it."""
+    call = arguments("select_blocks", x)
+    opcheck(torch.ops.nsa.select_blocks.default, (*call[:-1], "compiled"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa import NSAttention, fusion
+from nsa import NSAttention
 from tests.backends import fa2_by_math
 from tests.layers import CONFIG, LENGTHS, Problem, agree, by_part, gradients, make_layer, problem
 
@@ -77,30 +77,18 @@ def test_autocast_is_the_cast_layer(
     agree(by_part(got), by_part(want), torch.finfo(torch.bfloat16).eps)
 
 
-@LAYOUTS
-def test_autocast_in_a_graph(
-    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...] | None
-) -> None:
-    """What ``compiled`` makes of itself under autocast; its backward is traced outside."""
-    layer, case = layer_and_problem("compiled", "cpu", lengths)
-    monkeypatch.setattr(fusion, "COMPILER", "aot_eager")
+def test_autocast_in_a_graph() -> None:
+    """The forward pass is traced under autocast, and the backward pass with it."""
     torch._dynamo.reset()
+    layer, case = layer_and_problem("compiled", "cpu")
+    traced = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
-        out = layer(case.x, cu_seqlens=case.cu_seqlens)
+        out = traced(case.x)
+    assert out.dtype == torch.bfloat16
     got = {"out": out, **gradients(layer, out, case)}
-    monkeypatch.setattr(fusion, "COMPILER", None)
     want = run(*cast(layer, case, torch.bfloat16))
     agree(by_part(got), by_part(want), torch.finfo(torch.bfloat16).eps)
     torch._dynamo.reset()
-
-
-@TARGETS
-def test_autocast_ends_before_the_operators(backend: str, device: str) -> None:
-    """fp32 outside, so fp32 inside: attention itself is never lowered, whatever the region says."""
-    layer, case = layer_and_problem(backend, device)
-    with torch.autocast(device, torch.bfloat16), torch.autocast(device, enabled=False):
-        inner = layer(case.x)
-    assert inner.dtype == torch.float32
 
 
 @TARGETS

@@ -11,11 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nsa import NSAConfig, fusion, nsa_attention, resolve
+from nsa.backends import compiled_compressed
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
+from nsa.testing.strategies import Case, cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,6 +91,40 @@ def test_parity(config: NSAConfig, dtype: torch.dtype) -> None:
         ]
         faults += [f"{shape} {fault}" for fault in selection_faults("compiled", x)]
     assert not faults, "\n".join(faults)
+
+
+def faults(x: Inputs) -> list[str]:
+    rows = [row for row in attention_parity("compiled", x) if not row.ok]
+    return [f"{r.name}: error {r.error:.3e} > bound {r.bound:.3e}" for r in rows] + list(
+        selection_faults("compiled", x)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parity_of_a_long_sequence(dtype: torch.dtype) -> None:
+    """Small heads sum dq beside dk and dv from some length on."""
+    from nsa.kernels import selected_tiles
+
+    config = replace(SMALL, num_heads=6, num_kv_heads=1, num_selected=16)
+    length = selected_tiles.WITH_DQ_FROM + 77
+    assert faults(problem(config, dtype, length=length)) == []
+
+
+@pytest.mark.parametrize("length", [33, 700])
+def test_parity_of_the_folded_branch(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By cuDNN, which otherwise takes long sequences alone."""
+    monkeypatch.setattr(compiled_compressed, "CUDNN_FROM", 2)
+    for config in (SMALL, WIDE):
+        assert faults(problem(config, torch.bfloat16, length=length, batch=2)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@settings(max_examples=20)
+@given(case=cases())
+def test_parity_over_drawn_shapes(dtype: torch.dtype, case: Case) -> None:
+    """Slow, because Triton makes seven kernels for each."""
+    assert faults(case.inputs(dtype, "cuda")) == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

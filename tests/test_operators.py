@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.operator_samples import IN_TORCH, IN_TRITON, REGISTERED, check, problem
+from tests.operator_samples import IN_TORCH, IN_TRITON, REGISTERED, check, check_selection, problem
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
 
@@ -25,6 +25,12 @@ def test_opcheck(name: str, packed: bool) -> None:
 
 @pytest.mark.gpu
 @LAYOUTS
-@pytest.mark.parametrize("name", IN_TRITON)
-def test_opcheck_of_kernels(name: str, packed: bool) -> None:
+@pytest.mark.parametrize("name", sorted(REGISTERED))
+def test_opcheck_on_a_gpu(name: str, packed: bool) -> None:
     check(name, problem(packed, "cuda"))
+
+
+@pytest.mark.gpu
+@LAYOUTS
+def test_opcheck_of_selection_on_a_gpu(packed: bool) -> None:
+    check_selection(problem(packed, "cuda"))

@@ -6,7 +6,6 @@ made while it is traced, on everything but the length, which stays symbolic.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -16,9 +15,9 @@ import torch
 from nsa.backends import Resolution, load, resolve
 from nsa.backends.contract import STEPS, Backend
 from nsa.config import NSAConfig
+from nsa.fusion import keep_saved_tensors
 from nsa.settings import Settings, current_settings
 
-_LOG = logging.getLogger("nsa")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -103,7 +102,7 @@ def _decide_by_key(
     settings_key: str,
 ) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
     """:func:`_decide` of plain values: of others a trace makes no constants."""
-    _keep_saved_tensors()
+    keep_saved_tensors()
     settings = Settings.from_key(settings_key)
     lengths = [2**31 - 1]  # of it only what the flags ask is known
     if short_win:
@@ -173,17 +172,3 @@ def _settings_key() -> str:
     key = repr(settings)
     _SETTINGS[key] = settings
     return key
-
-
-def _keep_saved_tensors() -> None:
-    """Turns AOTAutograd's buffer donation off, for this process.
-
-    With it Inductor's backward overwrites a saved tensor after its last use, although another saved
-    tensor may be a view of the same memory: gates and their slices, queries and their reshapes. The
-    gradients are then wrong, in silence (torch 2.11 and 2.13).
-    """
-    import torch._functorch.config as functorch
-
-    if functorch.donated_buffer:
-        functorch.donated_buffer = False
-        _LOG.info("torch._functorch.config.donated_buffer is off: saved views would be overwritten")

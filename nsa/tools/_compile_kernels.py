@@ -96,11 +96,11 @@ def classify(backend: str, operators: Iterable[str]) -> tuple[str, str]:
         if any(operator.startswith(f"aten::{name}") for operator in operators):
             return "dense", f"dense kernel: {words}"
     if backend != BACKEND:
-        return "plain", "PyTorch operators, as they are written"
+        return "plain", "plain PyTorch"
     own = [operator for operator in operators if operator.startswith("nsa::")]
     if own:
         return "triton", f"Triton kernel: {', '.join(own)}"
-    return "inductor", "Inductor: code made of PyTorch operators"
+    return "inductor", "Inductor: code made of plain PyTorch"
 
 
 class _Seen(TorchDispatchMode):

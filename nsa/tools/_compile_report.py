@@ -66,7 +66,7 @@ def look_at_compiling(
     why_none = _why_none(toolchain, compiler)
     if why_none is not None:
         problems.append(f"compile: {why_none}")
-        left_out |= {name: "not tried, see below" for name, _ in planned}
+        left_out |= {name: "not tried, for the reason at the end" for name, _ in planned}
         planned = []
     trials = []
     with _progress(len(planned), compiler) as begin:

@@ -83,7 +83,7 @@ _MEANINGS = (
     (f"{TRITON_DIR}=DIR", "where Triton keeps its kernels"),
     (f"{CACHE_SWITCHES[0]}=1", "use no cache: compile anew in every process"),
     (f"{OFF_SWITCHES[0]}=1", "compile nothing; torch.compile returns what it was given"),
-    (f"{OFF_SWITCHES[1]}=1", "the same, under its newer name"),
+    (f"{OFF_SWITCHES[1]}=1", "the same"),
     (f"{INTERPRETER}=1", "run Triton kernels in Python, on the CPU: for tests"),
 )
 

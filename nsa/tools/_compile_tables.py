@@ -21,7 +21,8 @@ CARRIED = "python -m nsa.tools.train --compile blocks --compile-cache FILE"
 def compile_tables(report: CompileReport) -> Iterator[RenderableType]:
     """Every table of the report."""
     yield _toolchain(report.toolchain)
-    yield _trials(report)
+    if report.trials:
+        yield _trials(report)
     if report.left_out:
         lines = [f"{name}: {why}" for name, why in report.left_out.items()]
         yield listed("Not compiled:", lines, DIM)
@@ -32,9 +33,22 @@ def compile_tables(report: CompileReport) -> Iterator[RenderableType]:
     yield _variables(report.variables)
 
 
+def compile_answer(report: CompileReport) -> Text:
+    """The answer to "does torch.compile work?", in a line."""
+    if not report.trials:
+        return Text("torch.compile: nothing was compiled")
+    good = sum(trial.ok for trial in report.trials)
+    return Text(
+        f"torch.compile: {good} of {len(report.trials)} without graph breaks or recompiles, "
+        f"through {report.compiler}"
+    )
+
+
 def _toolchain(found: Toolchain) -> Table:
     table = table_of("torch.compile")
-    makes = Text(found.compiler) if found.refusal is None else Text(found.refusal, style=BAD)
+    makes = (
+        Text(found.compiler) if found.refusal is None else Text(f"no: {found.refusal}", style=BAD)
+    )
     rows = [
         ("torch", Text(found.torch)),
         ("triton", Text(found.triton or "absent")),
@@ -45,7 +59,7 @@ def _toolchain(found: Toolchain) -> Table:
     ]
     if found.triton_cache is not None:
         rows.append(("Triton's cache", _folder(found.triton_cache)))
-    rows.append(("to take it along", Text(CARRIED)))
+    rows.append(("carried over by", Text(CARRIED)))
     for name, text in rows:
         table.add_row(Text(name, style=DIM), text)
     return table
@@ -62,7 +76,7 @@ def _folder(folder: Folder) -> Text:
 
 def _trials(report: CompileReport) -> Table:
     warm_up, after = lengths(CONFIG.nsa)
-    title = f"A tiny model's loss as one graph, forward and backward, through {report.compiler}"
+    title = f"A tiny model's loss as one graph, forward and backward ({report.compiler})"
     table = table_of(title, "backend", "input", "graphs", "breaks", "recompiles", "seconds")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -117,9 +131,10 @@ def _what(branch: BranchKernel) -> Text:
 
 def _variables(variables: Iterable[Variable]) -> Table:
     table = table_of("Variables that show or change more", "variable", "now", "what it does")
+    table.columns[0].no_wrap = True  # it is there to be copied
     for variable in variables:
         now = Text("unset", style=DIM) if variable.value is None else Text(variable.value)
         if variable.value is not None:
             now.stylize(WARN)
-        table.add_row(Text(variable.assignment, overflow="fold"), now, Text(variable.meaning))
+        table.add_row(Text(variable.assignment), now, Text(variable.meaning))
     return table

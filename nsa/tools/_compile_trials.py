@@ -115,10 +115,10 @@ def compile_trial(
         step = _step(backend, trial, compiler)
         warm_up, after = lengths(CONFIG.nsa)
         for length in warm_up:
-            say(f"{length:,} tokens")
+            say(f"T = {length:,}")
             step(length)
         for length in after:
-            say(f"{length:,} tokens")
+            say(f"T = {length:,}")
             recompiles += _recompile(step, length)
         failure = None if _graphs() > before else "nothing was compiled"
         graphs = _graphs() - before
@@ -236,11 +236,15 @@ def _first_two(text: str) -> str:
 
 def _reason(error: BaseException) -> str:
     """Why it failed: this library's own error where there is one, else torch's first words."""
+    from torch._dynamo import exc
+
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, NSAError):
             return str(cause).partition("\n\nfrom user code")[0]  # appended by torch
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, exc.Unsupported):
+        return _first_two(str(error))
     if not isinstance(error, RuntimeError):
         return one_line(error)
     # what a compiler of C++ has to say comes late

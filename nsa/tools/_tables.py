@@ -10,7 +10,7 @@ from rich.text import Text
 
 from nsa.backends.fa2_providers import BROKEN, WORKS, WRONG, Report
 from nsa.tools._choices import BranchChoice, Choice
-from nsa.tools._compile_tables import compile_tables
+from nsa.tools._compile_tables import compile_answer, compile_tables
 from nsa.tools._diagnosis import Diagnosis, ParityResult
 from nsa.tools._machine import Machine
 from nsa.tools._profile import BranchProfile
@@ -36,6 +36,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         console.print(listed("Advice", diagnosis.advice, WARN))
     if diagnosis.compile is None:
         console.print(Text(_COMPILE_HINT))
+    else:
+        console.print(compile_answer(diagnosis.compile))
     if diagnosis.choices:
         console.print(_fa2(diagnosis))
     if not diagnosis.problems:

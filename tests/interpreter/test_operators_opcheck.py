@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tests.operator_samples import IN_TRITON, check, problem
+from tests.operator_samples import IN_TRITON, check, check_selection, problem
+
+LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
+@LAYOUTS
 @pytest.mark.parametrize("name", IN_TRITON)
 def test_opcheck(name: str, packed: bool) -> None:
     check(name, problem(packed))
+
+
+@LAYOUTS
+def test_opcheck_of_selection(packed: bool) -> None:
+    check_selection(problem(packed))
