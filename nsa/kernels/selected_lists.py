@@ -238,13 +238,33 @@ def _key_kernel(
     tl.store(keys + pair, key, mask=pair <= pairs)
 
 
+@triton.jit(do_not_specialize=["pairs", "nowhere"])
+def _begin_kernel(
+    keys,
+    begins,
+    pairs,
+    nowhere,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    read = place <= pairs
+    key = tl.load(keys + place, mask=read, other=0)
+    before = tl.load(keys + place - 1, mask=read & (place > 0), other=0)
+    # A chunk begins where the block changes, and at every multiple of CHUNK in the whole list: no
+    # chunk is longer then, and none needs to know where its block began.
+    starts = ((place > 0) & (key != before)) | ((place % CHUNK == 0) & (key < nowhere))
+    tl.store(begins + place, starts.to(tl.int32), mask=read)
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def _chunk_kernel(
-    keys,
     order,
     number,
+    begins,
     tokens,
     starts,
+    count,
     pairs,
     KV,
     WIDTH: tl.constexpr,
@@ -254,9 +274,12 @@ def _chunk_kernel(
     read = place <= pairs
     pair = tl.load(order + place, mask=read, other=0)
     tl.store(tokens + place, (pair // WIDTH // KV).to(tl.int32), mask=read)
-    mine = tl.load(number + place, mask=read, other=0)
-    before = tl.load(number + place - 1, mask=read & (place > 0), other=-1)
-    tl.store(starts + mine, place.to(tl.int32), mask=read & (mine != before))
+    # the first pair is in chunk 0, though nobody may see it
+    first = tl.load(begins)
+    mine = tl.load(number + place, mask=read, other=0) - first
+    begun = tl.load(begins + place, mask=read, other=0) != 0
+    tl.store(starts + mine, place.to(tl.int32), mask=read & (begun | (place == 0)))
+    tl.store(count + place * 0, mine, mask=place == pairs)
 
 
 def chunks(
@@ -306,13 +329,9 @@ def chunks(
         BLOCK=block,
     )
     keys, order = keys.sort(stable=True)
-    # A chunk begins where the block changes, and at every multiple of `chunk` in the whole list:
-    # no chunk is longer then, and none needs to know where its block began.
-    begins = torch.arange(pairs + 1, dtype=torch.int32, device=device) % chunk == 0
-    begins &= keys < nowhere
-    begins[1:] |= keys[1:] != keys[:-1]
+    begins = torch.empty(pairs + 1, dtype=torch.int32, device=device)
+    _begin_kernel[grid](keys, begins, pairs, nowhere, CHUNK=chunk, BLOCK=block)
     number = begins.cumsum(0, dtype=torch.int32)
-    number -= begins[0].to(torch.int32)  # the first pair is in chunk 0, though nobody may see it
     blocks = triton.cdiv(key_rows, select_block)
     if start is not None:  # the last block of a sequence may be short
         blocks = min(
@@ -321,5 +340,8 @@ def chunks(
     at_most = triton.cdiv(pairs, chunk) + min(pairs, B * K * spans * blocks)
     tokens = torch.empty(pairs + 1, dtype=torch.int32, device=device)
     starts = torch.empty(pairs + 2, dtype=torch.int32, device=device)
-    _chunk_kernel[grid](keys, order, number, tokens, starts, pairs, K, WIDTH=n, BLOCK=block)
-    return Chunks(keys, tokens, starts, number[-1:], at_most, spans)
+    count = torch.empty(1, dtype=torch.int32, device=device)
+    _chunk_kernel[grid](
+        order, number, begins, tokens, starts, count, pairs, K, WIDTH=n, BLOCK=block
+    )
+    return Chunks(keys, tokens, starts, count, at_most, spans)
