@@ -24,6 +24,8 @@ NUMPY = ("tests/test_reference_parity.py",)
 BACKENDS = ("tests/test_parity.py", "tests/test_backend_properties.py")
 PIECES = ("tests/test_compress_rope.py",)
 LAYER = ("tests/test_module.py",)
+OPERATORS = ("tests/test_operators.py",)
+FUNC = ("tests/test_torch_func.py",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,13 @@ MUTATIONS = (
     Mutation("workspace: a buffer for every call", "nsa/backends/workspace.py", "buffer = self._buffers.get((name, dtype))", "buffer = None", ("tests/test_workspace.py",)),
     Mutation("φ: a token's blocks are not summed", "nsa/compress.py", "total[:, m * stride : (m + N) * stride] += tokens", "total[:, m * stride : (m + N) * stride] = tokens", LAYER),
     Mutation("combine: gate order swapped", "nsa/attention.py", "zip(gates.unbind(-1), outputs, strict=True)", "zip(gates.flip(-1).unbind(-1), outputs, strict=True)", BACKENDS),
+    Mutation("operators: an empty lse of another dtype", "nsa/backends/sdpa_selected.py", "q.new_empty(q.shape[:3], dtype=lse_dtype(q)),", "q.new_empty(q.shape[:3]),", OPERATORS),
+    Mutation("operators: strides that are not the fake's", "nsa/backends/sdpa_selected.py", "from_blocks(dv[:, : blocks.size], blocks, v).contiguous(),", "from_blocks(dv[:, : blocks.size], blocks, v).mT.contiguous().mT,", OPERATORS),
+    Mutation("operators: one returns a view of the other", "nsa/rope.py", "return angle_TD.cos().to(dtype), angle_TD.sin().to(dtype)", "return (lambda x: (x, x.view(x.shape)))(angle_TD.cos().to(dtype))", OPERATORS),
+    Mutation("torch.func: refused", "nsa/operators.py", "torch.autograd.function._SingleLevelFunction):", "torch.autograd.Function):", FUNC),
+    Mutation("torch.func: second derivatives are zero", "nsa/operators.py", "torch.set_grad_enabled(nested)", "torch.set_grad_enabled(False)", FUNC),
+    Mutation("torch.func: tangents end at vmap", "nsa/operators.py", "forward_ad._set_fwd_grad_enabled(nested)", "forward_ad._set_fwd_grad_enabled(False)", FUNC),
+    Mutation("torch.func: tangents are dropped", "nsa/operators.py", "if reverse or forward_ad._current_level >= 0:", "if reverse:", FUNC),
 )  # fmt: skip
 
 

@@ -22,10 +22,9 @@ import nsa
 import nsa.backends.compiled
 import nsa.backends.sdpa
 from nsa import NSAConfig
-from nsa.backends.compiled_compressed import packed_blocks
 from nsa.operators import geometry
 from nsa.testing import Inputs, make_inputs, random_blocks
-from nsa.varlen import token_members
+from nsa.varlen import block_places, token_members
 
 
 def _registered() -> set[str]:
@@ -121,7 +120,7 @@ def _selected_attention(x: Inputs) -> Arguments:
 def _compressed_attention(x: Inputs) -> Arguments:
     where: tuple[Tensor | None, ...] = (None, None, None)
     if x.cu_seqlens is not None:
-        where = packed_blocks(x.cu_seqlens, x.q.shape[1], _blocks(x), CONFIG)
+        where = block_places(x.cu_seqlens, x.q.shape[1], _blocks(x), CONFIG)
     call = (CONFIG.compress_block, CONFIG.compress_stride, SCALE, Q_START)
     return x.q, *x.compressed, *where, *call
 

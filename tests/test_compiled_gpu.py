@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nsa import NSAConfig, fusion, nsa_attention, resolve
-from nsa.backends import compiled_compressed
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 from nsa.testing.strategies import Case, cases
 
@@ -108,14 +107,6 @@ def test_parity_of_a_long_sequence(dtype: torch.dtype) -> None:
     config = replace(SMALL, num_heads=6, num_kv_heads=1, num_selected=16)
     length = selected_tiles.WITH_DQ_FROM + 77
     assert faults(problem(config, dtype, length=length)) == []
-
-
-@pytest.mark.parametrize("length", [33, 700])
-def test_parity_of_the_folded_branch(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By cuDNN, which otherwise takes long sequences alone."""
-    monkeypatch.setattr(compiled_compressed, "CUDNN_FROM", 2)
-    for config in (SMALL, WIDE):
-        assert faults(problem(config, torch.bfloat16, length=length, batch=2)) == []
 
 
 @pytest.mark.slow

@@ -20,16 +20,21 @@ from tests.layers import CONFIG, LENGTHS, agree, by_part, gradients, make_layer,
 
 BACKENDS = pytest.mark.parametrize("backend", ["sdpa", "fa2-dense", "fa2-varlen", "compiled"])
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # vmap is a loop
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.jit, by torch's own jvp
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, by jvp
 
 
 @pytest.fixture(autouse=True)
 def fa2_by_math() -> Iterator[None]:
     with use_settings(fa2_provider="math"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def quiet_loops() -> Iterator[None]:
+    """vmap of an operator is a loop, of which torch warns; beside an exception it cannot."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def case(packed: bool = False) -> Inputs:

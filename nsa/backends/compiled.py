@@ -1,14 +1,14 @@
-"""The ``compiled`` backend: dense kernels where the branch is dense, Triton kernels elsewhere.
+"""The ``compiled`` backend: Triton kernels on a GPU, Inductor for what is between them.
 
-- compressed: the window's kernel over keys that stand d tokens apart, or, where there are many,
-  folded into causal attention for cuDNN (:mod:`.compiled_compressed`);
+- compressed: the window's kernel, over keys that stand d tokens apart;
 - select: scores and a running top-n in one kernel (:mod:`nsa.kernels.select`);
 - selected: several tokens on the union of their lists (:mod:`nsa.kernels.selected`);
 - window: a band (:mod:`nsa.kernels.window`).
 
-What is between them (rotary embedding, gates, the weighted sum, folding) is plain PyTorch for
-Inductor to fuse: :mod:`nsa.fusion` compiles it for whoever compiles nothing. On a CPU the window
-is plain PyTorch too (:mod:`.compiled_window`), and the branches with lists are left to ``sdpa``.
+What is between them (rotary embedding, gates, the weighted sum) is plain PyTorch for Inductor to
+fuse: :mod:`nsa.fusion` compiles it for whoever compiles nothing. On a CPU the window is plain
+PyTorch too (:mod:`.compiled_window`), the compressed branch is folded for PyTorch's causal kernel
+(:mod:`.compiled_fold`), and the branches with lists are left to ``sdpa``.
 
 The step signature is the one of :mod:`nsa.backends.contract`.
 """
@@ -22,19 +22,17 @@ import torch
 from torch import Tensor
 
 from nsa.backends import load
-from nsa.backends.compiled_compressed import causal_on_a_cpu, compressed_op, packed_blocks
+from nsa.backends.compiled_fold import folded_attention
 from nsa.backends.compiled_window import window_in_blocks
 from nsa.backends.contract import Problem
-from nsa.backends.fold import fold, make_fold, nothing_seen, unfold
 from nsa.backends.selection import SELECTORS, select
 from nsa.config import NSAConfig
+from nsa.kernels.attention_ops import compressed_attention as compressed_op
 from nsa.kernels.attention_ops import selected_attention as selected_op
 from nsa.kernels.attention_ops import window_attention as window_op
-from nsa.operators import lse_dtype
 from nsa.settings import Settings, foreign_variable
-from nsa.varlen import compressed_members, token_members
+from nsa.varlen import block_places, compressed_members, token_members
 
-NEG_INF = float("-inf")
 MAX_HEAD = 256
 INTERPRETED = foreign_variable("TRITON_INTERPRET") == "1"
 """Whether Triton kernels run on the CPU, in Triton's interpreter."""
@@ -100,37 +98,12 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention over blocks; see :class:`nsa.backends.contract.Backend`."""
     if _plain(q):
-        return _compressed_on_a_cpu(q, k, v, config, cu_seqlens, max_seqlen, q_start)
-    start = first = seen_from = None
+        return folded_attention(q, k, v, config, cu_seqlens, max_seqlen, q_start)
+    places: tuple[Tensor | None, ...] = (None, None, None)
     if cu_seqlens is not None:
-        start, first, seen_from = packed_blocks(cu_seqlens, q.shape[1], k.shape[1], config)
+        places = block_places(cu_seqlens, q.shape[1], k.shape[1], config)
     block, stride, scale = config.compress_block, config.compress_stride, config.softmax_scale
-    return compressed_op(q, k, v, start, first, seen_from, block, stride, scale, q_start)
-
-
-def _compressed_on_a_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: NSAConfig,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    q_start: int,
-) -> tuple[Tensor, Tensor]:
-    """Folded; a packed batch and a step of decode are left to ``sdpa``."""
-    T, N, K = q.shape[1], k.shape[1], k.shape[2]
-    if cu_seqlens is None:
-        shape = make_fold(T, N, config, None, q_start)
-        if shape.rows == 0 or N == 0:
-            return nothing_seen(q, k, v, lse_dtype(q))
-        if shape.rows == N and shape.first_row == 0:
-            rows = fold(q, None, N, K, config, q_start)
-            out, lse = causal_on_a_cpu(rows, k, v, config.softmax_scale)
-            out = unfold(out, None, T, N, config, q_start, 0.0)
-            lse = unfold(lse[..., None], None, T, N, config, q_start, NEG_INF)
-            return out, lse[..., 0]
-    step = load("sdpa").compressed_attention
-    return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
+    return compressed_op(q, k, v, *places, block, stride, scale, q_start)
 
 
 def select_blocks(

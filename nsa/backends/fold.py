@@ -114,8 +114,7 @@ def _spans(shape: Fold, T: int) -> list[tuple[slice, slice]]:
     return spans
 
 
-def unfold_rows(x: Tensor, shape: Fold, T: int, empty: float) -> Tensor:
-    """:func:`unfold` outside autograd and traces, where the shape is known."""
+def _unfold(x: Tensor, shape: Fold, T: int, empty: float) -> Tensor:
     B, R, K, M, D = x.shape
     d, G = shape.stride, M // shape.stride
     x = x.unflatten(3, (d, G)).transpose(2, 3)  # [B, R, d, K, G, D]
@@ -152,7 +151,7 @@ def _unfold_forward(
     q_start: int,
     empty: float,
 ) -> Tensor:
-    return unfold_rows(x, make_fold(T, N, config_of(shape, 1.0), cu_seqlens, q_start), T, empty)
+    return _unfold(x, make_fold(T, N, config_of(shape, 1.0), cu_seqlens, q_start), T, empty)
 
 
 def _unfold_back(

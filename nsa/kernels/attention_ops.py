@@ -1,10 +1,10 @@
-"""The Triton kernels as operators: ``nsa::window_attention`` and ``nsa::selected_attention``.
+"""The Triton kernels as operators, one for each branch: ``nsa::compressed_attention`` and others.
 
 Schemas and empty results need torch alone; triton is imported when a kernel first runs. Under
 ``TRITON_INTERPRET=1`` the same operators take CPU tensors.
 
-B batch, T query tokens, S key tokens, H query heads, K key/value heads, D key size, V value size,
-n listed blocks.
+B batch, T query tokens, S key tokens, N compressed blocks, H query heads, K key/value heads, D key
+size, V value size, n listed blocks.
 """
 
 from __future__ import annotations
@@ -148,3 +148,71 @@ selected_attention = define(
 )
 """``(q, k, v, block_idx int32 [B, T, K, n], start int32 [T] or None, number of packed sequences,
 select_block, scale, q_start) -> out, lse``; see :func:`nsa.kernels.selected.selected_forward`."""
+
+
+def _compressed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    first: Tensor | None,
+    seen_from: Tensor | None,
+    block: int,
+    stride: int,
+    scale: float,
+    q_start: int,
+) -> tuple[Tensor, Tensor]:
+    kernels = importlib.import_module("nsa.kernels.window")
+    blocks = kernels.Blocks(block, stride, first, seen_from)
+    call = {"start": start, "scale": scale, "q_start": q_start, "blocks": blocks}
+    return kernels.window_forward(q, k, v, window=max(1, k.shape[1]), **call)
+
+
+def _compressed_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    first: Tensor | None,
+    seen_from: Tensor | None,
+    block: int,
+    stride: int,
+    scale: float,
+    q_start: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = importlib.import_module("nsa.kernels.window")
+    blocks = kernels.Blocks(block, stride, first, seen_from)
+    call = {"start": start, "scale": scale, "q_start": q_start, "blocks": blocks}
+    return kernels.window_backward(dout, q, k, v, out, lse, window=max(1, k.shape[1]), **call)
+
+
+_COMPRESSED_CALL = (
+    "Tensor? start, Tensor? first, Tensor? seen_from, int block, int stride, float scale, "
+    "SymInt q_start"
+)
+_COMPRESSED_BACKWARD = define(
+    "compressed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_COMPRESSED_CALL}) -> (Tensor, Tensor, Tensor)",
+    _compressed_backward,
+    _like_inputs,
+)
+
+
+def _compressed_gradients(
+    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor | None, ...]:
+    return (*_COMPRESSED_BACKWARD(dout, *saved, *inputs[6:]), *(None,) * 7)
+
+
+compressed_attention = define(
+    f"compressed_attention(Tensor q, Tensor k, Tensor v, {_COMPRESSED_CALL}) -> (Tensor, Tensor)",
+    _compressed,
+    _like_output,
+    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:6]),
+    gradients=_compressed_gradients,
+)
+"""``(q, k [B, N, K, D], v [B, N, K, V], start, first, seen_from, l, d, scale, q_start)``, as above;
+the three in the middle are those of :func:`nsa.varlen.block_places`, None for a regular batch."""

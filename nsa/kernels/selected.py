@@ -91,7 +91,6 @@ def _forward_kernel(
     query_head = head * G + r % G
     shift = tl.where(slot < TOKENS, slot, 0)
     last = tl.minimum(q_start + token, key_end - 1)  # the last key row that the query sees
-    earliest = q_start + tile * TOKENS  # up to here all see what they list
 
     q_ptr = q + b * q_b + (token.to(tl.int64) * q_t + query_head.to(tl.int64) * q_h)[:, None]
     q_mask = live[:, None]
@@ -125,15 +124,12 @@ def _forward_kernel(
         if BLOCK_V != V:
             v_mask = v_mask & v_mask_e
         k_tile = tl.load(k_ptr + first.to(tl.int64) * k_s + k_offset, mask=k_mask, other=0.0)
-        listed = ((bits >> shift) & 1) != 0
+        # How far into these keys each row sees, so that a key costs one comparison.
+        reach = tl.minimum(last - first, SELECT - 1 - part)
+        reach = tl.where(((bits >> shift) & 1) != 0, reach, -1)
+        visible = n[None, :] <= reach[:, None]
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        s = s * score_scale
-        if (first + BLOCK_N - 1 > earliest) | (part + BLOCK_N > SELECT):
-            # How far into these keys each row sees, so that a key costs one comparison.
-            reach = tl.where(listed, tl.minimum(last - first, SELECT - 1 - part), -1)
-            s = tl.where(n[None, :] <= reach[:, None], s, float("-inf"))
-        else:
-            s = tl.where(listed[:, None], s, float("-inf"))
+        s = tl.where(visible, s * score_scale, float("-inf"))
         new = tl.maximum(highest, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - safe[:, None])
@@ -214,7 +210,6 @@ def _dq_kernel(
     query_head = head * G + r % G
     shift = tl.where(slot < TOKENS, slot, 0)
     last = tl.minimum(q_start + token, key_end - 1)
-    earliest = q_start + tile * TOKENS
 
     token64 = token.to(tl.int64)
     head64 = query_head.to(tl.int64)
@@ -260,18 +255,16 @@ def _dq_kernel(
             v_mask = v_mask & v_mask_e
         k_tile = tl.load(k_ptr + first.to(tl.int64) * k_s + k_offset, mask=k_mask, other=0.0)
         v_tile = tl.load(v_ptr + first.to(tl.int64) * v_s + v_offset, mask=v_mask, other=0.0)
-        listed = ((bits >> shift) & 1) != 0
+        reach = tl.minimum(last - first, SELECT - 1 - part)
+        reach = tl.where(((bits >> shift) & 1) != 0, reach, -1)
+        visible = n[None, :] <= reach[:, None]
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         # No probability is above 1; where scores are so large that rounding the lse says
         # otherwise, this keeps the gradient finite.
         p = tl.exp2(tl.minimum(s * score_scale - log[:, None], 0.0))
-        ds = p * (dp - mean[:, None])
-        if (first + BLOCK_N - 1 > earliest) | (part + BLOCK_N > SELECT):
-            reach = tl.where(listed, tl.minimum(last - first, SELECT - 1 - part), -1)
-            ds = tl.where(n[None, :] <= reach[:, None], ds, 0.0)
-        else:
-            ds = tl.where(listed[:, None], ds, 0.0)
+        # masked before the product: selecting 16-bit results would take twice the instructions
+        ds = p * tl.where(visible, dp - mean[:, None], 0.0)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
     acc = acc * scale
@@ -466,9 +459,7 @@ def _constants(
     q: Tensor, v: Tensor, block_idx: Tensor, select_block: int, tiles: QueryTiles
 ) -> dict[str, int | str]:
     D, V, G = q.shape[3], v.shape[3], q.shape[2] // v.shape[2]
-    limit = {} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}
     return {
-        **limit,
         "G": G,
         "D": D,
         "V": V,

@@ -132,38 +132,32 @@ def _dkv_kernel(
             do_tile = tl.load(do_ptr + do_row[:, None] + e[None, :], mask=do_mask, other=0.0)
             log = tl.load(lse + row, mask=live, other=0.0) * LOG2E
             mean = tl.load(delta + row, mask=live, other=0.0)
-            # Tokens of a chunk rise: where the first sees all of these keys, so do the others. Rows
-            # past the end of the chunk are zeros in q and dout: they add nothing, whatever they
-            # see.
-            earliest = tl.load(tokens + pair) - b * T + q_start
-            edge = (first + BLOCK_N - 1 > earliest) | (part + BLOCK_N > SELECT)
-            # How far into these keys each row sees, so that a key costs one comparison.
+            # How far into these keys each row sees, so that a key costs one comparison. Rows past
+            # the end of the chunk are zeros in q and dout: they add nothing, whatever they see.
             reach = tl.minimum(t + q_start - first, SELECT - 1 - part)
             # No probability is above 1; where scores are so large that rounding the lse says
             # otherwise, the minimum keeps the gradient finite.
+            # Masks come before the exponential and the product: selecting 16-bit results would take
+            # twice the instructions.
             if KEYS_FIRST:
+                visible = n[:, None] <= reach[None, :]
                 s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-                p = tl.exp2(tl.minimum(s * score_scale - log[None, :], 0.0))
-                if edge:
-                    p = tl.where(n[:, None] <= reach[None, :], p, 0.0)
+                s = tl.minimum(s * score_scale - log[None, :], 0.0)
+                p = tl.exp2(tl.where(visible, s, float("-inf")))
                 p_keys = p.to(do_tile.dtype)
                 dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
                 dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-                ds = p * (dp - mean[None, :])
-                if edge:
-                    ds = tl.where(n[:, None] <= reach[None, :], ds, 0.0)
+                ds = p * tl.where(visible, dp - mean[None, :], 0.0)
                 ds_keys = ds.to(q_tile.dtype)
             else:
+                visible = n[None, :] <= reach[:, None]
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-                p = tl.exp2(tl.minimum(s * score_scale - log[:, None], 0.0))
-                if edge:
-                    p = tl.where(n[None, :] <= reach[:, None], p, 0.0)
+                s = tl.minimum(s * score_scale - log[:, None], 0.0)
+                p = tl.exp2(tl.where(visible, s, float("-inf")))
                 p_keys = tl.trans(p.to(do_tile.dtype))
                 dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
                 dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-                ds = p * (dp - mean[:, None])
-                if edge:
-                    ds = tl.where(n[None, :] <= reach[:, None], ds, 0.0)
+                ds = p * tl.where(visible, dp - mean[:, None], 0.0)
                 ds_keys = tl.trans(ds.to(q_tile.dtype))
             dk_acc = tl.dot(ds_keys, q_tile, dk_acc, input_precision=PRECISION)
             if WITH_DQ:

@@ -37,8 +37,6 @@ class QueryTiles:
     """Keys of one step, a power of two from 16; a block of more keys takes several steps."""
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
-    """Registers of a thread; None leaves it to the compiler."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,7 +206,7 @@ def _recompile(step: Callable[[int], None], length: int) -> list[Recompile]:
         lines = [line.strip(" -") for line in str(error).splitlines()]
         guards = [line for line in lines[1:] if line and not line.startswith("triggered by")]
         step(length)
-        return [Recompile(length=length, reason=guards[-1] if guards else lines[0])]
+        return [Recompile(length=length, reason=guards[0] if guards else lines[0])]
     return []
 
 

@@ -14,10 +14,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from nsa import NSAConfig
-from nsa.backends.compiled_compressed import packed_blocks
 from nsa.kernels.window import Blocks, WindowTiles, window_backward, window_forward
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
+from nsa.varlen import block_places
 from tests.interpreter import triton_fixes
 
 triton_fixes.apply()
@@ -40,7 +40,7 @@ def run(inputs: Inputs, splits: int | None) -> dict[str, Tensor]:
     k, v = (x.detach() for x in inputs.compressed)
     start = first = seen_from = None
     if inputs.cu_seqlens is not None:
-        start, first, seen_from = packed_blocks(inputs.cu_seqlens, q.shape[1], k.shape[1], config)
+        start, first, seen_from = block_places(inputs.cu_seqlens, q.shape[1], k.shape[1], config)
     common = {
         "window": max(1, k.shape[1]),
         "start": start,
