@@ -263,8 +263,7 @@ def _dq_kernel(
         # No probability is above 1; where scores are so large that rounding the lse says
         # otherwise, this keeps the gradient finite.
         p = tl.exp2(tl.minimum(s * score_scale - log[:, None], 0.0))
-        # masked before the product: selecting 16-bit results would take twice the instructions
-        ds = p * tl.where(visible, dp - mean[:, None], 0.0)
+        ds = tl.where(visible, p * (dp - mean[:, None]), 0.0)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
     acc = acc * scale
