@@ -1,0 +1,127 @@
+"""What Triton makes of a launch on a GPU that need not be there.
+
+A launcher runs on CPU tensors with its kernels replaced by recorders; what they were called with is
+compiled for sm_90, and ptxas says what the code needs. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+TARGET = 90
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_NAMES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """One compiled launch."""
+
+    kernel: str
+    registers: int
+    spilled: int
+    """Bytes of stack a thread."""
+    shared: int
+    """Bytes a program."""
+    serialized: bool
+    """Whether ptxas had to wait after every matrix instruction."""
+
+
+@dataclass
+class Launches:
+    """The launches of one call."""
+
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def recorder(self, kernel: Any) -> Any:
+        """Stands in for a kernel."""
+        calls = self.calls
+
+        class Recorder:
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                return lambda *args, **kwargs: calls.append((kernel, args, kwargs))
+
+        return Recorder()
+
+
+@contextmanager
+def recorded(*modules: ModuleType) -> Iterator[Launches]:
+    """Launches of the kernels of these modules are written down in place of being made."""
+    from triton.runtime.jit import JITFunction
+
+    launches = Launches()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name, value in vars(module).copy().items():
+                if isinstance(value, JITFunction):
+                    patch.setattr(module, name, launches.recorder(value))
+        yield launches
+
+
+def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Code:
+    """Compiles as the JIT would: ones are constants, multiples of 16 are known to be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        value, name = values[parameter.name], parameter.name
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
+            signature[name], constants[i,] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name], attributes[i,] = _NAMES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", TARGET, 32), options=options)
+    return _read(kernel.__name__, made.asm["ptx"], made.metadata.shared)
+
+
+def _read(name: str, ptx: str, shared: int) -> Code:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{TARGET}a", str(file)]
+        ran = subprocess.run(
+            [*command, "-o", str(file.with_suffix(".cubin"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    registers = re.search(r"Used (\d+) registers", ran.stderr)
+    stack = re.search(r"(\d+) bytes stack frame", ran.stderr)
+    assert registers is not None, ran.stderr
+    assert stack is not None, ran.stderr
+    return Code(
+        name, int(registers[1]), int(stack[1]), shared, "instructions are serialized" in ran.stderr
+    )

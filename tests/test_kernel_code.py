@@ -1,0 +1,106 @@
+"""The Triton kernels make good code for an H100, seen without one: they compile and fit.
+
+Speed needs a GPU; that a kernel does not compile, spills, or waits after every matrix instruction
+does not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernel_code import Code, compile_launch, recorded
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, to compile with"
+)
+
+SHARED_BYTES = 227 * 1024
+"""What a program may have on sm_90."""
+SPILL_BYTES = 64
+"""Of the stack, a thread; more was always slow."""
+PAPER, SMALL = (64, 4, 128), (12, 2, 64)
+SERIALIZED = {"_forward"}
+"""With heads of 128 the window's forward has 128 registers, so that two programs share a
+multiprocessor: 3.1 ms against 3.9 at T = 65536, although its matrix instructions wait."""
+
+
+def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
+    """Compiles what one step launches, in bf16, at T = 8192."""
+    from nsa.kernels import select, selected, selected_kv, selected_lists, window
+
+    H, K, D = shape
+    T, N = 8192, 511
+    q, dout = (torch.empty(1, T, H, D, dtype=torch.bfloat16) for _ in range(2))
+    k = torch.empty(1, T, K, D, dtype=torch.bfloat16)
+    k_cmp = torch.empty(1, N, K, D, dtype=torch.bfloat16)
+    lse = torch.empty(1, T, H)
+    lists = torch.zeros(1, T, K, 16, dtype=torch.int32)
+    scale = D**-0.5
+    blocks = window.Blocks(32, 16)
+    chosen = {"start": None, "select_block": 64, "scale": scale}
+    geometry = {"compress_block": 32, "compress_stride": 16, "select_block": 64}
+    counts = {"num_selected": 16, "num_initial": 1, "num_local": 2}
+    band = {"window": 512, "start": None, "scale": scale}
+    steps: dict[str, Callable[[], object]] = {
+        "window": lambda: window.window_forward(q, k, k, **band),
+        "window backward": lambda: window.window_backward(dout, q, k, k, q, lse, **band),
+        "compressed": lambda: window.window_forward(
+            q, k_cmp, k_cmp, **{**band, "window": N}, blocks=blocks
+        ),
+        "compressed backward": lambda: window.window_backward(
+            dout, q, k_cmp, k_cmp, q, lse, **{**band, "window": N}, blocks=blocks
+        ),
+        "select": lambda: select.select_forward(
+            q, k_cmp, lse, start=None, cmp_start=None, scale=scale, **geometry, **counts
+        ),
+        "selected": lambda: selected.selected_forward(q, k, k, lists, **chosen),
+        "selected backward": lambda: selected.selected_backward(
+            dout, q, k, k, q, lse, lists, **chosen
+        ),
+    }
+    with recorded(select, selected, selected_kv, selected_lists, window) as launches:
+        steps[step]()
+    assert launches.calls
+    return [compile_launch(*call) for call in launches.calls]
+
+
+@pytest.mark.parametrize("shape", [PAPER, SMALL], ids=["paper", "small"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "window",
+        "window backward",
+        "compressed",
+        "compressed backward",
+        "select",
+        "selected",
+        "selected backward",
+    ],
+)
+def test_code_for_an_h100(step: str, shape: tuple[int, int, int]) -> None:
+    for code in launch(shape, step):
+        assert code.shared <= SHARED_BYTES, code
+        assert code.spilled <= SPILL_BYTES, code
+        expected = shape == PAPER and code.kernel in SERIALIZED
+        assert code.serialized == expected, code
+
+
+def test_what_ptxas_complains_of_is_seen() -> None:
+    """Few registers: spilled, and serialized."""
+    from nsa.kernels import window
+    from nsa.kernels.window import WindowTiles
+
+    q = torch.empty(1, 256, 16, 128, dtype=torch.bfloat16)
+    k: Tensor = torch.empty(1, 256, 1, 128, dtype=torch.bfloat16)
+    tiles = WindowTiles(128, 64, num_warps=8, num_stages=2, maxnreg=96)
+    with recorded(window) as launches:
+        window.window_forward(q, k, k, window=64, start=None, scale=1.0, tiles=tiles)
+    (code,) = [compile_launch(*call) for call in launches.calls]
+    assert code.spilled > SPILL_BYTES
+    assert code.serialized
+    assert code.registers <= 96
