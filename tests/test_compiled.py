@@ -150,12 +150,8 @@ def test_what_a_cpu_leaves_to_sdpa_is_said() -> None:
         needs_grad=True,
         backend="compiled",
     )
-    assert dict(resolution.per_branch) == {
-        "compressed": "compiled",
-        "select": "sdpa",
-        "selected": "sdpa",
-        "window": "compiled",
-    }
+    assert set(resolution.per_branch.values()) == {"sdpa"}
+    assert resolution.backend == "compiled"
     assert "selected on sdpa: on a CPU" in resolution.reason
 
 

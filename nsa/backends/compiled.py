@@ -6,9 +6,9 @@
 - window: a band (:mod:`nsa.kernels.window`).
 
 What is between them (rotary embedding, gates, the weighted sum) is plain PyTorch for Inductor to
-fuse: :mod:`nsa.fusion` compiles it for whoever compiles nothing. On a CPU the window is plain
-PyTorch too (:mod:`.compiled_window`), the compressed branch is folded for PyTorch's causal kernel
-(:mod:`.compiled_fold`), and the branches with lists are left to ``sdpa``.
+fuse: :mod:`nsa.fusion` compiles it for whoever compiles nothing. On a CPU that is all it does: the
+branches are ``sdpa``'s there, whose loops over chunks that fit in a cache are faster than what
+Inductor makes of a band (docs/experiments.md).
 
 The step signature is the one of :mod:`nsa.backends.contract`.
 """
@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from nsa.backends import load
-from nsa.backends.compiled_fold import folded_attention
-from nsa.backends.compiled_window import window_in_blocks
-from nsa.backends.contract import Problem
+from nsa.backends.contract import STEPS, Problem
 from nsa.backends.selection import SELECTORS, select
 from nsa.config import NSAConfig
 from nsa.kernels.attention_ops import compressed_attention as compressed_op
@@ -65,9 +63,7 @@ def left_to_sdpa(problem: Problem, settings: Settings) -> dict[str, str]:
     """The branches that this backend leaves to ``sdpa`` on a CPU, and why."""
     if problem.device.type != "cpu" or INTERPRETED:
         return {}
-    why = "on a CPU"
-    branches = ("select", "selected", *(("compressed",) if problem.packed else ()))
-    return dict.fromkeys(branches, why)
+    return dict.fromkeys(STEPS, "on a CPU")
 
 
 @cache
@@ -98,7 +94,8 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention over blocks; see :class:`nsa.backends.contract.Backend`."""
     if _plain(q):
-        return folded_attention(q, k, v, config, cu_seqlens, max_seqlen, q_start)
+        step = load("sdpa").compressed_attention
+        return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
     places: tuple[Tensor | None, ...] = (None, None, None)
     if cu_seqlens is not None:
         places = block_places(cu_seqlens, q.shape[1], k.shape[1], config)
@@ -198,9 +195,10 @@ def window_attention(
     q_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """A band of keys; see :class:`nsa.backends.contract.Backend`."""
-    start, scale = _start(cu_seqlens, q.shape[1]), config.softmax_scale
     if _plain(q):
-        return window_in_blocks(q, k, v, start, config.window, scale, q_start)
+        step = load("sdpa").window_attention
+        return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
+    start, scale = _start(cu_seqlens, q.shape[1]), config.softmax_scale
     return window_op(q, k, v, start, config.window, scale, q_start)
 
 

@@ -16,7 +16,7 @@ from nsa.tools._machine import Machine
 from nsa.tools._profile import BranchProfile
 from nsa.tools._tables_style import BAD, DIM, GOOD, WARN, listed, table_of
 
-_COMPILE_HINT = "torch.compile: --compile shows graphs, recompiles, caches and each branch's kernel"
+_COMPILE_HINT = "torch.compile: --compile shows graphs, recompiles, caches and kernels"
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
