@@ -25,7 +25,8 @@ from triton.testing import do_bench
 
 from nsa import NSAConfig
 from nsa.kernels import window
-from nsa.kernels.window import WindowTiles, window_backward, window_forward
+from nsa.kernels.window import window_backward, window_forward
+from nsa.kernels.window_tiles import WindowTiles
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.varlen import token_members
 

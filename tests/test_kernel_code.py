@@ -93,7 +93,7 @@ def test_code_for_an_h100(step: str, shape: tuple[int, int, int]) -> None:
 def test_what_ptxas_complains_of_is_seen() -> None:
     """Few registers: spilled, and serialized."""
     from nsa.kernels import window
-    from nsa.kernels.window import WindowTiles
+    from nsa.kernels.window_tiles import WindowTiles
 
     q = torch.empty(1, 256, 16, 128, dtype=torch.bfloat16)
     k: Tensor = torch.empty(1, 256, 1, 128, dtype=torch.bfloat16)
