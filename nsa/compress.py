@@ -5,8 +5,8 @@ B batch, T tokens, N compressed blocks, K key/value heads, D head size, L tokens
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +14,26 @@ from torch import Tensor, nn
 
 from nsa.config import NSAConfig
 from nsa.operators import define
+from nsa.plain import is_plain
 from nsa.varlen import compressed_members
 
 
-def block_tokens(x: Tensor, config: NSAConfig, cu_seqlens: Tensor | None = None) -> Tensor:
+def block_tokens(
+    x: Tensor, config: NSAConfig, cu_seqlens: Tensor | None = None, *, by: str = ""
+) -> Tensor:
     """The tokens of every compressed block.
 
     Args:
         x: ``[B, T, K, D]``.
         cu_seqlens: int32 ``[n_seq + 1]`` for packed input (B is 1), else None.
+        by: the backend that copies, if it has a way of its own (:data:`COPIES`).
 
     Returns:
         ``[B, N, K, L, D]``; packed, N is ``T // d``, and rows past the last block hold tokens
         that mean nothing; they pass no gradient on.
     """
     # the number of rows is no view's size: a trace would tell T = l and T > l apart
-    return _BLOCKS(x, cu_seqlens, config.compress_block, config.compress_stride)
+    return _BLOCKS(x, cu_seqlens, config.compress_block, config.compress_stride, by)
 
 
 def _count(length: int, block: int, stride: int, packed: bool) -> int:
@@ -49,15 +53,14 @@ def _first_tokens(x: Tensor, cu_seqlens: Tensor, block: int, stride: int) -> tup
     return cu_seqlens.long()[rows.seq] + rows.rank * stride, real
 
 
-def _gather(x: Tensor, cu_seqlens: Tensor | None, block: int, stride: int) -> Tensor:
+def _gather(x: Tensor, cu_seqlens: Tensor | None, block: int, stride: int, by: str = "") -> Tensor:
     B, T, K, D = x.shape
     N = _count(T, block, stride, cu_seqlens is not None)
     if N == 0:
         return x.new_empty(B, 0, K, block, D)
     if cu_seqlens is None:
-        if _by_triton(x):
-            kernels = importlib.import_module("nsa.kernels.block_tokens")
-            return kernels.gather(x, block, stride, N)
+        if by in COPIES and (done := COPIES[by].gather(x, block, stride, N)) is not None:
+            return done
         blocks = x.unfold(1, block, stride).transpose(3, 4)
         return blocks.clone(memory_format=torch.contiguous_format)  # an operator returns no view
     first, _ = _first_tokens(x, cu_seqlens, block, stride)
@@ -65,14 +68,18 @@ def _gather(x: Tensor, cu_seqlens: Tensor | None, block: int, stride: int) -> Te
     return x[:, token.clamp_max(T - 1)].transpose(2, 3).contiguous()
 
 
-def _scatter(grad: Tensor, cu_seqlens: Tensor | None, T: int, block: int, stride: int) -> Tensor:
+def _scatter(
+    grad: Tensor, cu_seqlens: Tensor | None, T: int, block: int, stride: int, by: str = ""
+) -> Tensor:
     """Each token's sum over the blocks that hold it, one part of ``stride`` tokens at a time.
 
     Within a part no token is held twice, so the sum has one order.
     """
     B, N, K, _, D = grad.shape
-    if cu_seqlens is None and N > 0 and _by_triton(grad):
-        return importlib.import_module("nsa.kernels.block_tokens").scatter(grad, T, stride)
+    if cu_seqlens is None and N > 0 and by in COPIES:
+        done = COPIES[by].scatter(grad, T, stride)
+        if done is not None:
+            return done
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     total = grad.new_zeros(B, T, K, D, dtype=wide)
     if N == 0:
@@ -92,30 +99,32 @@ def _scatter(grad: Tensor, cu_seqlens: Tensor | None, T: int, block: int, stride
     return total.to(grad.dtype)
 
 
-def _by_triton(x: Tensor) -> bool:
-    """Whether one kernel does it; PyTorch's own operations take half a dozen, and do the same."""
-    return x.is_cuda and x.dtype in _TRITON_DTYPES and _has_triton()
+class Copies(NamedTuple):
+    """A backend's own way to copy the blocks of a regular batch; each may decline with None."""
+
+    gather: Callable[[Tensor, int, int, int], Tensor | None]
+    """(x ``[B, T, K, D]``, l, d, N) -> ``[B, N, K, L, D]``"""
+    scatter: Callable[[Tensor, int, int], Tensor | None]
+    """(gradient of that, T, d) -> ``[B, T, K, D]``, each token's sum over its blocks"""
 
 
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+COPIES: dict[str, Copies] = {}
+"""By the name of the backend, which fills it in; PyTorch's own operations for all others."""
 
 
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CALL = "Tensor? cu_seqlens, int block, int stride"
+_CALL = "Tensor? cu_seqlens, int block, int stride, str by"
 _BLOCKS_BACKWARD = define(
-    "block_tokens_backward(Tensor grad, Tensor? cu_seqlens, SymInt T, int block, int stride) "
-    "-> Tensor",
+    "block_tokens_backward(Tensor grad, Tensor? cu_seqlens, SymInt T, int block, int stride, "
+    "str by) -> Tensor",
     _scatter,
-    lambda grad, cu_seqlens, T, block, stride: grad.new_empty(
+    lambda grad, cu_seqlens, T, *rest: grad.new_empty(
         grad.shape[0], T, grad.shape[2], grad.shape[4]
     ),
 )
 _BLOCKS = define(
     f"block_tokens(Tensor x, {_CALL}) -> Tensor",
     _gather,
-    lambda x, cu_seqlens, block, stride: x.new_empty(
+    lambda x, cu_seqlens, block, stride, by: x.new_empty(
         x.shape[0],
         _count(x.shape[1], block, stride, cu_seqlens is not None),
         x.shape[2],
@@ -123,9 +132,10 @@ _BLOCKS = define(
         x.shape[3],
     ),
     saved=lambda inputs, outputs: (inputs[1],),
-    kept=lambda inputs: (inputs[0].shape[1], inputs[2], inputs[3]),
+    kept=lambda inputs: (inputs[0].shape[1], *inputs[2:]),
     gradients=lambda kept, saved, dout: (
         _BLOCKS_BACKWARD(dout, saved[0], *kept),
+        None,
         None,
         None,
         None,
@@ -172,22 +182,25 @@ class Compress(nn.Module):
         elif self.config.compression == "linear":
             self.proj.reset_parameters()
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *, by: str = "") -> Tensor:
         """Compresses keys or values.
 
         Args:
             x: ``[B, T, K, D]``, RoPE already applied to keys.
             cu_seqlens: int32 ``[n_seq + 1]`` for packed input (B is 1), else None.
+            by: the backend that copies the blocks, see :func:`block_tokens`.
 
         Returns:
             ``[B, N, K, D]``; packed, N is ``T // d``, and rows past the last block mean nothing.
         """
-        blocks_BNKLD = block_tokens(x, self.config, cu_seqlens)
+        blocks_BNKLD = block_tokens(x, self.config, cu_seqlens, by=by)
         if self.config.compression == "mean":
             return blocks_BNKLD.mean(dim=3)
         if self.config.compression == "linear":
             return self.proj(blocks_BNKLD.flatten(3))
-        # up(blocks + position) without a sum as large as all blocks
+        if not is_plain(self.up, bias=True):
+            return self.down(F.gelu(self.up((blocks_BNKLD + self.position.to(x.dtype)).flatten(3))))
+        # the same without a sum as large as all blocks
         bias = self.up(self.position.to(x.dtype).flatten())
         hidden = F.linear(blocks_BNKLD.flatten(3), self.up.weight, bias)
         return self.down(F.gelu(hidden))

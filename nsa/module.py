@@ -20,6 +20,7 @@ from nsa.compress import Compress
 from nsa.config import KV, NSAConfig
 from nsa.errors import ConfigError
 from nsa.fusion import fused
+from nsa.plain import is_plain
 from nsa.rope import apply_rope
 from nsa.settings import current_settings
 from nsa.varlen import token_members
@@ -144,24 +145,33 @@ class NSAttention(nn.Module):
         q = self._rotate(
             projected["q"].unflatten(-1, (config.num_heads, config.head_dim)), cu_seqlens
         )
-        tokens, selected, window = (self._kv(projected, branch, cu_seqlens) for branch in BRANCHES)
-        compressed = KV(
-            self.compress_k(tokens.k, cu_seqlens).to(q.dtype),
-            self.compress_v(tokens.v, cu_seqlens).to(q.dtype),
-        )
+        tokens, selected, window = self._keys_and_values(projected, cu_seqlens)
         gates = self._gates(projected["gate"])
-        if settings.check:
-            check_values(q, compressed, selected, window, gates, config, cu_seqlens)
         self._plan = plan(
             config,
             device=q.device,
             dtype=q.dtype,
             length=T if max_seqlen is None else max_seqlen,
             packed=cu_seqlens is not None,
-            needs_grad=needs_grad(q, *compressed, *selected, *window, gates),
+            needs_grad=needs_grad(
+                q,
+                *tokens,
+                *selected,
+                *window,
+                gates,
+                *self.compress_k.parameters(),
+                *self.compress_v.parameters(),
+            ),
             backend=self.backend,
             settings=settings,
         )
+        by = self._plan.backend
+        compressed = KV(
+            self.compress_k(tokens.k, cu_seqlens, by=by).to(q.dtype),
+            self.compress_v(tokens.v, cu_seqlens, by=by).to(q.dtype),
+        )
+        if settings.check:
+            check_values(q, compressed, selected, window, gates, config, cu_seqlens)
         out = run(
             self._plan,
             q,
@@ -191,24 +201,37 @@ class NSAttention(nn.Module):
     def _project(self, x: Tensor) -> dict[str, Tensor]:
         """What :meth:`_linears` make of x: one product where they are nothing but linear maps.
 
-        Six of the eight are so narrow that reading x is most of their work, and in the backward
-        pass each would write a gradient of x. A projection that somebody has wrapped, hooked,
-        parametrized, quantized or sharded is called as it is, and then so are all.
+        All but that of q are so narrow that reading x is most of their work, and in the backward
+        pass each would write a gradient of x. A projection that is more than a linear map
+        (:func:`nsa.plain.is_plain`) is called as it is, and then so are all.
         """
         linears = self._linears()
-        if not all(_is_plain(linear) for linear in linears.values()):
+        together = all(is_plain(linear, bias=name == "gate") for name, linear in linears.items())
+        if not torch.compiler.is_compiling() and x.shape[0] * x.shape[1] < _FEW:
+            together = False
+        if not together:
             return {name: linear(x) for name, linear in linears.items()}
         weights = [cast(nn.Linear, linear).weight for linear in linears.values()]
         sizes = [weight.shape[0] for weight in weights]
         spare = -sum(sizes) % _ALIGNED  # so that every row of the result begins aligned
-        together = F.linear(x, F.pad(torch.cat(weights), (0, 0, 0, spare)))
-        parts = dict(zip(linears, together.split([*sizes, spare], -1), strict=False))
-        parts["gate"] = parts["gate"] + self.gate_proj.bias.to(together.dtype)
+        weights.append(weights[0].new_zeros(spare, self.dim))
+        product = F.linear(x, torch.cat(weights))
+        parts = dict(zip(linears, product.split([*sizes, spare], -1), strict=False))
+        parts["gate"] = parts["gate"] + self.gate_proj.bias.to(product.dtype)
         return parts
 
-    def _kv(self, projected: dict[str, Tensor], branch: str, cu_seqlens: Tensor | None) -> KV:
-        k = projected["k" if "k" in projected else f"k.{branch}"]
-        v = projected["v" if "v" in projected else f"v.{branch}"]
+    def _keys_and_values(
+        self, projected: dict[str, Tensor], cu_seqlens: Tensor | None
+    ) -> tuple[KV, ...]:
+        """Those of every branch, in the order of BRANCHES; one pair for all when shared."""
+        if not self.config.independent_kv:
+            return (self._kv(projected["k"], projected["v"], cu_seqlens),) * len(BRANCHES)
+        return tuple(
+            self._kv(projected[f"k.{branch}"], projected[f"v.{branch}"], cu_seqlens)
+            for branch in BRANCHES
+        )
+
+    def _kv(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> KV:
         k = k.unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
         # a copy: a part that is kept for the backward pass would keep the whole product
         v = v.contiguous().unflatten(-1, (self.config.num_kv_heads, self.config.dv))
@@ -230,16 +253,6 @@ class NSAttention(nn.Module):
 
 _ALIGNED = 64
 """Elements."""
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling the module is a product with its weight, and nothing else."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not (linear._backward_hooks or linear._backward_pre_hooks)
-    )
-
-
+_FEW = 256
+"""Rows of x below which joining the weights costs more than it saves (eagerly, on a CPU)."""
 _FUSED = fused(NSAttention._attend)

@@ -55,22 +55,24 @@ def select_members(cu_seqlens: Tensor, total: int, config: NSAConfig) -> Members
 
 def block_places(
     cu_seqlens: Tensor, total: int, rows: int, config: NSAConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How ``total`` tokens and ``rows`` compressed blocks stand to each other, as kernels want it.
 
     Returns:
         start, int32 ``[total]``: the first compressed block of each token's sequence; first, int32
-        ``[total]``: the first token of it; seen_from, int32 ``[rows]``: the first token that sees
-        each block, ``total`` for a surplus one.
+        ``[total]``: the first token of it; seen_from and seen_until, int32 ``[rows]``: the first
+        token that sees each block, and the one past the last; ``total`` for a surplus one.
     """
     token, row = token_members(cu_seqlens, total), compressed_members(cu_seqlens, rows, config)
     real = row.seq < cu_seqlens.numel() - 1
     first = cu_seqlens.long()[row.seq] + row.rank * config.compress_stride
     seen_from = (first + config.compress_block - 1).where(real, total)
+    seen_until = cu_seqlens.long()[(row.seq + 1).clamp_max(cu_seqlens.numel() - 1)]
     return (
         row.starts[token.seq].to(torch.int32),
         token.starts[token.seq].to(torch.int32),
         seen_from.to(torch.int32),
+        seen_until.where(real, total).to(torch.int32),
     )
 
 

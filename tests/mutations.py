@@ -105,7 +105,7 @@ MUTATIONS = (
     Mutation("layer: RoPE on V", "nsa/module.py", "return KV(self._rotate(k, cu_seqlens), v)", "return KV(self._rotate(k, cu_seqlens), self._rotate(v, cu_seqlens) if v.shape[-1] % 2 == 0 else v)", LAYER),
     Mutation("layer: positions do not restart", "nsa/module.py", "positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).rank", "positions = None", LAYER),
     Mutation("layer: gates branch-major", "nsa/module.py", "logits = logits.unflatten(-1, (self.config.num_heads, len(BRANCHES)))", "logits = logits.unflatten(-1, (len(BRANCHES), self.config.num_heads)).mT", LAYER),
-    Mutation("layer: branches swapped", "nsa/module.py", "tokens, selected, window = (", "tokens, window, selected = (", LAYER),
+    Mutation("layer: branches swapped", "nsa/module.py", "tokens, selected, window = self", "tokens, window, selected = self", LAYER),
     fa2("own block counted twice", "tiles.py", "blocks.size if earlier_only else 0", "0"),
     fa2("own block not weighted", "fa2_selected.py", "(near_lse[here] - whole).exp()[..., None]", "(near_lse[here] * 0).exp()[..., None]"),
     fa2("surplus rows get gradients", "fa2_steps.py", "rows = rows.where(real[..., None], 0.0)", "pass"),

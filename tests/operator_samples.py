@@ -118,7 +118,7 @@ def _selected_attention(x: Inputs) -> Arguments:
 
 
 def _compressed_attention(x: Inputs) -> Arguments:
-    where: tuple[Tensor | None, ...] = (None, None, None)
+    where: tuple[Tensor | None, ...] = (None,) * 4
     if x.cu_seqlens is not None:
         where = block_places(x.cu_seqlens, x.q.shape[1], _blocks(x), CONFIG)
     call = (CONFIG.compress_block, CONFIG.compress_stride, SCALE, Q_START)
@@ -150,7 +150,7 @@ def _unfold(x: Inputs) -> Arguments:
 
 
 def _block_tokens(x: Inputs) -> Arguments:
-    return x.selected.k, x.cu_seqlens, CONFIG.compress_block, CONFIG.compress_stride
+    return x.selected.k, x.cu_seqlens, CONFIG.compress_block, CONFIG.compress_stride, "sdpa"
 
 
 def _block_tokens_backward(x: Inputs) -> Arguments:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "nsa"
 # A module imports from its own layer and from those before it.
 LAYERS = (
     ("config", "settings", "errors"),
-    ("blocks", "rope", "varlen", "compress", "validate", "fusion", "operators"),
+    ("blocks", "rope", "varlen", "compress", "validate", "fusion", "operators", "plain"),
     ("kernels",),
     ("backends",),
     ("attention",),

@@ -29,6 +29,12 @@ from tests.layers import (
 LAYOUTS = pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["regular", "packed"])
 
 
+@pytest.fixture(autouse=True)
+def _joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The projections are one product, however few tokens a test has."""
+    monkeypatch.setattr("nsa.module._FEW", 0)
+
+
 # Against the oracle
 
 

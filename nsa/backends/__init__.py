@@ -55,7 +55,7 @@ TABLE: Mapping[str, Row] = MappingProxyType(
         ),
         "compiled": Row(
             module="nsa.backends.compiled",
-            summary="torch.compile around dense and Triton kernels",
+            summary="Triton kernels, and torch.compile around them",
         ),
     }
 )

@@ -24,6 +24,7 @@ from torch import Tensor
 from nsa.backends import load
 from nsa.backends.contract import STEPS, Problem
 from nsa.backends.selection import SELECTORS, select
+from nsa.compress import COPIES, Copies
 from nsa.config import NSAConfig
 from nsa.kernels.attention_ops import compressed_attention as compressed_op
 from nsa.kernels.attention_ops import selected_attention as selected_op
@@ -96,7 +97,7 @@ def compressed_attention(
     if _plain(q):
         step = load("sdpa").compressed_attention
         return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
-    places: tuple[Tensor | None, ...] = (None, None, None)
+    places: tuple[Tensor | None, ...] = (None,) * 4
     if cu_seqlens is not None:
         places = block_places(cu_seqlens, q.shape[1], k.shape[1], config)
     block, stride, scale = config.compress_block, config.compress_stride, config.softmax_scale
@@ -161,6 +162,32 @@ def _select(
 
 
 SELECTORS["compiled"] = _select
+
+
+def _gather(x: Tensor, block: int, stride: int, N: int) -> Tensor | None:
+    """See :class:`nsa.compress.Copies`."""
+    B, _, K, D = x.shape
+    if not _copies(x, B, N * K * block * D):
+        return None
+    return importlib.import_module("nsa.kernels.block_tokens").gather(x, block, stride, N)
+
+
+def _scatter(grad: Tensor, T: int, stride: int) -> Tensor | None:
+    """See :class:`nsa.compress.Copies`."""
+    if not _copies(grad, grad.shape[0], grad[:1].numel()):
+        return None
+    return importlib.import_module("nsa.kernels.block_tokens").scatter(grad, T, stride)
+
+
+def _copies(x: Tensor, rows: int, elements: int) -> bool:
+    """Whether the kernel takes so many rows of so many elements."""
+    if not x.is_cuda or x.dtype not in _DTYPES:
+        return False
+    kernels = importlib.import_module("nsa.kernels.block_tokens")
+    return rows <= kernels.MOST_ROWS and elements <= kernels.MOST_ELEMENTS
+
+
+COPIES["compiled"] = Copies(_gather, _scatter)
 
 
 def selected_attention(

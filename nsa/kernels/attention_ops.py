@@ -157,13 +157,14 @@ def _compressed(
     start: Tensor | None,
     first: Tensor | None,
     seen_from: Tensor | None,
+    seen_until: Tensor | None,
     block: int,
     stride: int,
     scale: float,
     q_start: int,
 ) -> tuple[Tensor, Tensor]:
     kernels = importlib.import_module("nsa.kernels.window")
-    blocks = kernels.Blocks(block, stride, first, seen_from)
+    blocks = kernels.Blocks(block, stride, first, seen_from, seen_until)
     call = {"start": start, "scale": scale, "q_start": q_start, "blocks": blocks}
     return kernels.window_forward(q, k, v, window=max(1, k.shape[1]), **call)
 
@@ -178,20 +179,21 @@ def _compressed_backward(
     start: Tensor | None,
     first: Tensor | None,
     seen_from: Tensor | None,
+    seen_until: Tensor | None,
     block: int,
     stride: int,
     scale: float,
     q_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = importlib.import_module("nsa.kernels.window")
-    blocks = kernels.Blocks(block, stride, first, seen_from)
+    blocks = kernels.Blocks(block, stride, first, seen_from, seen_until)
     call = {"start": start, "scale": scale, "q_start": q_start, "blocks": blocks}
     return kernels.window_backward(dout, q, k, v, out, lse, window=max(1, k.shape[1]), **call)
 
 
 _COMPRESSED_CALL = (
-    "Tensor? start, Tensor? first, Tensor? seen_from, int block, int stride, float scale, "
-    "SymInt q_start"
+    "Tensor? start, Tensor? first, Tensor? seen_from, Tensor? seen_until, int block, int stride, "
+    "float scale, SymInt q_start"
 )
 _COMPRESSED_BACKWARD = define(
     "compressed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
@@ -204,15 +206,15 @@ _COMPRESSED_BACKWARD = define(
 def _compressed_gradients(
     inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
 ) -> tuple[Tensor | None, ...]:
-    return (*_COMPRESSED_BACKWARD(dout, *saved, *inputs[6:]), *(None,) * 7)
+    return (*_COMPRESSED_BACKWARD(dout, *saved, *inputs[7:]), *(None,) * 8)
 
 
 compressed_attention = define(
     f"compressed_attention(Tensor q, Tensor k, Tensor v, {_COMPRESSED_CALL}) -> (Tensor, Tensor)",
     _compressed,
     _like_output,
-    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:6]),
+    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:7]),
     gradients=_compressed_gradients,
 )
-"""``(q, k [B, N, K, D], v [B, N, K, V], start, first, seen_from, l, d, scale, q_start)``, as above;
-the three in the middle are those of :func:`nsa.varlen.block_places`, None for a regular batch."""
+"""``(q, k [B, N, K, D], v [B, N, K, V], start, first, seen_from, seen_until, l, d, scale,
+q_start) -> out, lse``; the four are those of :func:`nsa.varlen.block_places`, or None."""

@@ -12,6 +12,10 @@ from torch import Tensor
 
 _ELEMENTS = 2048
 """Of one program."""
+MOST_ELEMENTS = 2**31 - 2 * _ELEMENTS
+"""Of one batch row's blocks: offsets within it are int32."""
+MOST_ROWS = 65_535
+"""Batch rows, in the second dimension of CUDA's grid."""
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -73,7 +77,6 @@ def gather(x: Tensor, block: int, stride: int, N: int) -> Tensor:
     B, _, K, D = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     blocks = x.new_empty(B, N, K, block, D)
-    assert N * K * block * D < 2**31
     grid = (triton.cdiv(N * K * block * D, _ELEMENTS), B)
     with torch.cuda.device_of(x):
         _gather[grid](
@@ -87,7 +90,6 @@ def scatter(grad: Tensor, T: int, stride: int) -> Tensor:
     B, N, K, block, D = grad.shape
     grad = grad.contiguous()
     total = grad.new_empty(B, T, K, D)
-    assert T * K * D < 2**31
     grid = (triton.cdiv(T * K * D, _ELEMENTS), B)
     with torch.cuda.device_of(grad):
         _scatter[grid](grad, total, T, N, K=K, D=D, L=block, STRIDE=stride, ELEMENTS=_ELEMENTS)

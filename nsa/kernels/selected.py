@@ -417,7 +417,8 @@ def selected_backward(
 
     Arguments as of :func:`selected_forward`, with its results and the gradient ``dout`` of out.
     ``sequences``, as of :func:`selected_dkv`, saves idle programs in a packed batch.
-    dk and dv are summed by atomic adds in fp32, so that their last bits may differ between runs.
+    dk and dv, and dq where the tiles say so, are summed by atomic adds in fp32, so that their last
+    bits may differ between runs.
     """
     tiles = tiles or default_tiles(q, v, block_idx, select_block)
     call: dict[str, Any] = {
@@ -426,6 +427,7 @@ def selected_backward(
         "scale": scale,
         "q_start": q_start,
     }
+    dout = rows_contiguous(dout)
     if tiles.dkv.with_dq:
         dq, delta = None, row_sums(dout, out)
     else:

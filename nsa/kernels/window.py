@@ -51,6 +51,8 @@ class Blocks(NamedTuple):
     seen_from: Tensor | None = None
     """Packed: int32 ``[S]``, the first token that sees each key, T for a surplus one; it does not
     decrease."""
+    seen_until: Tensor | None = None
+    """Packed: int32 ``[S]``, the token past the last that sees each key, T for a surplus one."""
 
 
 TOKENS = Blocks(1, 1)
@@ -147,6 +149,7 @@ def window_backward(
     """
     B, T, H, D = q.shape
     S, K, V = k.shape[1], v.shape[2], v.shape[3]
+    assert blocks.first is None or (blocks.seen_from is not None and blocks.seen_until is not None)
     dq = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     dk = torch.empty(B, S, K, D, dtype=k.dtype, device=q.device)
     dv = torch.empty(B, S, K, V, dtype=v.dtype, device=q.device)
@@ -204,6 +207,7 @@ def window_backward(
             started,
             first,
             lse if blocks.seen_from is None else blocks.seen_from,
+            lse if blocks.seen_until is None else blocks.seen_until,
             T,
             S,
             K,
@@ -571,6 +575,7 @@ def _key_gradient(
     start_ptr,
     first_ptr,
     seen_from_ptr,
+    seen_until_ptr,
     T,
     S,
     K,
@@ -643,18 +648,17 @@ def _key_gradient(
     first_t = tl.maximum(s0 * STRIDE + LEAD - q_start, 0)
     end_t = tl.minimum((s_last + window) * STRIDE + LEAD - q_start, T)
     if PACKED:
-        last_from = s_last
         if STRIDED:
             first_t = tl.load(seen_from_ptr + s0)
-            last_from = tl.load(seen_from_ptr + s_last)
-            end_t = T
-        # starts do not decrease: the last key's sequence ends before the first larger start
-        among = tl.arange(0, 256)
-        same = 0
-        for t0 in range(last_from, end_t, 256):
-            start = tl.load(start_ptr + t0 + among, mask=t0 + among < end_t, other=2147483647)
-            same += tl.sum((start <= s_last).to(tl.int32), 0)
-        end_t = last_from + same
+            end_t = tl.load(seen_until_ptr + s_last)
+        else:
+            # starts do not decrease: the last key's sequence ends before the first larger start
+            among = tl.arange(0, 256)
+            same = 0
+            for t0 in range(s_last, end_t, 256):
+                start = tl.load(start_ptr + t0 + among, mask=t0 + among < end_t, other=2147483647)
+                same += tl.sum((start <= s_last).to(tl.int32), 0)
+            end_t = s_last + same
     if SPLIT:  # whole tiles of queries, so that the parts together read what one would
         tiles = tl.cdiv(tl.maximum(end_t - first_t, 0), TOKENS)
         each = tl.cdiv(tiles, splits) * TOKENS

@@ -39,14 +39,15 @@ def run(inputs: Inputs, splits: int | None) -> dict[str, Tensor]:
     """Forward and backward of the compressed branch, named as in the accuracy rule."""
     q, config = inputs.q.detach(), inputs.config
     k, v = (x.detach() for x in inputs.compressed)
-    start = first = seen_from = None
+    start = None
+    places: tuple[Tensor, ...] = ()
     if inputs.cu_seqlens is not None:
-        start, first, seen_from = block_places(inputs.cu_seqlens, q.shape[1], k.shape[1], config)
+        start, *places = block_places(inputs.cu_seqlens, q.shape[1], k.shape[1], config)
     common = {
         "window": max(1, k.shape[1]),
         "start": start,
         "scale": config.softmax_scale,
-        "blocks": Blocks(config.compress_block, config.compress_stride, first, seen_from),
+        "blocks": Blocks(config.compress_block, config.compress_stride, *places),
     }
     out, lse = window_forward(q, k, v, **common, tiles=TILES)
     dq, dk, dv = window_backward(
@@ -95,3 +96,16 @@ def test_few_tokens(length: int) -> None:
 
 def test_the_end_of_a_sequence_after_256_starts() -> None:
     check(make_inputs(CONFIG, lengths=(5, 300, 260), seed=2))
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_position_of_the_first_row(rows: int) -> None:
+    """The last rows of q alone see what they saw among all."""
+    x = make_inputs(CONFIG, length=45, batch=2)
+    k, v = (y.detach() for y in x.compressed)
+    call = {"window": k.shape[1], "start": None, "scale": 0.3, "blocks": Blocks(4, 2)}
+    out, lse = window_forward(x.q.detach(), k, v, **call, tiles=TILES)
+    q = x.q.detach()[:, -rows:]
+    last, last_lse = window_forward(q, k, v, **call, q_start=45 - rows, tiles=TILES)
+    torch.testing.assert_close(last, out[:, -rows:])
+    torch.testing.assert_close(last_lse, lse[:, -rows:])

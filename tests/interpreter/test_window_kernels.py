@@ -96,6 +96,25 @@ def test_windows(window: int, dtype: torch.dtype) -> None:
     check(make_inputs(replace(CONFIG, window=window), length=50, dtype=dtype))
 
 
+@pytest.mark.parametrize("lengths", [None, (0, 3, 41, 20, 0)])
+def test_parts_of_the_queries_add_up(lengths: tuple[int, ...] | None) -> None:
+    length = 70 if lengths is None else None
+    x = make_inputs(replace(CONFIG, window=40), length=length, lengths=lengths)
+    q, k, v = x.q.detach(), *(y.detach() for y in x.window)
+    start = None
+    if x.cu_seqlens is not None:
+        tokens = token_members(x.cu_seqlens, q.shape[1])
+        start = tokens.starts[tokens.seq].int()
+    call = {"window": 40, "start": start, "scale": 0.3}
+    out, lse = window_forward(q, k, v, **call, tiles=TILES)
+    whole, parts = (
+        window_backward(x.dout, q, k, v, out, lse, **call, k_tiles=TILES, splits=splits)
+        for splits in (1, 3)
+    )
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("window", [1, 7, 40])
 def test_packed_with_empty_sequences(window: int) -> None:
     lengths = (0, 3, 1, 0, 41, 2, 20, 0)
