@@ -21,10 +21,7 @@ from nsa.tools._trials import Trial, typical_trials
 BACKEND = "compiled"
 _ON_A_CPU = (500, 0, 12)
 """Tokens of the sequences there; what runs does not depend on the length."""
-_LONG = 65_536
-"""Tokens that a GPU is asked about as well: what is best may change with the length."""
 _DENSE = (
-    ("_scaled_dot_product_cudnn_attention", "cuDNN"),
     ("_scaled_dot_product_flash_attention_for_cpu", "PyTorch's flash attention for CPUs"),
     ("_scaled_dot_product_flash_attention", "PyTorch's FlashAttention-2"),
     ("_scaled_dot_product_efficient_attention", "PyTorch's memory-efficient attention"),
@@ -86,7 +83,7 @@ def _trials(device: torch.device) -> list[Trial]:
     trials = typical_trials(device)
     if device.type == "cpu":
         return [replace(trial, lengths=_ON_A_CPU) for trial in trials]
-    return [*trials, replace(trials[0], lengths=(_LONG,))]
+    return trials
 
 
 def classify(backend: str, operators: Iterable[str]) -> tuple[str, str]:
