@@ -215,10 +215,12 @@ def run(
     max_seqlen: int | None,
     block_idx: Tensor | None,
     settings: Settings,
+    nonnegative: bool = False,
 ) -> Tensor:
-    """Runs the steps of a plan on inputs that have been checked."""
+    """Runs the steps of a plan on inputs that have been checked; ``nonnegative``: as gates are."""
+    gated = chosen.gated()
     with torch.autocast(q.device.type, enabled=False):
-        with _range("compressed", q, settings):
+        with _range("compressed", q, settings), _graph_unless(gated is not None):
             out_cmp, lse = chosen.step("compressed").compressed_attention(
                 q, *compressed, config, cu_seqlens, max_seqlen=max_seqlen
             )
@@ -231,6 +233,21 @@ def run(
                     cu_seqlens,
                     max_seqlen=max_seqlen,
                     lse=lse,
+                )
+        if gated is not None:
+            with _range("selected+window", q, settings):
+                return gated.gated_attention(
+                    q,
+                    compressed,
+                    selected,
+                    window,
+                    gates,
+                    out_cmp,
+                    lse,
+                    block_idx,
+                    config,
+                    cu_seqlens,
+                    nonnegative=nonnegative,
                 )
         with _range("selected", q, settings):
             out_slc, _ = chosen.step("selected").selected_attention(
@@ -268,6 +285,11 @@ def needs_grad(*tensors: Tensor) -> bool:
 
 def _longest(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
     return q.shape[1] if cu_seqlens is None or max_seqlen is None else max_seqlen
+
+
+def _graph_unless(off: bool) -> contextlib.AbstractContextManager[object]:
+    """No autograd graph where something else computes the gradients."""
+    return torch.no_grad() if off else contextlib.nullcontext()
 
 
 def _range(name: str, q: Tensor, settings: Settings) -> contextlib.AbstractContextManager[object]:

@@ -184,6 +184,7 @@ class NSAttention(nn.Module):
             max_seqlen=max_seqlen,
             block_idx=None,
             settings=settings,
+            nonnegative=True,
         )
         return self.o_proj(out.flatten(2))
 

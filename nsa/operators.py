@@ -41,8 +41,8 @@ def define(
         fake: empty results with the shapes, dtypes and strides that ``forward`` gives.
         saved: the tensors a backward needs, from (inputs, outputs).
         kept: what else it needs, from the inputs; None keeps every input that is no tensor.
-        gradients: ``(kept, saved tensors, dout)`` to a gradient for every input. Of two outputs
-            the second is a log-sum-exp, which carries none.
+        gradients: ``(kept, saved tensors, dout)`` to a gradient for every input. Of several
+            outputs only the first carries one.
 
     Without ``gradients`` a backward through the operator raises.
     """
@@ -67,7 +67,7 @@ def define(
             plain = tuple(None if isinstance(x, Tensor) else x for x in inputs)
             ctx.kept = plain if kept is None else kept(inputs)
             if isinstance(output, tuple):
-                ctx.mark_non_differentiable(output[1])
+                ctx.mark_non_differentiable(*output[1:])
 
         def backward(ctx: Any, *grads: Tensor) -> Any:
             return gradients(ctx.kept, ctx.saved_tensors, grads[0])

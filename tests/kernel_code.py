@@ -39,6 +39,8 @@ class Code:
     registers: int
     spilled: int
     """Bytes of stack a thread."""
+    spilled_in_loops: int
+    """Instructions in loops that move what has been spilled."""
     shared: int
     """Bytes a program."""
     serialized: bool
@@ -118,10 +120,36 @@ def _read(name: str, ptx: str, shared: int) -> Code:
             text=True,
             check=True,
         )
+        code = subprocess.run(
+            [knobs.nvidia.nvdisasm.path, "-c", str(file.with_suffix(".cubin"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     registers = re.search(r"Used (\d+) registers", ran.stderr)
     stack = re.search(r"(\d+) bytes stack frame", ran.stderr)
     assert registers is not None, ran.stderr
     assert stack is not None, ran.stderr
     return Code(
-        name, int(registers[1]), int(stack[1]), shared, "instructions are serialized" in ran.stderr
+        kernel=name,
+        registers=int(registers[1]),
+        spilled=int(stack[1]),
+        spilled_in_loops=_spills_in_loops(code.stdout),
+        shared=shared,
+        serialized="instructions are serialized" in ran.stderr,
     )
+
+
+def _spills_in_loops(listing: str) -> int:
+    """Loads and stores of local memory between a label and a later jump back to it."""
+    labels: dict[str, int] = {}
+    spills: list[int] = []
+    seen: set[int] = set()
+    for at, line in enumerate(listing.splitlines()):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = at
+        elif re.search(r"\b(LDL|STL)\b", line):
+            spills.append(at)
+        elif (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+            seen.update(x for x in spills if x > labels[jump[1]])
+    return len(seen)

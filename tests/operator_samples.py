@@ -165,6 +165,22 @@ def _select_blocks(x: Inputs) -> Arguments:
     return x.q.detach(), x.compressed.k.detach(), lse, x.cu_seqlens, *call
 
 
+def _gated_attention(x: Inputs) -> Arguments:
+    compressed = _compressed_attention(x)
+    out, lse = torch.ops.nsa.compressed_attention.default(*compressed)
+    where = compressed[3:7]
+    sizes = (CONFIG.compress_block, CONFIG.compress_stride, CONFIG.select_block, CONFIG.window)
+    nonnegative = x.cu_seqlens is None
+    tensors = (x.q, *x.compressed, *x.selected, *x.window, x.gates, out, lse, x.block_idx)
+    return *tensors, _starts(x), *where, len(LENGTHS), *sizes, SCALE, nonnegative
+
+
+def _gated_attention_backward(x: Inputs) -> Arguments:
+    call = _gated_attention(x)
+    out, *rest = torch.ops.nsa.gated_attention.default(*call)
+    return torch.randn_like(out), *call[:10], *rest, *call[10:]
+
+
 def _rope_table(x: Inputs) -> Arguments:
     return torch.arange(x.q.shape[1], device=x.q.device), CONFIG.head_dim, 100.0, torch.float32
 
@@ -178,9 +194,11 @@ OTHERS: dict[str, Callable[[Inputs], Arguments]] = {
     "block_tokens_backward": _block_tokens_backward,
     "select_blocks": _select_blocks,
     "rope_table": _rope_table,
+    "gated_attention": _gated_attention,
+    "gated_attention_backward": _gated_attention_backward,
 }
 
-_KERNELS = ("window_attention", "selected_attention", "compressed_attention")
+_KERNELS = ("window_attention", "selected_attention", "compressed_attention", "gated_attention")
 IN_TRITON = tuple(name for op in _KERNELS for name in (op, f"{op}_backward"))
 """Made of Triton kernels: on a CPU they run in its interpreter alone."""
 IN_TORCH = tuple(

@@ -21,17 +21,21 @@ pytestmark = pytest.mark.skipif(
 
 SHARED_BYTES = 227 * 1024
 """What a program may have on sm_90."""
-SPILL_BYTES = 64
-"""Of the stack, a thread: a little above what today's tilings have, so that more is seen."""
+SPILL_BYTES = 256
+"""Of the stack, a thread, before and after the loops alone: what today's tilings have, so that more
+is seen."""
+SPILLS_IN_LOOPS = 12
+"""Instructions that move spilled values in loops: a few addresses, as today's tilings have."""
 PAPER, SMALL = (64, 4, 128), (12, 2, 64)
-SERIALIZED = {"_forward"}
+SERIALIZED = {"forward"}
 """With heads of 128 the window's forward has 128 registers, so that two programs share a
 multiprocessor: 3.1 ms against 3.9 at T = 65536, although its matrix instructions wait."""
 
 
 def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
     """Compiles what one step launches, in bf16, at T = 8192."""
-    from nsa.kernels import select, selected, selected_kv, selected_lists, window
+    from nsa.kernels import gated, select, selected, selected_kv, selected_lists, window
+    from nsa.kernels.band import Blocks
 
     H, K, D = shape
     T, N = 8192, 511
@@ -41,7 +45,12 @@ def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
     lse = torch.empty(1, T, H)
     lists = torch.zeros(1, T, K, 16, dtype=torch.int32)
     scale = D**-0.5
-    blocks = window.Blocks(32, 16)
+    blocks = Blocks(32, 16)
+    gates = torch.empty(1, T, H, 3, dtype=torch.bfloat16)
+    ks = gated.Branches(k_cmp, k, k)
+    layout = gated.Layout(blocks, 64, 512, scale)
+    of_all = (gated.Branches(q, q, q), gated.Branches(lse, lse, lse), lists, layout)
+    dq_dtype = torch.float32 if D <= 64 else torch.bfloat16
     chosen = {"start": None, "select_block": 64, "scale": scale}
     geometry = {"compress_block": 32, "compress_stride": 16, "select_block": 64}
     counts = {"num_selected": 16, "num_initial": 1, "num_local": 2}
@@ -62,8 +71,15 @@ def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
         "selected backward": lambda: selected.selected_backward(
             dout, q, k, k, q, lse, lists, **chosen
         ),
+        "gated": lambda: gated.gated_forward(q, ks, ks, gates, q, lists, layout),
+        "gated backward": lambda: gated.gated_backward(
+            dout, q, ks, ks, gates, *of_all, nonnegative=True, dq_dtype=dq_dtype
+        ),
+        "gated backward, any gates": lambda: gated.gated_backward(
+            dout, q, ks, ks, gates, *of_all, nonnegative=False, dq_dtype=dq_dtype
+        ),
     }
-    with recorded(select, selected, selected_kv, selected_lists, window) as launches:
+    with recorded(gated, select, selected, selected_kv, selected_lists, window) as launches:
         steps[step]()
     assert launches.calls
     return [compile_launch(*call) for call in launches.calls]
@@ -80,12 +96,16 @@ def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
         "select",
         "selected",
         "selected backward",
+        "gated",
+        "gated backward",
+        "gated backward, any gates",
     ],
 )
 def test_code_for_an_h100(step: str, shape: tuple[int, int, int]) -> None:
     for code in launch(shape, step):
         assert code.shared <= SHARED_BYTES, code
         assert code.spilled <= SPILL_BYTES, code
+        assert code.spilled_in_loops <= SPILLS_IN_LOOPS, code
         expected = shape == PAPER and code.kernel in SERIALIZED
         assert code.serialized == expected, code
 
@@ -101,6 +121,7 @@ def test_what_ptxas_complains_of_is_seen() -> None:
     with recorded(window) as launches:
         window.window_forward(q, k, k, window=64, start=None, scale=1.0, tiles=tiles)
     (code,) = [compile_launch(*call) for call in launches.calls]
-    assert code.spilled > SPILL_BYTES
+    assert code.spilled > 0
+    assert code.spilled_in_loops > SPILLS_IN_LOOPS
     assert code.serialized
     assert code.registers <= 96

@@ -25,10 +25,11 @@ from nsa.backends import load
 from nsa.backends.contract import STEPS, Problem
 from nsa.backends.selection import SELECTORS, select
 from nsa.compress import COPIES, Copies
-from nsa.config import NSAConfig
+from nsa.config import KV, NSAConfig
 from nsa.kernels.attention_ops import compressed_attention as compressed_op
 from nsa.kernels.attention_ops import selected_attention as selected_op
 from nsa.kernels.attention_ops import window_attention as window_op
+from nsa.kernels.gated_ops import gated_attention as gated_op
 from nsa.settings import Settings, foreign_variable
 from nsa.varlen import block_places, compressed_members, token_members
 
@@ -227,6 +228,46 @@ def window_attention(
         return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
     start, scale = _start(cu_seqlens, q.shape[1]), config.softmax_scale
     return window_op(q, k, v, start, config.window, scale, q_start)
+
+
+def gated_attention(
+    q: Tensor,
+    compressed: KV,
+    selected: KV,
+    window: KV,
+    gates: Tensor,
+    out_cmp: Tensor,
+    lse_cmp: Tensor,
+    block_idx: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    *,
+    nonnegative: bool = False,
+) -> Tensor:
+    """See :class:`nsa.backends.contract.Gated`."""
+    places: tuple[Tensor | None, ...] = (None,) * 4
+    if cu_seqlens is not None:
+        places = block_places(cu_seqlens, q.shape[1], compressed.k.shape[1], config)
+    sum_, *_ = gated_op(
+        q,
+        *compressed,
+        *selected,
+        *window,
+        gates,
+        out_cmp,
+        lse_cmp,
+        block_idx,
+        _start(cu_seqlens, q.shape[1]),
+        *places,
+        1 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        config.compress_block,
+        config.compress_stride,
+        config.select_block,
+        config.window,
+        config.softmax_scale,
+        nonnegative,
+    )
+    return sum_
 
 
 def _plain(q: Tensor) -> bool:

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nsa.config import NSAConfig
+from nsa.config import KV, NSAConfig
 
 STEPS = ("compressed", "select", "selected", "window")
 """The names under which ``Resolution.per_branch`` lists what runs each step."""
@@ -102,4 +102,30 @@ class Backend(Protocol):
         q_start: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """q ``[B, T, H, D]``, k ``[B, S, K, D]``, v ``[B, S, K, V]`` -> (out, lse)."""
+        ...
+
+
+class Gated(Protocol):
+    """What a backend may have besides: the gated sum at once, where it runs all three branches."""
+
+    def gated_attention(
+        self,
+        q: Tensor,
+        compressed: KV,
+        selected: KV,
+        window: KV,
+        gates: Tensor,
+        out_cmp: Tensor,
+        lse_cmp: Tensor,
+        block_idx: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None = None,
+        *,
+        nonnegative: bool = False,
+    ) -> Tensor:
+        """``Σ_c gate_c * o_c``, ``[B, T, H, V]``, of what :func:`nsa.nsa_attention` takes.
+
+        ``out_cmp`` and ``lse_cmp`` are the compressed branch's and carry no gradient: what flows
+        back through that branch is this function's to compute. ``nonnegative``: no gate is below 0.
+        """
         ...

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
 from nsa.backends import Resolution, load, resolve
-from nsa.backends.contract import STEPS, Backend
+from nsa.backends.contract import STEPS, Backend, Gated
 from nsa.config import NSAConfig
 from nsa.fusion import keep_saved_tensors
 from nsa.settings import Settings, current_settings
@@ -46,6 +46,14 @@ class Plan(NamedTuple):
     def step(self, name: str) -> Backend:
         """The backend that runs one of :data:`STEPS`."""
         return BOUND[self.keys[STEPS.index(name)]]
+
+    def gated(self) -> Gated | None:
+        """The backend that runs every branch, if it has a way to do so at once."""
+        keys = {self.keys[STEPS.index(name)] for name in ("compressed", "selected", "window")}
+        if len(keys) > 1:
+            return None
+        backend = BOUND[keys.pop()]
+        return cast(Gated, backend) if hasattr(backend, "gated_attention") else None
 
 
 BOUND: dict[str, Backend] = {}

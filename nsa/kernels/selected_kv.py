@@ -29,6 +29,123 @@ from nsa.kernels.selected_tiles import KeyTiles, default_tiles, padded, padded_r
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
+@triton.jit
+def _add_readers(
+    dk_acc,  # [BLOCK_N, BLOCK_D], as is the first result
+    dv_acc,  # [BLOCK_N, BLOCK_V], as is the second
+    begin,
+    end,
+    k_tile,
+    v_tile,
+    q_ptr,  # of the batch row
+    do_ptr,
+    lse,
+    delta,
+    weight,
+    dq,
+    tokens,
+    token_0,
+    query_head,
+    first,
+    part,
+    q_t,
+    q_h,
+    do_t,
+    do_h,
+    q_start,
+    heads,
+    score_scale,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    SELECT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    WITH_DQ: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What pairs ``begin … end - 1`` add to dk, dv and dq; without MASKED they see every key."""
+    r = tl.arange(0, ROWS)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    slot = r // G
+    # What is the same in every step is cheap to compute again; kept, it spills (sm_90).
+    for pair in tl.range(begin, end, TOKENS, disable_licm=True):
+        live = (slot < TOKENS) & (pair + slot < end)
+        bt = tl.load(tokens + pair + slot, mask=live, other=0)
+        t = bt - token_0
+        if WIDE:
+            row = bt.to(tl.int64) * heads + query_head
+            q_row = t.to(tl.int64) * q_t + query_head * q_h
+            do_row = t.to(tl.int64) * do_t + query_head * do_h
+        else:
+            row = bt * heads + query_head
+            q_row = t * q_t + query_head * q_h
+            do_row = t * do_t + query_head * do_h
+        q_mask = live[:, None]
+        do_mask = live[:, None]
+        if BLOCK_D != D:
+            q_mask = q_mask & (d < D)[None, :]
+        if BLOCK_V != V:
+            do_mask = do_mask & (e < V)[None, :]
+        q_tile = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=q_mask, other=0.0)
+        do_tile = tl.load(do_ptr + do_row[:, None] + e[None, :], mask=do_mask, other=0.0)
+        log = tl.load(lse + row, mask=live, other=0.0) * LOG2E
+        mean = tl.load(delta + row, mask=live, other=0.0)
+        # How far into these keys each row sees, so that a key costs one comparison. Rows past the
+        # end of the chunk are zeros in q and dout: they add nothing, whatever they see.
+        reach = tl.minimum(t + q_start - first, SELECT - 1 - part)
+        # No probability is above 1; where scores are so large that rounding the lse says otherwise,
+        # the minimum keeps the gradient finite.
+        # Masks come before the exponential and the product: selecting 16-bit results would take
+        # twice the instructions. The product's asks for p, so that no mask has to be kept.
+        if KEYS_FIRST:
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            s = tl.minimum(s * score_scale - log[None, :], 0.0)
+            if MASKED:
+                s = tl.where(n[:, None] <= reach[None, :], s, float("-inf"))
+            p = tl.exp2(s)
+            if WEIGHTED:
+                p *= tl.load(weight + row, mask=live, other=0.0)[None, :]
+            p_keys = p.to(do_tile.dtype)
+            dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
+            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+            ds = p * (dp - mean[None, :])
+            if MASKED:
+                ds = tl.where(p == 0.0, 0.0, ds)
+            ds_keys = ds.to(q_tile.dtype)
+        else:
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            s = tl.minimum(s * score_scale - log[:, None], 0.0)
+            if MASKED:
+                s = tl.where(n[None, :] <= reach[:, None], s, float("-inf"))
+            p = tl.exp2(s)
+            if WEIGHTED:
+                p *= tl.load(weight + row, mask=live, other=0.0)[:, None]
+            p_keys = tl.trans(p.to(do_tile.dtype))
+            dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+            ds = p * (dp - mean[:, None])
+            if MASKED:
+                ds = tl.where(p == 0.0, 0.0, ds)
+            ds_keys = tl.trans(ds.to(q_tile.dtype))
+        dk_acc = tl.dot(ds_keys, q_tile, dk_acc, input_precision=PRECISION)
+        if WITH_DQ:
+            dq_part = tl.dot(tl.trans(ds_keys), k_tile, input_precision=PRECISION) * scale
+            dq_row = row[:, None] * D + d[None, :]
+            tl.atomic_add(dq + dq_row, dq_part, mask=q_mask, sem="relaxed")
+    return dk_acc, dv_acc
+
+
 @triton.jit(do_not_specialize=["T", "S", "q_start", "spans"])
 def _dkv_kernel(
     q,
@@ -37,6 +154,7 @@ def _dkv_kernel(
     dout,
     lse,  # [B, T, H], contiguous
     delta,  # [B, T, H], contiguous
+    weight,  # [B, T, H], contiguous: of each row's probabilities, with WEIGHTED
     dk,  # fp32 [B, S, K, D], contiguous; added to
     dv,  # fp32 [B, S, K, V], contiguous; added to
     dq,  # fp32 [B, T, H, D], contiguous; added to with WITH_DQ
@@ -73,8 +191,11 @@ def _dkv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PARTS: tl.constexpr,
+    NEAR: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     WITH_DQ: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     part = (tl.program_id(0) % PARTS) * BLOCK_N
@@ -82,7 +203,6 @@ def _dkv_kernel(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
-    slot = r // G
     mask_d = (d < D)[None, :]
     mask_e = (e < V)[None, :]
     chunk = tl.program_id(0) // PARTS
@@ -113,57 +233,57 @@ def _dkv_kernel(
 
         dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        # What is the same in every step is cheap to compute again; kept, it spills (sm_90).
-        for pair in tl.range(begin, end, TOKENS, disable_licm=True):
-            live = (slot < TOKENS) & (pair + slot < end)
-            bt = tl.load(tokens + pair + slot, mask=live, other=0)
-            t = bt - b * T
-            t64 = t.to(tl.int64)
-            row = bt.to(tl.int64) * (KV * G) + query_head
-            q_row = t64 * q_t + query_head.to(tl.int64) * q_h
-            do_row = t64 * do_t + query_head.to(tl.int64) * do_h
-            q_mask = live[:, None]
-            do_mask = live[:, None]
-            if BLOCK_D != D:
-                q_mask = q_mask & mask_d
-            if BLOCK_V != V:
-                do_mask = do_mask & mask_e
-            q_tile = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=q_mask, other=0.0)
-            do_tile = tl.load(do_ptr + do_row[:, None] + e[None, :], mask=do_mask, other=0.0)
-            log = tl.load(lse + row, mask=live, other=0.0) * LOG2E
-            mean = tl.load(delta + row, mask=live, other=0.0)
-            # How far into these keys each row sees, so that a key costs one comparison. Rows past
-            # the end of the chunk are zeros in q and dout: they add nothing, whatever they see.
-            reach = tl.minimum(t + q_start - first, SELECT - 1 - part)
-            # No probability is above 1; where scores are so large that rounding the lse says
-            # otherwise, the minimum keeps the gradient finite.
-            # Masks come before the exponential and the product: selecting 16-bit results would take
-            # twice the instructions.
-            if KEYS_FIRST:
-                visible = n[:, None] <= reach[None, :]
-                s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-                s = tl.minimum(s * score_scale - log[None, :], 0.0)
-                p = tl.exp2(tl.where(visible, s, float("-inf")))
-                p_keys = p.to(do_tile.dtype)
-                dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
-                dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-                ds = p * tl.where(visible, dp - mean[None, :], 0.0)
-                ds_keys = ds.to(q_tile.dtype)
-            else:
-                visible = n[None, :] <= reach[:, None]
-                s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-                s = tl.minimum(s * score_scale - log[:, None], 0.0)
-                p = tl.exp2(tl.where(visible, s, float("-inf")))
-                p_keys = tl.trans(p.to(do_tile.dtype))
-                dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
-                dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-                ds = p * tl.where(visible, dp - mean[:, None], 0.0)
-                ds_keys = tl.trans(ds.to(q_tile.dtype))
-            dk_acc = tl.dot(ds_keys, q_tile, dk_acc, input_precision=PRECISION)
-            if WITH_DQ:
-                dq_part = tl.dot(tl.trans(ds_keys), k_tile, input_precision=PRECISION) * scale
-                dq_row = row[:, None] * D + d[None, :]
-                tl.atomic_add(dq + dq_row, dq_part, mask=q_mask, sem="relaxed")
+        # Tokens rise: those of the block itself, which do not see all of it, come first.
+        middle = end
+        if SELECT % BLOCK_N == 0:
+            near = begin + tl.arange(0, NEAR)
+            t = tl.load(tokens + near, mask=near < end, other=2147483647) - b * T
+            inside = (near < end) & (t + q_start < first + BLOCK_N - 1)
+            middle = begin + tl.cdiv(tl.sum(inside.to(tl.int32), 0), TOKENS) * TOKENS
+            middle = tl.minimum(middle, end)
+        for half in tl.static_range(2):
+            dk_acc, dv_acc = _add_readers(
+                dk_acc,
+                dv_acc,
+                begin if half == 0 else middle,
+                middle if half == 0 else end,
+                k_tile,
+                v_tile,
+                q_ptr,
+                do_ptr,
+                lse,
+                delta,
+                weight,
+                dq,
+                tokens,
+                b * T,
+                query_head,
+                first,
+                part,
+                q_t,
+                q_h,
+                do_t,
+                do_h,
+                q_start,
+                KV * G,
+                score_scale,
+                scale,
+                G,
+                D,
+                V,
+                SELECT,
+                TOKENS,
+                ROWS,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_V,
+                KEYS_FIRST,
+                WITH_DQ,
+                WEIGHTED,
+                half == 0,
+                WIDE,
+                PRECISION,
+            )
 
         # A key past the end of its block is another block's, or nobody's; p and ds of it are 0.
         grad_row = (b64 * S + first + n[:, None]) * KV + head
@@ -233,9 +353,11 @@ def selected_dkv(
     scale: float,
     q_start: int = 0,
     sequences: int | None = None,
+    weight: Tensor | None = None,
+    dq: Tensor | None = None,
     tiles: KeyTiles | None = None,
     cut: Chunks | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """The gradients of k and v, and of q where the tiles say so.
 
     Args:
@@ -246,12 +368,14 @@ def selected_dkv(
         delta: ``[B, T, H]``, fp32, the sum of ``dout * out``.
         sequences: at most so many packed sequences (``cu_seqlens.numel() - 1``); without it, many
             programs start for nothing.
+        weight: ``[B, T, H]``, fp32, of each row's probabilities; None for 1.
+        dq: ``[B, T, H, D]``, fp32, contiguous: what q's gradient is added to with
+            ``KeyTiles.with_dq``.
         tiles: how to cut the launch; None takes :func:`default_tiles`.
         cut: made by :func:`chunks`, or None.
 
     Returns:
-        dk ``[B, S, K, D]`` and dv ``[B, S, K, V]`` in q's dtype, 0 for keys that nobody sees; dq
-        ``[B, T, H, D]`` in q's dtype with ``KeyTiles.with_dq``, else None.
+        dk ``[B, S, K, D]`` and dv ``[B, S, K, V]``, fp32, 0 for keys that nobody sees.
     """
     B, T, H, D = q.shape
     S, K, V = v.shape[1:]
@@ -259,7 +383,7 @@ def selected_dkv(
     dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
     tiles = tiles or default_tiles(q, v, block_idx, select_block).dkv
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if tiles.with_dq else None
+    assert not tiles.with_dq or dq is not None
     if q.numel() and k.numel() and n:
         G = H // K
         q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
@@ -283,6 +407,7 @@ def selected_dkv(
                 dout,
                 lse.contiguous(),
                 delta.contiguous(),
+                lse if weight is None else weight,
                 dk,
                 dv,
                 dk if dq is None else dq,
@@ -311,13 +436,16 @@ def selected_dkv(
                 BLOCK_D=padded(D),
                 BLOCK_V=padded(V),
                 PARTS=parts,
+                NEAR=padded(select_block),
                 KEYS_FIRST=tiles.keys_first,
                 WITH_DQ=tiles.with_dq,
+                WEIGHTED=weight is not None,
+                WIDE=max(q.numel(), *(T * x.stride(1) for x in (q, dout))) >= 2**31,
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )
-    return dk.to(q.dtype), dv.to(q.dtype), None if dq is None else dq.to(q.dtype)
+    return dk, dv
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from nsa import NSAConfig
-from nsa.kernels.window import Blocks, window_backward, window_forward
+from nsa.kernels.band import Blocks
+from nsa.kernels.window import window_backward, window_forward
 from nsa.kernels.window_tiles import WindowTiles
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
