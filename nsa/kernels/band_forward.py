@@ -49,18 +49,18 @@ def _attend(
     dim = tl.arange(0, DIM)
     vdim = tl.arange(0, VDIM)
     key = tl.arange(0, KEYS)
-    k_ptr += key[:, None].to(tl.int64) * k_stride_s + dim[None, :] * k_stride_d
-    v_ptr += key[:, None].to(tl.int64) * v_stride_s + vdim[None, :] * v_stride_d
-    for step in range(steps):
+    # Keeping what is the same in every step spills where heads are large.
+    for step in tl.range(steps, disable_licm=DIM + VDIM > 128):
         s0 = begin + step * KEYS
         if EDGE:
             s0 += tl.where(step < before, 0, skipped) * KEYS
         there = s0 + key < end if EDGE else key >= 0
         k_there = there[:, None] if D == DIM else there[:, None] & (dim < D)[None, :]
         v_there = there[:, None] if V == VDIM else there[:, None] & (vdim < V)[None, :]
-        at = s0.to(tl.int64)
-        k = tl.load(k_ptr + at * k_stride_s, mask=k_there, other=0.0)
-        v = tl.load(v_ptr + at * v_stride_s, mask=v_there, other=0.0)
+        k_at = key[:, None] * k_stride_s + dim[None, :] * k_stride_d
+        v_at = key[:, None] * v_stride_s + vdim[None, :] * v_stride_d
+        k = tl.load(k_ptr + s0.to(tl.int64) * k_stride_s + k_at, mask=k_there, other=0.0)
+        v = tl.load(v_ptr + s0.to(tl.int64) * v_stride_s + v_at, mask=v_there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if EDGE:
             s = s0 + key

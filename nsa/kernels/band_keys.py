@@ -21,15 +21,14 @@ def _add_queries(
     dv,  # [KEYS, VDIM], as is the second
     k,
     v,
-    q_ptr,  # of the batch row
+    q_ptr,  # of the batch row and the first head of the group
     dout_ptr,
-    lse_ptr,
+    lse_ptr,  # of the first head of the group, as are the next two
     delta_ptr,
     weight_ptr,
     start_ptr,
     first_ptr,
     s,
-    head,
     b,
     begin,
     end,
@@ -68,11 +67,10 @@ def _add_queries(
     dim = tl.arange(0, DIM)
     vdim = tl.arange(0, VDIM)
     token = row // G
-    wide = token[:, None].to(tl.int64)
-    q_ptr += wide * q_stride_t + head[:, None] * q_stride_h + dim[None, :] * q_stride_d
-    dout_ptr += wide * do_stride_t + head[:, None] * do_stride_h + vdim[None, :] * do_stride_d
+    head = row % G
     place = token * H + head
-    for step in range(steps):
+    # Keeping what is the same in every step spills where heads are large.
+    for step in tl.range(steps, disable_licm=DIM + VDIM > 128):
         t0 = begin + step * TOKENS
         if EDGE:
             t0 += tl.where(step < before, 0, skipped) * TOKENS
@@ -82,8 +80,11 @@ def _add_queries(
         q_there = there[:, None] if D == DIM else there[:, None] & (dim < D)[None, :]
         do_there = there[:, None] if V == VDIM else there[:, None] & (vdim < V)[None, :]
         at = t0.to(tl.int64)
-        q = tl.load(q_ptr + at * q_stride_t, mask=q_there, other=0.0)
-        dout = tl.load(dout_ptr + at * do_stride_t, mask=do_there, other=0.0)
+        q_row, do_row = token * q_stride_t, token * do_stride_t
+        q_at = (q_row + head * q_stride_h)[:, None] + dim[None, :] * q_stride_d
+        do_at = (do_row + head * do_stride_h)[:, None] + vdim[None, :] * do_stride_d
+        q = tl.load(q_ptr + at * q_stride_t + q_at, mask=q_there, other=0.0)
+        dout = tl.load(dout_ptr + at * do_stride_t + do_at, mask=do_there, other=0.0)
         rows = (b * T + at) * H
         # a row that is not there has probability exp(-inf)
         lse = tl.load(lse_ptr + rows + place, mask=there, other=float("inf"))
@@ -91,20 +92,20 @@ def _add_queries(
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         scores = tl.minimum(scores * scale_log2 - (lse * LOG2_E)[None, :], 0.0)
-        ds = dp - delta[None, :]
         if EDGE:
             real = tl.minimum(t0 + token, T - 1)
             position = last_seen(real, start_ptr, first_ptr, q_start, LEAD, STRIDE, STRIDED, PACKED)
             seen = first_seen(real, position, start_ptr, window, PACKED)
             visible = (s[:, None] >= seen[None, :]) & (s[:, None] <= position[None, :])
-            # what overflowed in another sequence's row may be no number
             scores = tl.where(visible, scores, float("-inf"))
-            ds = tl.where(visible, ds, 0.0)
         p = tl.exp2(scores)
         if WEIGHTED:
             p *= tl.load(weight_ptr + rows + place, mask=there, other=0.0)[None, :]
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot((p * ds).to(q.dtype), q, dk, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if EDGE:  # what overflowed in another sequence's row may be no number
+            ds = tl.where(p == 0.0, 0.0, ds)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -177,7 +178,6 @@ def key_gradient(
     s0 = block * KEYS
     s_last = tl.minimum(s0 + KEYS, S) - 1
 
-    row = tl.arange(0, ROWS)
     dim = tl.arange(0, DIM)
     vdim = tl.arange(0, VDIM)
     s = s0 + tl.arange(0, KEYS)
@@ -225,9 +225,8 @@ def key_gradient(
         first_t += split * each
         end_t = tl.minimum(end_t, first_t + each)
     steps, before, within = steps_of(first_t, end_t, all_from, tl.minimum(all_until, end_t), TOKENS)
-    head = kv * G + row % G
-    q_ptr += b * q_stride_b
-    dout_ptr += b * do_stride_b
+    q_ptr += b * q_stride_b + kv * G * q_stride_h
+    dout_ptr += b * do_stride_b + kv * G * do_stride_h
 
     dk = tl.zeros((KEYS, DIM), tl.float32)
     dv = tl.zeros((KEYS, VDIM), tl.float32)
@@ -239,13 +238,12 @@ def key_gradient(
             v,
             q_ptr,
             dout_ptr,
-            lse_ptr,
-            delta_ptr,
-            weight_ptr,
+            lse_ptr + kv * G,
+            delta_ptr + kv * G,
+            weight_ptr + kv * G,
             start_ptr,
             first_ptr,
             s,
-            head,
             b,
             first_t if edge == 1 else first_t + before * TOKENS,
             end_t,

@@ -54,21 +54,22 @@ def _add_keys(
     dim = tl.arange(0, DIM)
     vdim = tl.arange(0, VDIM)
     key = tl.arange(0, KEYS)
-    k_ptr += key[:, None].to(tl.int64) * k_stride_s + dim[None, :] * k_stride_d
-    v_ptr += key[:, None].to(tl.int64) * v_stride_s + vdim[None, :] * v_stride_d
-    for step in range(steps):
+    # Keeping what is the same in every step spills where heads are large.
+    for step in tl.range(steps, disable_licm=DIM + VDIM > 128):
         s0 = begin + step * KEYS
         if EDGE:
             s0 += tl.where(step < before, 0, skipped) * KEYS
         there = s0 + key < end if EDGE else key >= 0
         k_there = there[:, None] if D == DIM else there[:, None] & (dim < D)[None, :]
         v_there = there[:, None] if V == VDIM else there[:, None] & (vdim < V)[None, :]
-        at = s0.to(tl.int64)
-        k = tl.load(k_ptr + at * k_stride_s, mask=k_there, other=0.0)
-        v = tl.load(v_ptr + at * v_stride_s, mask=v_there, other=0.0)
+        k_at = key[:, None] * k_stride_s + dim[None, :] * k_stride_d
+        v_at = key[:, None] * v_stride_s + vdim[None, :] * v_stride_d
+        k = tl.load(k_ptr + s0.to(tl.int64) * k_stride_s + k_at, mask=k_there, other=0.0)
+        v = tl.load(v_ptr + s0.to(tl.int64) * v_stride_s + v_at, mask=v_there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        # rounding of a huge lse must not make a probability above 1
+        # rounding of a huge lse must not make a probability above 1, nor an unseen score that
+        # overflowed one that is no number: the minimum of that and 0 is 0
         p = tl.exp2(tl.minimum(scores * scale_log2 - lse_log2[:, None], 0.0))
         if WEIGHTED:
             p *= weight[:, None]
@@ -305,10 +306,11 @@ def _row_facts(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     lse = tl.load(lse_ptr + place)
     weight = tl.load(gate_ptr + branch * gate_stride).to(tl.float32)
+    tl.store(dgates_ptr + place * 3 + branch, delta.to(dgates_ptr.dtype.element_ty), mask=there)
     if not WEIGHTED:  # exp(s - lse + log g) is g*p
+        delta = tl.where(weight < 0.0, float("nan"), delta)
         shut = weight == 0.0
         lse = tl.where(shut, float("inf"), lse - tl.log(tl.where(shut, 1.0, weight)))
-    tl.store(dgates_ptr + place * 3 + branch, delta.to(dgates_ptr.dtype.element_ty), mask=there)
     tl.store(rows_ptr + branch * rows + place, lse, mask=there)
     tl.store(rows_ptr + (3 + branch) * rows + place, delta, mask=there)
     if WEIGHTED:

@@ -23,7 +23,15 @@ from nsa.kernels.band_queries import gated_query_gradient
 from nsa.kernels.selected import add_selected_dq, selected_forward
 from nsa.kernels.selected_kv import rows_contiguous, selected_dkv
 from nsa.kernels.selected_tiles import default_tiles
-from nsa.kernels.window import Mix, Rows, key_gradients, launch_shape, positive, window_and_mix
+from nsa.kernels.window import (
+    Mix,
+    Rows,
+    addressable,
+    key_gradients,
+    launch_shape,
+    positive,
+    window_and_mix,
+)
 from nsa.kernels.window_tiles import query_gradient_tiles
 
 
@@ -183,6 +191,7 @@ def _query_gradient(
     if rows.numel() == 0:
         return
     q, scale, sign = positive(q, layout.scale)
+    k, v = (Branches(*map(addressable, x)) for x in (k, v))
     tiles = query_gradient_tiles(q.dtype, max(D, V))
     shape, options = launch_shape(q, k.window, v.window, tiles, layout.start, 0, TOKENS)
     del shape["STRIDED"]

@@ -270,7 +270,8 @@ def _add_dq(
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         # No probability is above 1; where scores are so large that rounding the lse says
-        # otherwise, this keeps the gradient finite.
+        # otherwise, this keeps the gradient finite, as it does where an unseen score overflowed:
+        # the minimum of no number and 0 is 0.
         p = tl.exp2(tl.minimum(s * score_scale - log[:, None], 0.0))
         if WEIGHTED:
             p *= weights[:, None]

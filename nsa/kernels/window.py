@@ -119,6 +119,7 @@ def _forward(
     if lse.numel() == 0:
         return out, lse, mixed
     q, scale, _ = positive(q, scale)
+    q, k, v = map(addressable, (q, k, v))
     tiles = tiles or forward_tiles(q.dtype, max(D, V))
     shape, options = launch_shape(q, k, v, tiles, start, q_start, blocks)
     others = (out, out) if mix is None else (mix.compressed.contiguous(), mix.selected.contiguous())
@@ -185,6 +186,7 @@ def window_backward(
     if lse.numel() == 0 or S == 0:
         return dq.zero_(), k.new_zeros(k.shape), v.new_zeros(v.shape)
     out, lse = out.contiguous(), lse.contiguous()
+    dout, q, k, v = map(addressable, (dout, q, k, v))
     positive_q, positive_scale, sign = positive(q, scale)
     delta = torch.empty_like(lse)
     tiles = q_tiles or query_gradient_tiles(q.dtype, max(D, V))
@@ -255,6 +257,7 @@ def key_gradients(
     if q.numel() == 0 or S == 0:
         return dk.zero_(), dv.zero_()
     q, scale, _ = positive(q, scale)
+    dout, q, k, v = map(addressable, (dout, q, k, v))
     tiles = tiles or key_gradient_tiles(q.dtype, max(D, V))
     shape, options = launch_shape(q, k, v, tiles, start, q_start, blocks)
     programs = triton.cdiv(S, tiles.keys) * B * K
@@ -310,6 +313,12 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     if scale > 0:  # the running maximum is taken before scaling
         return q, scale, 1.0
     return (-q, -scale, -1.0) if scale < 0 else (torch.zeros_like(q), 1.0, 0.0)
+
+
+def addressable(x: Tensor) -> Tensor:
+    """x ``[B, T, H, D]`` itself if offsets within a tile fit in int32, else a copy."""
+    reach = 256 * x.stride(1) + x.shape[2] * x.stride(2) + x.shape[3] * x.stride(3)
+    return x if reach < 2**31 else x.contiguous()
 
 
 def launch_shape(

@@ -3,6 +3,7 @@
 - a scalar from NumPy 2.4's one-element arrays is no longer an index: loop bounds need one;
 - ``tl.dot`` of bf16 multiplies the bit patterns;
 - fp32 to bf16 cuts bits off where a GPU rounds to nearest, so that 0.9999999 becomes 0.996;
+- ``tl.minimum`` and ``tl.maximum`` give no number for it and another, where a GPU gives the other;
 - ``xor_sum``, on which ``tl.sort`` rests, is a Python loop over elements;
 - every call of one jit function by another patches the whole language anew.
 """
@@ -54,6 +55,9 @@ def apply() -> None:
         data = np.bitwise_xor.reduce(x.handle.data, axis=self.axis, keepdims=self.keep_dims)
         return self.to_tensor(data, x.dtype)
 
+    def number(function: Any) -> Any:
+        return lambda self, x, y: self.binary_op(x, y, function)
+
     patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[int] = set()  # of the launch under way, which restores what it patched at its end
 
@@ -73,3 +77,5 @@ def apply() -> None:
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter.InterpreterBuilder.cast_impl = cast
     interpreter.ReduceOps.apply_impl = fast_reduce
+    interpreter.InterpreterBuilder.create_minnumf = number(np.fmin)
+    interpreter.InterpreterBuilder.create_maxnumf = number(np.fmax)
