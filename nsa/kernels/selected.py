@@ -277,7 +277,6 @@ def _constants(
         "BLOCK_D": padded(D),
         "BLOCK_V": padded(V),
         "PARTS": triton.cdiv(select_block, tiles.block_n),
-        "LISTED": padded(tiles.tokens * block_idx.shape[3]),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

@@ -146,7 +146,7 @@ def _add_readers(
     return dk_acc, dv_acc
 
 
-@triton.jit(do_not_specialize=["T", "S", "q_start", "spans"])
+@triton.jit(do_not_specialize=["T", "S", "q_start", "spans", "blocks"])
 def _dkv_kernel(
     q,
     k,
@@ -179,12 +179,14 @@ def _dkv_kernel(
     q_start,
     KV,
     spans,
+    blocks,
     score_scale,
     scale,
     G: tl.constexpr,
     D: tl.constexpr,
     V: tl.constexpr,
     SELECT: tl.constexpr,
+    UNIT: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -209,9 +211,9 @@ def _dkv_kernel(
     if chunk < tl.load(chunk_count):
         begin = tl.load(starts + chunk)
         end = tl.load(starts + chunk + 1)
-        key = tl.load(keys + begin)
-        first = (key % S).to(tl.int32) + part
-        b_head = (key // S // spans).to(tl.int32)
+        key = tl.load(keys + begin).to(tl.int64)
+        first = (key % blocks).to(tl.int32) * UNIT + part
+        b_head = (key // blocks // spans).to(tl.int32)
         head = b_head % KV
         b = b_head // KV
         b64 = b.to(tl.int64)
@@ -424,12 +426,14 @@ def selected_dkv(
                 q_start,
                 K,
                 cut.spans,
+                cut.blocks,
                 scale * LOG2E.value,
                 scale,
                 G=G,
                 D=D,
                 V=V,
                 SELECT=select_block,
+                UNIT=cut.unit,
                 TOKENS=tiles.tokens,
                 ROWS=padded_rows(tiles.tokens, G),
                 BLOCK_N=tiles.block_n,
@@ -444,6 +448,7 @@ def selected_dkv(
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
+                **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
             )
     return dk, dv
 

@@ -41,8 +41,8 @@ class Chunks(NamedTuple):
     """Pairs (token, listed block) sorted by block and cut into chunks of one block each."""
 
     keys: Tensor
-    """int32 or int64 ``[P + 1]``, sorted: ``((b*K + head)*spans + span)*S + first key row``; blocks
-    that nobody sees, and one more, stand at the end as ``B*K*spans*S``."""
+    """Integers ``[P + 1]``, sorted: ``((b*K + head)*spans + span)*blocks + first key row // unit``;
+    blocks that nobody sees, and one more, stand at the end as ``B*K*spans*blocks``."""
     tokens: Tensor
     """int32 ``[P + 1]``, ``b*T + t`` of each sorted pair."""
     starts: Tensor
@@ -52,6 +52,10 @@ class Chunks(NamedTuple):
     at_most: int
     """No more chunks than this."""
     spans: int
+    blocks: int
+    """Of one batch row and head, as far as ``keys`` counts them."""
+    unit: int
+    """Key rows from one to the next: l' in a regular batch, 1 in a packed one."""
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "key_end", "q_start"])
@@ -201,7 +205,9 @@ def union_lists_torch(
     return UnionLists(tokens, rows.int(), masks.int(), counts.int())
 
 
-@triton.jit(do_not_specialize=["T", "pairs", "key_rows", "span", "spans", "q_start", "nowhere"])
+@triton.jit(
+    do_not_specialize=["T", "pairs", "key_rows", "span", "spans", "q_start", "blocks", "nowhere"]
+)
 def _key_kernel(
     block_idx,
     start,
@@ -212,12 +218,12 @@ def _key_kernel(
     span,
     spans,
     q_start,
+    blocks,
     nowhere,
     KV,
     WIDTH: tl.constexpr,
     SELECT: tl.constexpr,
     PACKED: tl.constexpr,
-    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -231,11 +237,9 @@ def _key_kernel(
     if PACKED:
         first += tl.load(start + t, mask=read, other=0)
     seen = read & (j >= 0) & (first <= q_start + t) & (first < key_rows)
-    key = ((b * KV + head) * spans + t // span) * key_rows + first
+    key = ((b * KV + head) * spans + t // span) * blocks + (first if PACKED else j)
     key = tl.where(seen, key, nowhere)
-    if not WIDE:
-        key = key.to(tl.int32)
-    tl.store(keys + pair, key, mask=pair <= pairs)
+    tl.store(keys + pair, key.to(keys.dtype.element_ty), mask=pair <= pairs)
 
 
 @triton.jit(do_not_specialize=["pairs", "nowhere"])
@@ -306,9 +310,14 @@ def chunks(
     span = T if span is None else min(span, T)
     spans = triton.cdiv(T, span)
     key_rows = max(key_rows, 1)
-    nowhere = B * K * spans * key_rows
-    wide = nowhere >= 2**31
-    keys = torch.empty(pairs + 1, dtype=torch.int64 if wide else torch.int32, device=device)
+    unit = select_block if start is None else 1
+    most = triton.cdiv(key_rows, unit)
+    nowhere = B * K * spans * most
+    # sorting takes a pass for every 8 bits
+    dtype = next(
+        x for x in (torch.int16, torch.int32, torch.int64) if nowhere <= torch.iinfo(x).max
+    )
+    keys = torch.empty(pairs + 1, dtype=dtype, device=device)
     grid, block = (triton.cdiv(pairs + 1, 1024),), 1024
     _key_kernel[grid](
         block_idx,
@@ -320,12 +329,12 @@ def chunks(
         span,
         spans,
         q_start,
+        most,
         nowhere,
         K,
         WIDTH=n,
         SELECT=select_block,
         PACKED=start is not None,
-        WIDE=wide,
         BLOCK=block,
     )
     keys, order = keys.sort(stable=True)
@@ -344,4 +353,4 @@ def chunks(
     _chunk_kernel[grid](
         order, number, begins, tokens, starts, count, pairs, K, WIDTH=n, BLOCK=block
     )
-    return Chunks(keys, tokens, starts, count, at_most, spans)
+    return Chunks(keys, tokens, starts, count, at_most, spans, most, unit)

@@ -3,8 +3,7 @@
 A program takes m neighbouring tokens of one key/value head, all G query heads of each as rows of
 one tile, and walks over the union of the tokens' block lists (:mod:`nsa.kernels.selected_lists`):
 a block that several of them list is fetched once, and m*G rows fill a matrix instruction that one
-token's G rows would leave mostly idle. Blocks that end before the tile's first token come first and
-have a loop of their own, in which a mask is one per row and not one per score.
+token's G rows would leave mostly idle.
 
 Scores are kept in base 2: ``exp2(s*c - m)`` with ``c = scale * log2(e)`` is one multiply-add and
 one hardware instruction.
@@ -24,80 +23,6 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 
 _UNSPECIALIZED = ["T", "tiles", "key_end", "q_start"]
-
-
-@triton.jit
-def _blocks_seen_whole(rows, count, first_position, SELECT: tl.constexpr, LISTED: tl.constexpr):
-    """How many of a tile's blocks end at or before its first token: those come first."""
-    entry = tl.arange(0, LISTED)
-    begins = tl.load(rows + entry, mask=entry < count, other=2147483647)
-    whole = (entry < count) & (begins <= first_position - (SELECT - 1))
-    return tl.sum(whole.to(tl.int32), 0)
-
-
-@triton.jit
-def _attend(
-    acc,  # [ROWS, BLOCK_V]; the three are what was and what will be
-    highest,  # [ROWS]
-    total,  # [ROWS]
-    begin,
-    end,
-    q_tile,
-    k_ptr,  # of the batch row and the head
-    v_ptr,
-    rows,  # of the tile, as are the next
-    masks,
-    shift,
-    last,
-    key_end,
-    k_s,
-    v_s,
-    score_scale,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    SELECT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PARTS: tl.constexpr,
-    EDGE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Steps ``begin … end - 1``; without EDGE a token that lists a block sees all of it."""
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_V)
-    k_offset = n[:, None] * k_s + d[None, :]
-    v_offset = n[:, None] * v_s + e[None, :]
-    for step in range(begin, end):
-        part = (step % PARTS) * BLOCK_N
-        first = tl.load(rows + step // PARTS) + part
-        listed = ((tl.load(masks + step // PARTS) >> shift) & 1) != 0
-        exists = (n < SELECT - part) & (first + n < key_end) if EDGE else n >= 0
-        k_mask = exists[:, None]
-        v_mask = exists[:, None]
-        if BLOCK_D != D:
-            k_mask = k_mask & (d < D)[None, :]
-        if BLOCK_V != V:
-            v_mask = v_mask & (e < V)[None, :]
-        k_tile = tl.load(k_ptr + first.to(tl.int64) * k_s + k_offset, mask=k_mask, other=0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if EDGE:
-            # How far into these keys each row sees, so that a key costs one comparison.
-            reach = tl.where(listed, tl.minimum(last - first, SELECT - 1 - part), -1)
-            s = tl.where(n[None, :] <= reach[:, None], s * score_scale, float("-inf"))
-        else:
-            s = tl.where(listed[:, None], s * score_scale, float("-inf"))
-        new = tl.maximum(highest, tl.max(s, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(s - safe[:, None])
-        shrink = tl.exp2(highest - safe)
-        total = total * shrink + tl.sum(p, 1)
-        v_tile = tl.load(v_ptr + first.to(tl.int64) * v_s + v_offset, mask=v_mask, other=0.0)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-        highest = new
-    return acc, highest, total
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -136,7 +61,6 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PARTS: tl.constexpr,
-    LISTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Tiles of one head side by side: its keys and values then stay in the L2 cache.
@@ -145,6 +69,7 @@ def forward_kernel(
     head = (pid // tiles) % KV
     b = (pid // tiles // KV).to(tl.int64)
     r = tl.arange(0, ROWS)
+    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
     slot = r // G
@@ -163,6 +88,8 @@ def forward_kernel(
     q_tile = tl.load(q_ptr + d[None, :], mask=q_mask, other=0.0)
     k_ptr = k + b * k_b + head.to(tl.int64) * k_h
     v_ptr = v + b * v_b + head.to(tl.int64) * v_h
+    k_offset = n[:, None] * k_s + d[None, :]
+    v_offset = n[:, None] * v_s + e[None, :]
 
     entry = (b * tiles + tile) * KV + head
     count = tl.load(counts + entry)
@@ -172,38 +99,33 @@ def forward_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    first_position = tl.minimum(q_start + tile * TOKENS, key_end - 1)
-    whole = 0
-    if SELECT % BLOCK_N == 0:
-        whole = _blocks_seen_whole(rows, count, first_position, SELECT, LISTED)
-    for edge in tl.static_range(2):
-        acc, highest, total = _attend(
-            acc,
-            highest,
-            total,
-            whole * PARTS if edge == 1 else 0,
-            count * PARTS if edge == 1 else whole * PARTS,
-            q_tile,
-            k_ptr,
-            v_ptr,
-            rows,
-            masks,
-            shift,
-            last,
-            key_end,
-            k_s,
-            v_s,
-            score_scale,
-            D,
-            V,
-            SELECT,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
-            PARTS,
-            edge == 1,
-            PRECISION,
-        )
+    for step in range(count * PARTS):
+        part = (step % PARTS) * BLOCK_N
+        first = tl.load(rows + step // PARTS) + part
+        bits = tl.load(masks + step // PARTS)
+        exists = (n < SELECT - part) & (first + n < key_end)
+        k_mask = exists[:, None]
+        v_mask = exists[:, None]
+        if BLOCK_D != D:
+            k_mask = k_mask & k_mask_d
+        if BLOCK_V != V:
+            v_mask = v_mask & v_mask_e
+        k_tile = tl.load(k_ptr + first.to(tl.int64) * k_s + k_offset, mask=k_mask, other=0.0)
+        # How far into these keys each row sees, so that a key costs one comparison.
+        reach = tl.minimum(last - first, SELECT - 1 - part)
+        reach = tl.where(((bits >> shift) & 1) != 0, reach, -1)
+        visible = n[None, :] <= reach[:, None]
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        s = tl.where(visible, s * score_scale, float("-inf"))
+        new = tl.maximum(highest, tl.max(s, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(highest - safe)
+        total = total * shrink + tl.sum(p, 1)
+        v_tile = tl.load(v_ptr + first.to(tl.int64) * v_s + v_offset, mask=v_mask, other=0.0)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        highest = new
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
@@ -214,75 +136,6 @@ def forward_kernel(
         out_mask = out_mask & v_mask_e
     tl.store(out + row[:, None] * V + e[None, :], acc.to(out.dtype.element_ty), mask=out_mask)
     tl.store(lse + row, log, mask=live)
-
-
-@triton.jit
-def _add_dq(
-    acc,  # [ROWS, BLOCK_D], as is the result
-    begin,
-    end,
-    q_tile,
-    do_tile,
-    log,
-    mean,
-    weights,
-    k_ptr,  # of the batch row and the head
-    v_ptr,
-    rows,  # of the tile, as are the next
-    masks,
-    shift,
-    last,
-    key_end,
-    k_s,
-    v_s,
-    score_scale,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    SELECT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PARTS: tl.constexpr,
-    EDGE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """What steps ``begin … end - 1`` add; EDGE as above."""
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_V)
-    k_offset = n[:, None] * k_s + d[None, :]
-    v_offset = n[:, None] * v_s + e[None, :]
-    # Keeping what is the same in every step would spill it where D is large.
-    for step in tl.range(begin, end, disable_licm=True):
-        part = (step % PARTS) * BLOCK_N
-        first = tl.load(rows + step // PARTS) + part
-        listed = ((tl.load(masks + step // PARTS) >> shift) & 1) != 0
-        exists = (n < SELECT - part) & (first + n < key_end) if EDGE else n >= 0
-        k_mask = exists[:, None]
-        v_mask = exists[:, None]
-        if BLOCK_D != D:
-            k_mask = k_mask & (d < D)[None, :]
-        if BLOCK_V != V:
-            v_mask = v_mask & (e < V)[None, :]
-        k_tile = tl.load(k_ptr + first.to(tl.int64) * k_s + k_offset, mask=k_mask, other=0.0)
-        v_tile = tl.load(v_ptr + first.to(tl.int64) * v_s + v_offset, mask=v_mask, other=0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-        # No probability is above 1; where scores are so large that rounding the lse says
-        # otherwise, this keeps the gradient finite, as it does where an unseen score overflowed:
-        # the minimum of no number and 0 is 0.
-        p = tl.exp2(tl.minimum(s * score_scale - log[:, None], 0.0))
-        if WEIGHTED:
-            p *= weights[:, None]
-        # The mask comes before the product: selecting 16-bit results takes twice the instructions.
-        if EDGE:
-            reach = tl.where(listed, tl.minimum(last - first, SELECT - 1 - part), -1)
-            ds = p * tl.where(n[None, :] <= reach[:, None], dp - mean[:, None], 0.0)
-        else:
-            ds = p * tl.where(listed[:, None], dp - mean[:, None], 0.0)
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -329,7 +182,6 @@ def dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PARTS: tl.constexpr,
-    LISTED: tl.constexpr,
     PRECISION: tl.constexpr,
     MORE: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -339,6 +191,7 @@ def dq_kernel(
     head = (pid // tiles) % KV
     b = (pid // tiles // KV).to(tl.int64)
     r = tl.arange(0, ROWS)
+    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
     slot = r // G
@@ -372,6 +225,8 @@ def dq_kernel(
     log = tl.load(lse + row, mask=live, other=0.0) * LOG2E
     k_ptr = k + b * k_b + head.to(tl.int64) * k_h
     v_ptr = v + b * v_b + head.to(tl.int64) * v_h
+    k_offset = n[:, None] * k_s + d[None, :]
+    v_offset = n[:, None] * v_s + e[None, :]
 
     entry = (b * tiles + tile) * KV + head
     count = tl.load(counts + entry)
@@ -379,42 +234,34 @@ def dq_kernel(
     masks += entry * (TOKENS * WIDTH)
 
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    weights = tl.load(weight + row, mask=live, other=0.0) if WEIGHTED else mean
-    first_position = tl.minimum(q_start + tile * TOKENS, key_end - 1)
-    whole = 0
-    if SELECT % BLOCK_N == 0:
-        whole = _blocks_seen_whole(rows, count, first_position, SELECT, LISTED)
-    for edge in tl.static_range(2):
-        acc = _add_dq(
-            acc,
-            whole * PARTS if edge == 1 else 0,
-            count * PARTS if edge == 1 else whole * PARTS,
-            q_tile,
-            do_tile,
-            log,
-            mean,
-            weights,
-            k_ptr,
-            v_ptr,
-            rows,
-            masks,
-            shift,
-            last,
-            key_end,
-            k_s,
-            v_s,
-            score_scale,
-            D,
-            V,
-            SELECT,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
-            PARTS,
-            edge == 1,
-            WEIGHTED,
-            PRECISION,
-        )
+    # Keeping what is the same in every step would spill it where D is large.
+    for step in tl.range(0, count * PARTS, disable_licm=True):
+        part = (step % PARTS) * BLOCK_N
+        first = tl.load(rows + step // PARTS) + part
+        bits = tl.load(masks + step // PARTS)
+        exists = (n < SELECT - part) & (first + n < key_end)
+        k_mask = exists[:, None]
+        v_mask = exists[:, None]
+        if BLOCK_D != D:
+            k_mask = k_mask & k_mask_d
+        if BLOCK_V != V:
+            v_mask = v_mask & v_mask_e
+        k_tile = tl.load(k_ptr + first.to(tl.int64) * k_s + k_offset, mask=k_mask, other=0.0)
+        v_tile = tl.load(v_ptr + first.to(tl.int64) * v_s + v_offset, mask=v_mask, other=0.0)
+        reach = tl.minimum(last - first, SELECT - 1 - part)
+        reach = tl.where(((bits >> shift) & 1) != 0, reach, -1)
+        visible = n[None, :] <= reach[:, None]
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        # No probability is above 1; where scores are so large that rounding the lse says
+        # otherwise, this keeps the gradient finite, as it does where an unseen score overflowed:
+        # the minimum of no number and 0 is 0.
+        p = tl.exp2(tl.minimum(s * score_scale - log[:, None], 0.0))
+        if WEIGHTED:
+            p *= tl.load(weight + row, mask=live, other=0.0)[:, None]
+        # The mask comes before the product: selecting 16-bit results takes twice the instructions.
+        ds = p * tl.where(visible, dp - mean[:, None], 0.0)
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
     acc = acc * scale
     at = row[:, None] * D + d[None, :]

@@ -59,6 +59,8 @@ class KeyTiles:
     product, but lse and delta take more of them. Otherwise p and ds go through shared memory."""
     with_dq: bool = False
     """Whether dq is summed here too, by atomic adds in fp32, in place of a kernel of its own."""
+    maxnreg: int | None = None
+    """Registers of a thread; None leaves it to the compiler."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

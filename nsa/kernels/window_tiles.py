@@ -56,5 +56,5 @@ def key_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
     if size > 128:
         return WindowTiles(64, 64, num_warps=8, num_stages=2)
     if size <= 64:
-        return WindowTiles(64, 64, num_warps=4, num_stages=2)
+        return WindowTiles(64, 64, num_warps=4, num_stages=3)
     return WindowTiles(64, 128, num_warps=8, num_stages=3)

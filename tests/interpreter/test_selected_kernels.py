@@ -53,7 +53,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*size: Any, **kwargs: Any) -> Tensor:
         x = empty(*size, **kwargs)
-        return x.fill_(float("nan") if x.is_floating_point() else -(10**9))
+        return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min)
 
     monkeypatch.setattr("nsa.kernels.selected.torch.empty", poisoned)
 
