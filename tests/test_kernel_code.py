@@ -21,11 +21,19 @@ pytestmark = pytest.mark.skipif(
 
 SHARED_BYTES = 227 * 1024
 """What a program may have on sm_90."""
-SPILL_BYTES = 256
-"""Of the stack, a thread, before and after the loops alone: what today's tilings have, so that more
-is seen."""
-SPILLS_IN_LOOPS = 12
-"""Instructions that move spilled values in loops: a few addresses, as today's tilings have."""
+SPILL_BYTES = 64
+"""Of the stack, a thread: a little above what most tilings have, so that more is seen."""
+SPILLS_IN_LOOPS = 4
+"""Instructions that move spilled values in loops, likewise."""
+SPILLING = {
+    ("forward", "paper"): (288, 16),  # two programs share a multiprocessor
+    ("gated_query_gradient", "paper"): (256, 4),  # so here, and no loop spills
+    ("key_gradient", "paper"): (224, 96),  # a loop without masks and one with them
+    ("_dkv_kernel", "paper"): (96, 4),
+    ("_dkv_kernel", "small"): (160, 64),  # three programs share a multiprocessor: 1.00 ms for 1.26
+    ("key_gradient", "small"): (64, 8),
+}
+"""What else some kernels may spill, since they were faster so on an H100."""
 PAPER, SMALL = (64, 4, 128), (12, 2, 64)
 SERIALIZED = {"forward"}
 """With heads of 128 the window's forward has 128 registers, so that two programs share a
@@ -103,9 +111,11 @@ def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
 )
 def test_code_for_an_h100(step: str, shape: tuple[int, int, int]) -> None:
     for code in launch(shape, step):
+        key = code.kernel, "paper" if shape == PAPER else "small"
+        spilled, in_loops = SPILLING.get(key, (SPILL_BYTES, SPILLS_IN_LOOPS))
         assert code.shared <= SHARED_BYTES, code
-        assert code.spilled <= SPILL_BYTES, code
-        assert code.spilled_in_loops <= SPILLS_IN_LOOPS, code
+        assert code.spilled <= spilled, code
+        assert code.spilled_in_loops <= in_loops, code
         expected = shape == PAPER and code.kernel in SERIALIZED
         assert code.serialized == expected, code
 
@@ -121,7 +131,7 @@ def test_what_ptxas_complains_of_is_seen() -> None:
     with recorded(window) as launches:
         window.window_forward(q, k, k, window=64, start=None, scale=1.0, tiles=tiles)
     (code,) = [compile_launch(*call) for call in launches.calls]
-    assert code.spilled > 0
+    assert code.spilled > SPILL_BYTES
     assert code.spilled_in_loops > SPILLS_IN_LOOPS
     assert code.serialized
     assert code.registers <= 96

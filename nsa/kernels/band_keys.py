@@ -164,7 +164,7 @@ def key_gradient(
     PRECISION: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """dk and dv of one block of keys: all tiles of queries that see any of them, in order."""
+    """dk and dv of one block of keys: all tiles of queries that see any of them."""
     if SPLIT:  # the part changes fastest
         blocks = tl.cdiv(S, KEYS)
         pid = tl.program_id(0)

@@ -19,9 +19,10 @@ SHARED_BYTES = 220 * 1024
 MAX_SLOTS = 1024
 """List entries of one query tile that the list builder sorts at once."""
 
-WITH_DQ_FROM = 4096
-"""Tokens from which small heads sum dq beside dk and dv (H100: 2.8 ms against 3.9 at T = 8192, with
-lists at random; with heads of 128 the adds cost more than they save)."""
+WITH_DQ_FROM = 2048
+"""Tokens from which small heads sum dq beside dk and dv (H100: 1.68 ms against 1.95 at T = 2048,
+2.8 against 3.9 at 8192, with lists at random; with heads of 128 the adds cost more than they save).
+Short sequences list nearly all they see, so that unions are small and dq alone is fast."""
 
 MASK_BITS = 32
 """Tokens of one query tile: one bit of an int32 each."""
@@ -151,9 +152,8 @@ def config_for(
         )
     n = min(keys, 64)
     if wide <= 128:
-        dkv = key_tiles(n, 2)
-        # Short sequences list nearly all they see, so that unions are small and dq alone is fast.
-        dkv = replace(dkv, with_dq=length >= WITH_DQ_FROM)
+        # Three programs a multiprocessor: waiting costs more than what 168 registers spill.
+        dkv = replace(key_tiles(n, 1), with_dq=length >= WITH_DQ_FROM, maxnreg=168)
         return SelectedTiles(
             forward=query_tiles(n, 2, padded(D)), dq=query_tiles(n, 3, wide), dkv=dkv
         )

@@ -341,7 +341,8 @@ def test_chunks(lengths: tuple[int, ...] | None, span: int | None, far: int) -> 
         (key,) = set(found.keys[begin:end].tolist())
         tokens = found.tokens[begin:end].tolist()
         assert tokens == sorted(tokens)
-        rest, first = divmod(key, S)
+        rest, block = divmod(key, found.blocks)
+        first = block * found.unit
         pairs += [(*divmod(rest, found.spans), first, token) for token in tokens]
     assert len(pairs) == len(want)
     assert set(pairs) == want
