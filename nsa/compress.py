@@ -204,3 +204,54 @@ class Compress(nn.Module):
         bias = self.up(self.position.to(x.dtype).flatten())
         hidden = F.linear(blocks_BNKLD.flatten(3), self.up.weight, bias)
         return self.down(F.gelu(hidden))
+
+    def _is_plain(self) -> bool:
+        """Whether calling it is two products and a GELU, and no more."""
+        hooks = (
+            self._forward_hooks,
+            self._forward_pre_hooks,
+            self._backward_hooks,
+            self._backward_pre_hooks,
+        )
+        return (
+            type(self) is Compress
+            and self.config.compression == "mlp"
+            and "forward" not in vars(self)
+            and not any(hooks)
+            and is_plain(self.up, bias=True)
+            and is_plain(self.down, bias=True)
+        )
+
+
+def compress_both(
+    phi_k: Compress,
+    phi_v: Compress,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    by: str = "",
+) -> tuple[Tensor, Tensor]:
+    """φ of keys and of values, ``[B, T, K, D]`` and ``[B, T, K, V]``; as :meth:`Compress.forward`.
+
+    Blocks are few, so that launches are most of the work: for a backend that copies in its own way,
+    both go through batched products where nothing stands against it.
+    """
+    alike = k.shape[3] == v.shape[3] and k.dtype == v.dtype
+    if not (alike and by in COPIES and phi_k._is_plain() and phi_v._is_plain()):
+        return phi_k(k, cu_seqlens, by=by), phi_v(v, cu_seqlens, by=by)
+    blocks_BNKLD = block_tokens(torch.cat([k, v]), phi_k.config, cu_seqlens, by=by)
+    shape = (k.shape[0], *blocks_BNKLD.shape[1:3])
+    size = phi_k.config.compress_block * k.shape[3]
+    flat = blocks_BNKLD.reshape(2, shape[0] * shape[1] * shape[2], size)
+
+    def both(name: str) -> Tensor:
+        return torch.stack([phi.get_parameter(name) for phi in (phi_k, phi_v)])
+
+    up, down = both("up.weight").mT, both("down.weight").mT
+    position = both("position").to(k.dtype).flatten(1)[:, None]
+    bias = torch.baddbmm(both("up.bias")[:, None], position, up)
+    hidden = torch.baddbmm(bias, flat, up)
+    out = torch.baddbmm(both("down.bias")[:, None], F.gelu(hidden), down)
+    k_cmp, v_cmp = out.unflatten(1, shape)
+    return k_cmp, v_cmp

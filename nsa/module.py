@@ -16,7 +16,7 @@ from nsa import validate
 from nsa.attention import check_values, needs_grad, run
 from nsa.backends import Resolution
 from nsa.backends.plan import Plan, plan
-from nsa.compress import Compress
+from nsa.compress import Compress, compress_both
 from nsa.config import KV, NSAConfig
 from nsa.errors import ConfigError
 from nsa.fusion import fused
@@ -165,11 +165,10 @@ class NSAttention(nn.Module):
             backend=self.backend,
             settings=settings,
         )
-        by = self._plan.backend
-        compressed = KV(
-            self.compress_k(tokens.k, cu_seqlens, by=by).to(q.dtype),
-            self.compress_v(tokens.v, cu_seqlens, by=by).to(q.dtype),
+        k_cmp, v_cmp = compress_both(
+            self.compress_k, self.compress_v, *tokens, cu_seqlens, by=self._plan.backend
         )
+        compressed = KV(k_cmp.to(q.dtype), v_cmp.to(q.dtype))
         if settings.check:
             check_values(q, compressed, selected, window, gates, config, cu_seqlens)
         out = run(
