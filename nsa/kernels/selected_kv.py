@@ -444,7 +444,7 @@ def selected_dkv(
                 KEYS_FIRST=tiles.keys_first,
                 WITH_DQ=tiles.with_dq,
                 WEIGHTED=weight is not None,
-                WIDE=max(q.numel(), *(T * x.stride(1) for x in (q, dout))) >= 2**31,
+                WIDE=max(q.numel(), _reach(q), _reach(dout)) >= 2**31,
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
@@ -458,3 +458,8 @@ def rows_contiguous(x: Tensor) -> Tensor:
     if x.stride(-1) != 1 or x.stride(1) >= 2**22:
         return x.contiguous()
     return x
+
+
+def _reach(x: Tensor) -> int:
+    """The largest offset within a batch row, in elements."""
+    return sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True))

@@ -237,6 +237,19 @@ def test_strides() -> None:
     check(odd, cut())
 
 
+def test_offsets_past_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for dk, dv and dq takes int64 where rows stand that far apart."""
+    launched = []
+
+    def far(x: Tensor) -> int:
+        launched.append(x)
+        return 2**31
+
+    monkeypatch.setattr("nsa.kernels.selected_kv._reach", far)
+    check(listed(make_inputs(CONFIG, length=20, batch=2)), cut())
+    assert launched
+
+
 @pytest.mark.parametrize("scale", [1e4, 1e10])
 def test_huge_inputs_give_finite_results(scale: float) -> None:
     inputs = listed(make_inputs(CONFIG, length=20))

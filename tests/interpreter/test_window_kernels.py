@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from nsa import NSAConfig, reference
-from nsa.kernels.window import window_backward, window_forward
+from nsa.kernels.window import addressable, window_backward, window_forward
 from nsa.kernels.window_tiles import WindowTiles
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
@@ -174,6 +174,15 @@ def test_strides() -> None:
     odd = replace(odd, dout=inputs.dout.sum(-1, keepdim=True).expand(inputs.dout.shape))
     assert not any(x.is_contiguous() for x in (odd.q, odd.window.k, odd.dout))
     check(odd)
+
+
+@pytest.mark.parametrize("strides", [(0, 2**24, 8, 1), (0, 8, 2**30, 1), (0, 16, 8, 2**28)])
+def test_rows_that_stand_far_apart_are_copied(strides: tuple[int, ...]) -> None:
+    """Offsets within a tile are int32."""
+    near = torch.empty(1, 4, 2, 8, device="meta")
+    assert addressable(near) is near
+    far = torch.empty_strided((1, 4, 2, 8), strides, device="meta")
+    assert addressable(far).stride() == near.stride()
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e10])
