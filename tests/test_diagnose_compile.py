@@ -439,7 +439,7 @@ def test_variables_with_their_values(capsys, no_parity, untried, monkeypatch):
         ("sdpa", {"aten::_scaled_dot_product_flash_attention_for_cpu"}, "dense", "for CPUs"),
         ("sdpa", {"aten::_scaled_dot_product_flash_attention"}, "dense", "FlashAttention-2"),
         ("compiled", {"nsa::window_attention", "aten::mm"}, "triton", "nsa::window_attention"),
-        ("compiled", {"aten::mm", "aten::softmax"}, "inductor", "plain PyTorch"),
+        ("compiled", {"aten::mm", "aten::softmax"}, "plain", "plain PyTorch"),
         ("sdpa", {"nsa::select_blocks", "aten::mm"}, "plain", "plain PyTorch"),
     ],
 )

@@ -39,7 +39,7 @@ class BranchKernel:
     backend: str
     """Which runs it: ``compiled``, or the one that ``compiled`` leaves it to."""
     kernel: str
-    """"dense", "triton", "inductor" or "plain"; "failed" if it did not run."""
+    """"dense", "triton" or "plain"; "failed" if it did not run."""
     detail: str
     """The same in words."""
     why: str
@@ -92,12 +92,10 @@ def classify(backend: str, operators: Iterable[str]) -> tuple[str, str]:
     for name, words in _DENSE:
         if any(operator.startswith(f"aten::{name}") for operator in operators):
             return "dense", f"dense kernel: {words}"
-    if backend != BACKEND:
-        return "plain", "plain PyTorch"
     own = [operator for operator in operators if operator.startswith("nsa::")]
-    if own:
-        return "triton", f"Triton kernel: {', '.join(own)}"
-    return "inductor", "Inductor: code made of plain PyTorch"
+    if backend != BACKEND or not own:
+        return "plain", "plain PyTorch"
+    return "triton", f"Triton kernel: {', '.join(own)}"
 
 
 class _Seen(TorchDispatchMode):

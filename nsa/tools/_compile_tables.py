@@ -124,7 +124,7 @@ def _branches(branches: Iterable[BranchKernel]) -> Table:
 
 
 def _what(branch: BranchKernel) -> Text:
-    style = {"dense": GOOD, "triton": GOOD, "inductor": GOOD, "failed": BAD}.get(branch.kernel, "")
+    style = {"dense": GOOD, "triton": GOOD, "failed": BAD}.get(branch.kernel, "")
     left = f"left to {branch.backend} {branch.why}: " if branch.backend != BACKEND else ""
     return Text(f"{left}{branch.detail}", style=style)
 

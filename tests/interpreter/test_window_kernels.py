@@ -91,8 +91,9 @@ def test_obeys_the_accuracy_rule(dtype: torch.dtype, case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [1, 7, 16, 1000])
+@pytest.mark.parametrize("window", [1, 7, 16, 41, 1000])
 def test_windows(window: int, dtype: torch.dtype) -> None:
+    """41: the last token of the second tile is the first that does not see the first key."""
     check(make_inputs(replace(CONFIG, window=window), length=50, dtype=dtype))
 
 
