@@ -215,9 +215,9 @@ def run(
     max_seqlen: int | None,
     block_idx: Tensor | None,
     settings: Settings,
-    nonnegative: bool = False,
+    within_one: bool = False,
 ) -> Tensor:
-    """Runs the steps of a plan on inputs that have been checked; ``nonnegative``: as gates are."""
+    """Runs the steps of a plan on inputs that have been checked; ``within_one``: all gates are."""
     gated = chosen.gated()
     with torch.autocast(q.device.type, enabled=False):
         with _range("compressed", q, settings), _graph_unless(gated is not None):
@@ -247,7 +247,7 @@ def run(
                     block_idx,
                     config,
                     cu_seqlens,
-                    nonnegative=nonnegative,
+                    within_one=within_one,
                 )
         with _range("selected", q, settings):
             out_slc, _ = chosen.step("selected").selected_attention(

@@ -218,6 +218,7 @@ class Compress(nn.Module):
             and self.config.compression == "mlp"
             and "forward" not in vars(self)
             and not any(hooks)
+            and type(self.position) in (nn.Parameter, Tensor)
             and is_plain(self.up, bias=True)
             and is_plain(self.down, bias=True)
         )
@@ -245,13 +246,12 @@ def compress_both(
     size = phi_k.config.compress_block * k.shape[3]
     flat = blocks_BNKLD.reshape(2, shape[0] * shape[1] * shape[2], size)
 
-    def both(name: str) -> Tensor:
-        return torch.stack([phi.get_parameter(name) for phi in (phi_k, phi_v)])
-
-    up, down = both("up.weight").mT, both("down.weight").mT
-    position = both("position").to(k.dtype).flatten(1)[:, None]
-    bias = torch.baddbmm(both("up.bias")[:, None], position, up)
-    hidden = torch.baddbmm(bias, flat, up)
-    out = torch.baddbmm(both("down.bias")[:, None], F.gelu(hidden), down)
+    up = torch.stack([phi_k.up.weight, phi_v.up.weight]).mT
+    up_bias = torch.stack([phi_k.up.bias, phi_v.up.bias])[:, None]
+    down = torch.stack([phi_k.down.weight, phi_v.down.weight]).mT
+    down_bias = torch.stack([phi_k.down.bias, phi_v.down.bias])[:, None]
+    position = torch.stack([phi_k.position, phi_v.position]).to(k.dtype).flatten(1)[:, None]
+    hidden = torch.baddbmm(torch.baddbmm(up_bias, position, up), flat, up)
+    out = torch.baddbmm(down_bias, F.gelu(hidden), down)
     k_cmp, v_cmp = out.unflatten(1, shape)
     return k_cmp, v_cmp

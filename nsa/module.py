@@ -183,7 +183,7 @@ class NSAttention(nn.Module):
             max_seqlen=max_seqlen,
             block_idx=None,
             settings=settings,
-            nonnegative=True,
+            within_one=True,
         )
         return self.o_proj(out.flatten(2))
 

@@ -57,7 +57,7 @@ def define(
             if not any(x.is_floating_point() for x in results):
                 ctx.mark_non_differentiable(*results)
 
-        def backward(ctx: Any, *grads: Tensor) -> Any:
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
             raise RuntimeError(f"nsa::{name}: double backward is not implemented")
     else:
         assert saved is not None
@@ -68,8 +68,11 @@ def define(
             ctx.kept = plain if kept is None else kept(inputs)
             if isinstance(output, tuple):
                 ctx.mark_non_differentiable(*output[1:])
+                ctx.set_materialize_grads(False)  # no zeros for those
 
-        def backward(ctx: Any, *grads: Tensor) -> Any:
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if grads[0] is None:
+                return (None,) * (len(ctx.needs_input_grad) - 1)
             return gradients(ctx.kept, ctx.saved_tensors, grads[0])
 
     operator = getattr(torch.ops.nsa, name).default

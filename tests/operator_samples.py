@@ -170,9 +170,9 @@ def _gated_attention(x: Inputs) -> Arguments:
     out, lse = torch.ops.nsa.compressed_attention.default(*compressed)
     where = compressed[3:7]
     sizes = (CONFIG.compress_block, CONFIG.compress_stride, CONFIG.select_block, CONFIG.window)
-    nonnegative = x.cu_seqlens is None
+    within_one = x.cu_seqlens is None
     tensors = (x.q, *x.compressed, *x.selected, *x.window, x.gates, out, lse, x.block_idx)
-    return *tensors, _starts(x), *where, len(LENGTHS), *sizes, SCALE, nonnegative
+    return *tensors, _starts(x), *where, len(LENGTHS), *sizes, SCALE, within_one
 
 
 def _gated_attention_backward(x: Inputs) -> Arguments:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from diagnosing import run, run_json
 
+from nsa.attention import combine
+from nsa.backends import sdpa
 from nsa.config import NSAConfig
 from nsa.tools import _profile, _trials, diagnose
 from nsa.tools._profile import short_name, summarise
@@ -213,3 +215,22 @@ def test_on_a_gpu(capsys, environment, fresh_probes, provider):
     assert ("packed bfloat16", "selected") in claimed
     ran = {(row["kind"], row["branch"]) for row in found["profile"] if row["fa2_ran"] == "yes"}
     assert claimed <= ran
+
+
+def test_the_gated_sum_has_a_row_where_a_backend_runs_it_at_once(capsys, seen, monkeypatch):
+    """With a stand-in for ``sdpa``, which has no such way."""
+
+    def at_once(q, compressed, selected, window, gates, out, lse, block_idx, config, cu_seqlens):
+        out, _ = sdpa.compressed_attention(q, *compressed, config, cu_seqlens)
+        others = (
+            sdpa.selected_attention(q, *selected, block_idx, config, cu_seqlens)[0],
+            sdpa.window_attention(q, *window, config, cu_seqlens)[0],
+        )
+        return combine(gates, out, *others)
+
+    monkeypatch.setattr(sdpa, "gated_attention", at_once, raising=False)
+    seen["gated sum"] = [COPY]
+    _, found = run_json(capsys, "--profile")
+    rows = [(row["branch"], row["backend"]) for row in found["profile"]]
+    branches = ("compressed", "select", "selected", "window", "gated sum")
+    assert rows == [(branch, "sdpa") for _ in range(2) for branch in branches]

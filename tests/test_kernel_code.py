@@ -81,10 +81,10 @@ def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
         ),
         "gated": lambda: gated.gated_forward(q, ks, ks, gates, q, lists, layout),
         "gated backward": lambda: gated.gated_backward(
-            dout, q, ks, ks, gates, *of_all, nonnegative=True, dq_dtype=dq_dtype
+            dout, q, ks, ks, gates, *of_all, within_one=True, dq_dtype=dq_dtype
         ),
         "gated backward, any gates": lambda: gated.gated_backward(
-            dout, q, ks, ks, gates, *of_all, nonnegative=False, dq_dtype=dq_dtype
+            dout, q, ks, ks, gates, *of_all, within_one=False, dq_dtype=dq_dtype
         ),
     }
     with recorded(gated, select, selected, selected_kv, selected_lists, window) as launches:

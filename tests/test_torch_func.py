@@ -7,6 +7,7 @@ Operators are differentiable once, in reverse mode: ``grad``, ``vjp`` and ``vmap
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,12 +216,14 @@ def layer(backend: str) -> NSAttention:
     return make_layer(backend=backend)
 
 
+@pytest.mark.parametrize("value_dim", [6, None], ids=["apart", "alike"])
 @BACKENDS
-def test_functional_call(backend: str) -> None:
+def test_functional_call(backend: str, value_dim: int | None) -> None:
     """Other parameters than the layer's own, and gradients for them."""
-    mine, x = layer(backend), problem(None)
+    config = replace(CONFIG, value_dim=value_dim)
+    mine, x = make_layer(config, backend=backend), problem(None)
     weights = {name: y.detach() * 1.5 for name, y in mine.named_parameters()}
-    other = layer(backend)
+    other = make_layer(config, backend=backend)
     other.load_state_dict(weights)
     want = other(x.x)
     torch.testing.assert_close(functional_call(mine, weights, (x.x,)), want)

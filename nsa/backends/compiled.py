@@ -3,10 +3,11 @@
 - compressed: the window's kernel, over keys that stand d tokens apart;
 - select: scores and a running top-n in one kernel (:mod:`nsa.kernels.select`);
 - selected: several tokens on the union of their lists (:mod:`nsa.kernels.selected`);
-- window: a band (:mod:`nsa.kernels.window`).
+- window: a band (:mod:`nsa.kernels.window`);
+- their gated sum: the last two with the sum, and one backward for all (:mod:`nsa.kernels.gated`).
 
-What is between them (rotary embedding, gates, the weighted sum) is plain PyTorch for Inductor to
-fuse: :mod:`nsa.fusion` compiles it for whoever compiles nothing. On a CPU that is all it does: the
+What is around them (rotary embedding, gates) is plain PyTorch for Inductor to fuse:
+:mod:`nsa.fusion` compiles it for whoever compiles nothing. On a CPU that is all it does: the
 branches are ``sdpa``'s there, whose loops over chunks that fit in a cache are faster than what
 Inductor makes of a band (docs/experiments.md).
 
@@ -242,7 +243,7 @@ def gated_attention(
     config: NSAConfig,
     cu_seqlens: Tensor | None = None,
     *,
-    nonnegative: bool = False,
+    within_one: bool = False,
 ) -> Tensor:
     """See :class:`nsa.backends.contract.Gated`."""
     places: tuple[Tensor | None, ...] = (None,) * 4
@@ -265,7 +266,7 @@ def gated_attention(
         config.select_block,
         config.window,
         config.softmax_scale,
-        nonnegative,
+        within_one,
     )
     return sum_
 

@@ -121,11 +121,12 @@ class Gated(Protocol):
         config: NSAConfig,
         cu_seqlens: Tensor | None = None,
         *,
-        nonnegative: bool = False,
+        within_one: bool = False,
     ) -> Tensor:
         """``Σ_c gate_c * o_c``, ``[B, T, H, V]``, of what :func:`nsa.nsa_attention` takes.
 
         ``out_cmp`` and ``lse_cmp`` are the compressed branch's and carry no gradient: what flows
-        back through that branch is this function's to compute. ``nonnegative``: no gate is below 0.
+        back through that branch is this function's to compute. ``within_one``: every gate is in
+        0…1.
         """
         ...

@@ -308,7 +308,7 @@ def _row_facts(
     weight = tl.load(gate_ptr + branch * gate_stride).to(tl.float32)
     tl.store(dgates_ptr + place * 3 + branch, delta.to(dgates_ptr.dtype.element_ty), mask=there)
     if not WEIGHTED:  # exp(s - lse + log g) is g*p
-        delta = tl.where(weight < 0.0, float("nan"), delta)
+        delta = tl.where((weight < 0.0) | (weight > 1.0), float("nan"), delta)
         shut = weight == 0.0
         lse = tl.where(shut, float("inf"), lse - tl.log(tl.where(shut, 1.0, weight)))
     tl.store(rows_ptr + branch * rows + place, lse, mask=there)
@@ -335,7 +335,7 @@ def gated_query_gradient(
     dout_ptr,
     dq_ptr,  # [B, T, H, D], contiguous; written
     dgates_ptr,  # [B, T, H, 3], contiguous; written
-    rows_ptr,  # fp32 [3, 3, B, T, H]: lse, delta and weight of every branch; written
+    rows_ptr,  # fp32 [2 or 3, 3, B, T, H]: lse, delta and weight of every branch; written
     start_ptr,
     cmp_start_ptr,
     first_ptr,
@@ -391,8 +391,8 @@ def gated_query_gradient(
     """dq of the compressed branch and of the window, the gates' gradient, and what the kernels for
     dk, dv and the selected branch need of every row.
 
-    Without WEIGHTED gates are not negative, and a gate is part of the lse: those kernels then do
-    nothing for it.
+    Without WEIGHTED gates are in 0…1, and a gate is part of the lse: those kernels then do nothing
+    for it.
     """
     tile, b, kv = locate(tl.cdiv(T, TOKENS), K)
     H = K * G

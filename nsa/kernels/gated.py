@@ -110,7 +110,7 @@ def gated_backward(
     block_idx: Tensor,
     layout: Layout,
     *,
-    nonnegative: bool,
+    within_one: bool,
     dq_dtype: torch.dtype,
 ) -> tuple[Tensor, Branches, Branches, Tensor]:
     """Gradients of the sum.
@@ -118,7 +118,7 @@ def gated_backward(
     Args:
         dout: ``[B, T, H, V]``, the gradient of the sum.
         out, lse: of every branch.
-        nonnegative: that no gate is below 0, which saves a product for every score.
+        within_one: that every gate is in 0…1, which saves a product for every score.
         dq_dtype: fp32, or q's dtype.
 
     Returns:
@@ -127,13 +127,14 @@ def gated_backward(
     """
     B, T, H, D = q.shape
     dq = torch.empty(B, T, H, D, dtype=dq_dtype, device=q.device)
-    rows = torch.empty(3, 3, B, T, H, dtype=torch.float32, device=q.device)
+    facts_of_a_row = 2 if within_one else 3
+    rows = torch.empty(facts_of_a_row, 3, B, T, H, dtype=torch.float32, device=q.device)
     dgates = torch.empty(B, T, H, 3, dtype=gates.dtype, device=q.device)
     dout = rows_contiguous(dout)
     _query_gradient(
-        dout, q, k, v, gates, out, lse, layout, dq, rows, dgates, weighted=not nonnegative
+        dout, q, k, v, gates, out, lse, layout, dq, rows, dgates, weighted=not within_one
     )
-    facts = [Rows(rows[0, i], rows[1, i], None if nonnegative else rows[2, i]) for i in range(3)]
+    facts = [Rows(rows[0, i], rows[1, i], None if within_one else rows[2, i]) for i in range(3)]
     start, scale = layout.start, layout.scale
     dk_cmp, dv_cmp = key_gradients(
         dout,
@@ -191,7 +192,7 @@ def _query_gradient(
     if rows.numel() == 0:
         return
     q, scale, sign = positive(q, layout.scale)
-    k, v = (Branches(*map(addressable, x)) for x in (k, v))
+    q, k, v = addressable(q), Branches(*map(addressable, k)), Branches(*map(addressable, v))
     tiles = query_gradient_tiles(q.dtype, max(D, V))
     shape, options = launch_shape(q, k.window, v.window, tiles, layout.start, 0, TOKENS)
     del shape["STRIDED"]

@@ -92,7 +92,7 @@ def _backward(
         kernels.Branches(lse_cmp, lse_slc, lse_win),
         block_idx,
         _layout(*call[:-1]),
-        nonnegative=call[-1],
+        within_one=call[-1],
         dq_dtype=_dq_dtype(q),
     )
     return dq, dk[0], dv[0], dk[1], dv[1], dk[2], dv[2], dgates
@@ -138,7 +138,7 @@ _INPUTS = (
 _CALL = (
     "Tensor block_idx, Tensor? start, Tensor? cmp_start, Tensor? first, Tensor? seen_from, "
     "Tensor? seen_until, SymInt sequences, int compress_block, int compress_stride, "
-    "int select_block, SymInt window, float scale, bool nonnegative"
+    "int select_block, SymInt window, float scale, bool within_one"
 )
 _TENSORS = 16
 """Inputs up to and with seen_until."""
@@ -166,6 +166,6 @@ gated_attention = define(
 )
 """``(q, k and v of every branch, gates, out and lse of the compressed branch, block_idx, the first
 token and the first block of each token's sequence and what :func:`nsa.varlen.block_places` says of
-blocks, or None, the number of packed sequences, geometry, scale, whether no gate is negative) ->
+blocks, or None, the number of packed sequences, geometry, scale, whether every gate is in 0…1) ->
 sum, out of the selected branch and of the window, their lse``. The gradient of ``out_cmp`` is part
 of that of q, k_cmp and v_cmp. See :mod:`nsa.kernels.gated`."""

@@ -13,9 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
+from nsa.kernels.band import LOG2E
 from nsa.kernels.selected_kv import row_sums, rows_contiguous, selected_dkv
 from nsa.kernels.selected_lists import UnionLists, union_lists
-from nsa.kernels.selected_rows import LOG2E, dq_kernel, forward_kernel
+from nsa.kernels.selected_rows import dq_kernel, forward_kernel
 from nsa.kernels.selected_tiles import (
     QueryTiles,
     SelectedTiles,
@@ -85,7 +86,7 @@ def selected_forward(
             k.shape[1],
             q_start,
             K,
-            scale * LOG2E.value,
+            scale * LOG2E,
             **_constants(q, v, block_idx, select_block, tiles),
         )
     return out, lse
@@ -193,7 +194,7 @@ def _launch_dq(
             k.shape[1],
             q_start,
             k.shape[2],
-            scale * LOG2E.value,
+            scale * LOG2E,
             scale,
             MORE=out is None,
             WEIGHTED=weight is not None,
@@ -232,13 +233,24 @@ def selected_backward(
         "q_start": q_start,
     }
     dout = rows_contiguous(dout)
+    summed = None
     if tiles.dkv.with_dq:
-        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        dq = summed = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         delta = row_sums(dout, out)
     else:
         dq, delta = selected_dq(dout, q, k, v, out, lse, block_idx, **call, tiles=tiles.dq)
     dk, dv = selected_dkv(
-        dout, q, k, v, lse, delta, block_idx, **call, sequences=sequences, dq=dq, tiles=tiles.dkv
+        dout,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        block_idx,
+        **call,
+        sequences=sequences,
+        dq=summed,
+        tiles=tiles.dkv,
     )
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 

@@ -16,17 +16,14 @@ size, V value size.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.band import LOG2_E, LOG2E
 from nsa.kernels.selected_lists import Chunks, chunks
 from nsa.kernels.selected_tiles import KeyTiles, default_tiles, padded, padded_rows
-
-LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -85,8 +82,8 @@ def _add_readers(
         t = bt - token_0
         if WIDE:
             row = bt.to(tl.int64) * heads + query_head
-            q_row = t.to(tl.int64) * q_t + query_head * q_h
-            do_row = t.to(tl.int64) * do_t + query_head * do_h
+            q_row = t.to(tl.int64) * q_t + query_head.to(tl.int64) * q_h
+            do_row = t.to(tl.int64) * do_t + query_head.to(tl.int64) * do_h
         else:
             row = bt * heads + query_head
             q_row = t * q_t + query_head * q_h
@@ -99,7 +96,7 @@ def _add_readers(
             do_mask = do_mask & (e < V)[None, :]
         q_tile = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=q_mask, other=0.0)
         do_tile = tl.load(do_ptr + do_row[:, None] + e[None, :], mask=do_mask, other=0.0)
-        log = tl.load(lse + row, mask=live, other=0.0) * LOG2E
+        log = tl.load(lse + row, mask=live, other=0.0) * LOG2_E
         mean = tl.load(delta + row, mask=live, other=0.0)
         # How far into these keys each row sees, so that a key costs one comparison. Rows past the
         # end of the chunk are zeros in q and dout: they add nothing, whatever they see.
@@ -385,7 +382,7 @@ def selected_dkv(
     dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
     tiles = tiles or default_tiles(q, v, block_idx, select_block).dkv
-    assert not tiles.with_dq or dq is not None
+    assert not tiles.with_dq or (dq is not None and dq.dtype == torch.float32)
     if q.numel() and k.numel() and n:
         G = H // K
         q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
@@ -427,7 +424,7 @@ def selected_dkv(
                 K,
                 cut.spans,
                 cut.blocks,
-                scale * LOG2E.value,
+                scale * LOG2E,
                 scale,
                 G=G,
                 D=D,

@@ -19,7 +19,8 @@ import math
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(math.log2(math.e))
+from nsa.kernels.band import LOG2_E
+
 LN2 = tl.constexpr(math.log(2.0))
 
 _UNSPECIALIZED = ["T", "tiles", "key_end", "q_start"]
@@ -222,7 +223,7 @@ def dq_kernel(
         out_tile = tl.load(out + row[:, None] * V + e[None, :], mask=e_mask, other=0.0)
         mean = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
         tl.store(delta + row, mean, mask=live)
-    log = tl.load(lse + row, mask=live, other=0.0) * LOG2E
+    log = tl.load(lse + row, mask=live, other=0.0) * LOG2_E
     k_ptr = k + b * k_b + head.to(tl.int64) * k_h
     v_ptr = v + b * v_b + head.to(tl.int64) * v_h
     k_offset = n[:, None] * k_s + d[None, :]

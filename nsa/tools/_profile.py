@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nsa.backends import load
-from nsa.backends.contract import Backend
+from nsa.backends.contract import Backend, Gated
 from nsa.testing.inputs import Inputs
 from nsa.tools._choices import BranchChoice, Choice
 from nsa.tools._cli import UsageError
 from nsa.tools._failures import failures, one_line
 from nsa.tools._trials import Trial
 
+GATED = "gated sum"
+"""Not a step: where one backend runs every branch it may have a way to run them at once
+(:class:`nsa.backends.contract.Gated`), and then a call runs this after its first two steps."""
 _FORWARD, _BACKWARD = "flash_fwd", "flash_bwd"
 """What FlashAttention-2's kernels are called by, whoever built them; FA-3's are not."""
 
@@ -60,7 +64,7 @@ def profile_choice(choice: Choice, trial: Trial) -> tuple[list[BranchProfile], l
     """Runs every branch of a choice, and holds those that claim FA-2 to what ran."""
     inputs = trial.inputs()
     profiles, problems = [], []
-    for branch in choice.branches:
+    for branch in (*choice.branches, *_gated(choice)):
         call = _call(load(branch.backend), branch.branch, inputs)
         where = f"profile, {choice.kind}: {branch.branch}"
         try:
@@ -81,6 +85,15 @@ def profile_choice(choice: Choice, trial: Trial) -> tuple[list[BranchProfile], l
         )
         problems += [f"{where} {fault}" for fault in _faults(branch, kernels, ran)]
     return profiles, problems
+
+
+def _gated(choice: Choice) -> list[BranchChoice]:
+    """The row of :data:`GATED`, if there is one."""
+    attention = [branch for branch in choice.branches if branch.branch != "select"]
+    names = {branch.backend for branch in attention}
+    if len(names) > 1 or not hasattr(load(attention[0].backend), "gated_attention"):
+        return []
+    return [replace(attention[0], branch=GATED)]
 
 
 def kernels_of(call: Callable[[], object], device: torch.device) -> list[tuple[str, float]]:
@@ -137,6 +150,8 @@ def _call(steps: Backend, branch: str, inputs: Inputs) -> Callable[[], object]:
                 return steps.select_blocks(q, k, config, cu_seqlens, max_seqlen=longest)
 
         return select
+    if branch == GATED:
+        return _gated_call(cast(Gated, steps), steps, inputs)
     kv = getattr(inputs, branch)
     given = (q, *kv, inputs.block_idx) if branch == "selected" else (q, *kv)
     step = getattr(steps, f"{branch}_attention")
@@ -144,6 +159,23 @@ def _call(steps: Backend, branch: str, inputs: Inputs) -> Callable[[], object]:
     def attend() -> object:
         out, _ = step(*given, config, cu_seqlens, max_seqlen=longest)
         return torch.autograd.grad(out, (q, *kv), inputs.dout)
+
+    return attend
+
+
+def _gated_call(gated: Gated, steps: Backend, inputs: Inputs) -> Callable[[], object]:
+    """Forward and backward of the three branches at once; the compressed one's forward before."""
+    q, config, cu_seqlens, block_idx = inputs.q, inputs.config, inputs.cu_seqlens, inputs.block_idx
+    assert block_idx is not None
+    with torch.no_grad():
+        first = steps.compressed_attention(
+            q, *inputs.compressed, config, cu_seqlens, max_seqlen=inputs.max_seqlen
+        )
+
+    def attend() -> object:
+        kvs = (inputs.compressed, inputs.selected, inputs.window)
+        out = gated.gated_attention(q, *kvs, inputs.gates, *first, block_idx, config, cu_seqlens)
+        return torch.autograd.grad(out, inputs.leaves(), inputs.dout)
 
     return attend
 

@@ -35,7 +35,7 @@ CONFIG = NSAConfig(
     num_local=1,
     window=7,
 )
-NONNEGATIVE = pytest.mark.parametrize("nonnegative", [True, False], ids=["folded", "weighted"])
+WITHIN_ONE = pytest.mark.parametrize("within_one", [True, False], ids=["folded", "weighted"])
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nsa.kernels.gated.torch.empty", poisoned)
 
 
-def run(inputs: Inputs, nonnegative: bool) -> dict[str, Tensor]:
+def run(inputs: Inputs, within_one: bool) -> dict[str, Tensor]:
     """Forward and backward, named as in the accuracy rule."""
     leaves = [x.detach().requires_grad_() for x in inputs.leaves()]
     x = inputs.with_leaves(tuple(leaves))
@@ -68,61 +68,68 @@ def run(inputs: Inputs, nonnegative: bool) -> dict[str, Tensor]:
         x.block_idx,
         x.config,
         x.cu_seqlens,
-        nonnegative=nonnegative,
+        within_one=within_one,
     )
     grads = torch.autograd.grad(out, leaves, x.dout)
     assert [y.dtype for y in grads] == [y.dtype for y in leaves]
     return {"out": out, **{f"d{n}": g for n, g in zip(Inputs.NAMES, grads, strict=True)}}
 
 
-def check(inputs: Inputs, nonnegative: bool) -> None:
+def check(inputs: Inputs, within_one: bool) -> None:
     if inputs.block_idx is None:
         inputs = replace(inputs, block_idx=random_blocks(inputs, 1))
     want = expected(inputs)
-    for name, x in run(inputs, nonnegative).items():
+    for name, x in run(inputs, within_one).items():
         error = want[name].error(x)
         assert error <= want[name].bound, f"{name}: {error:.2e} > {want[name].bound:.2e}"
 
 
-@NONNEGATIVE
+@WITHIN_ONE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(case=cases(max_length=50))
 @settings(max_examples=5)
-def test_obeys_the_accuracy_rule(dtype: torch.dtype, nonnegative: bool, case: Case) -> None:
-    check(case.inputs(dtype), nonnegative)
+def test_obeys_the_accuracy_rule(dtype: torch.dtype, within_one: bool, case: Case) -> None:
+    check(case.inputs(dtype), within_one)
 
 
-@NONNEGATIVE
+@WITHIN_ONE
 @pytest.mark.parametrize("head_dim", [8, 80])
 @pytest.mark.parametrize("shape", [{"length": 40, "batch": 2}, {"lengths": (17, 0, 9, 1)}])
 def test_every_way_to_sum_dq(
-    shape: dict[str, object], head_dim: int, nonnegative: bool, monkeypatch: pytest.MonkeyPatch
+    shape: dict[str, object], head_dim: int, within_one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp32 by atomic adds, in fp32 by the kernel for dq, in q's dtype by the same."""
     monkeypatch.setattr(selected_tiles, "WITH_DQ_FROM", 1)
     config = replace(CONFIG, head_dim=head_dim)
     surplus = "lengths" in shape
     for dtype in (torch.bfloat16, torch.float32):
-        check(make_inputs(config, dtype=dtype, surplus=surplus, **shape), nonnegative)
+        check(make_inputs(config, dtype=dtype, surplus=surplus, **shape), within_one)
 
 
-@NONNEGATIVE
-def test_shut_gates(nonnegative: bool) -> None:
+@WITHIN_ONE
+def test_shut_gates(within_one: bool) -> None:
     """A gate of 0 takes its branch out, and still has a gradient."""
     x = make_inputs(CONFIG, length=30)
     gates = x.gates.detach().clone()
     gates[:, ::2, :, 0] = gates[:, 1::2, :, 1] = gates[:, ::3, :, 2] = 0.0
-    check(replace(x, gates=gates.requires_grad_()), nonnegative)
+    check(replace(x, gates=gates.requires_grad_()), within_one)
 
 
 def test_gates_below_zero() -> None:
     x = make_inputs(CONFIG, length=30)
-    check(replace(x, gates=(x.gates.detach() - 0.5).requires_grad_()), nonnegative=False)
+    check(replace(x, gates=(x.gates.detach() - 0.5).requires_grad_()), within_one=False)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_gates_below_zero_that_were_called_nonnegative_are_seen() -> None:
+@pytest.mark.parametrize("factor", [-1.0, 1.5])
+def test_gates_that_are_not_within_one_as_was_said_are_seen(factor: float) -> None:
     """No wrong number comes out of it."""
     x = make_inputs(CONFIG, length=30)
-    x = replace(x, gates=-x.gates.detach(), block_idx=random_blocks(x, 1))
-    assert run(x, nonnegative=True)["dq"].isnan().all()
+    gates = torch.ones_like(x.gates.detach()) * factor
+    x = replace(x, gates=gates, block_idx=random_blocks(x, 1))
+    assert run(x, within_one=True)["dq"].isnan().all()
+
+
+def test_gates_above_one() -> None:
+    x = make_inputs(CONFIG, length=30)
+    check(replace(x, gates=(x.gates.detach() * 3).requires_grad_()), within_one=False)
