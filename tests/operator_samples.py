@@ -57,9 +57,9 @@ Q_START = 0
 Arguments = tuple[Any, ...]
 
 
-def problem(packed: bool, device: str = "cpu") -> Inputs:
-    """Two rows of 23 tokens in fp32, or four packed sequences in bf16; and any list of blocks."""
-    shape: dict[str, Any] = {"lengths": LENGTHS} if packed else {"length": 23, "batch": 2}
+def problem(packed: bool, device: str = "cpu", length: int = 23) -> Inputs:
+    """Two rows of tokens in fp32, or four packed sequences in bf16; and any list of blocks."""
+    shape: dict[str, Any] = {"lengths": LENGTHS} if packed else {"length": length, "batch": 2}
     dtype = torch.bfloat16 if packed else torch.float32
     x = make_inputs(CONFIG, dtype=dtype, device=device, **shape)
     return replace(x, block_idx=random_blocks(x, 4))

@@ -86,15 +86,15 @@ def check(inputs: Inputs, within_one: bool) -> None:
 
 @WITHIN_ONE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@given(case=cases(max_length=50))
-@settings(max_examples=5)
+@given(case=cases(max_length=30))
+@settings(max_examples=3)
 def test_obeys_the_accuracy_rule(dtype: torch.dtype, within_one: bool, case: Case) -> None:
     check(case.inputs(dtype), within_one)
 
 
 @WITHIN_ONE
 @pytest.mark.parametrize("head_dim", [8, 80])
-@pytest.mark.parametrize("shape", [{"length": 40, "batch": 2}, {"lengths": (17, 0, 9, 1)}])
+@pytest.mark.parametrize("shape", [{"length": 25, "batch": 2}, {"lengths": (17, 0, 9, 1)}])
 def test_every_way_to_sum_dq(
     shape: dict[str, object], head_dim: int, within_one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +102,7 @@ def test_every_way_to_sum_dq(
     monkeypatch.setattr(selected_tiles, "WITH_DQ_FROM", 1)
     config = replace(CONFIG, head_dim=head_dim)
     surplus = "lengths" in shape
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32)[: 2 if head_dim == 8 else 1]:
         check(make_inputs(config, dtype=dtype, surplus=surplus, **shape), within_one)
 
 
