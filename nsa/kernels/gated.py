@@ -3,7 +3,7 @@
 Separately, each branch's backward needs the gradient of its own output, which is the gate times
 that of the sum: written three times, read twice each. Here gates act on the probabilities instead,
 and every kernel reads the one gradient of the sum. dq of all branches is one tensor:
-:func:`nsa.kernels.band_queries.gated_query_gradient` writes the compressed branch's and the
+:func:`nsa.kernels.gated_queries.gated_query_gradient` writes the compressed branch's and the
 window's, and the selected branch adds its own.
 
 B batch, T tokens, N compressed blocks, H query heads, K key/value heads, D key size, V value size,
@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from nsa.kernels.band import LOG2E, TOKENS, Blocks
-from nsa.kernels.band_queries import gated_query_gradient
+from nsa.kernels.gated_queries import gated_query_gradient
 from nsa.kernels.selected import add_selected_dq, selected_forward
 from nsa.kernels.selected_kv import rows_contiguous, selected_dkv
 from nsa.kernels.selected_tiles import default_tiles
