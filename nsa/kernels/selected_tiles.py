@@ -104,8 +104,8 @@ def config_for(
     """Tiles for an H100: head sizes, group, listed blocks n, l', and T (only a small one matters).
 
     Chosen for fp16 and bf16 at D = V = 128 (G = 16) and 64 (G = 6): two or more programs a
-    multiprocessor, nothing spilled. Larger heads take less of everything until it fits in shared
-    memory. IEEE fp32 has no matrix unit: small tiles.
+    multiprocessor, nothing spilled but in dk and dv of small heads. Larger heads take less of
+    everything until it fits in shared memory. IEEE fp32 has no matrix unit: small tiles.
     """
     wide = padded(D) + padded(V)
     fp32 = dtype == torch.float32
