@@ -32,7 +32,7 @@ SHAPES = [
     {"length": 1},
     {"length": 3},
     {"length": 4, "batch": 2},
-    {"length": 45, "batch": 2},
+    {"length": 33, "batch": 2},
     {"lengths": (17, 0, 9, 1)},
     {"lengths": (1,)},
 ]

@@ -82,8 +82,8 @@ def test_obeys_the_accuracy_rule(dtype: torch.dtype, case: Case) -> None:
     check(case.inputs(dtype))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 40])
-@pytest.mark.parametrize("shape", [{"length": 150}, {"lengths": (0, 3, 90, 1, 41, 5, 20, 0)}])
+@pytest.mark.parametrize("splits", [2, 5, 40])
+@pytest.mark.parametrize("shape", [{"length": 90}, {"lengths": (0, 3, 50, 1, 25, 5, 10, 0)}])
 def test_parts_of_the_queries_add_up(shape: dict[str, object], splits: int) -> None:
     """Also more parts than there are tiles of queries."""
     check(make_inputs(CONFIG, surplus="lengths" in shape, seed=3, **shape), splits)

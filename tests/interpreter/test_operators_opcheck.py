@@ -12,7 +12,7 @@ LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["regular", "pack
 @LAYOUTS
 @pytest.mark.parametrize("name", IN_TRITON)
 def test_opcheck(name: str, packed: bool) -> None:
-    check(name, problem(packed, length=11 if name.startswith("gated") else 23))
+    check(name, problem(packed, length=11))
 
 
 @LAYOUTS
