@@ -22,7 +22,8 @@ from triton.testing import do_bench
 
 from nsa import NSAConfig
 from nsa.backends import load
-from nsa.kernels.select import SelectTiles, select_forward, select_tiles
+from nsa.kernels.select import select_forward
+from nsa.kernels.select_tiles import SelectTiles, select_tiles
 from nsa.testing import make_inputs
 from nsa.testing.parity import _sequence_faults
 from nsa.varlen import compressed_members, token_members

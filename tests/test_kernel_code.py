@@ -42,7 +42,7 @@ multiprocessor: 3.1 ms against 3.9 at T = 65536, although its matrix instruction
 
 def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
     """Compiles what one step launches, in bf16, at T = 8192."""
-    from nsa.kernels import gated, select, selected, selected_kv, selected_lists, window
+    from nsa.kernels import gated, rows, select, selected, selected_kv, selected_lists, window
     from nsa.kernels.band import Blocks
 
     H, K, D = shape
@@ -87,7 +87,7 @@ def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
             dout, q, ks, ks, gates, *of_all, within_one=False, dq_dtype=dq_dtype
         ),
     }
-    with recorded(gated, select, selected, selected_kv, selected_lists, window) as launches:
+    with recorded(gated, rows, select, selected, selected_kv, selected_lists, window) as launches:
         steps[step]()
     assert launches.calls
     return [compile_launch(*call) for call in launches.calls]

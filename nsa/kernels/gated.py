@@ -20,8 +20,9 @@ from torch import Tensor
 
 from nsa.kernels.band import LOG2E, TOKENS, Blocks
 from nsa.kernels.gated_queries import gated_query_gradient
+from nsa.kernels.rows import rows_contiguous
 from nsa.kernels.selected import add_selected_dq, selected_forward
-from nsa.kernels.selected_kv import rows_contiguous, selected_dkv
+from nsa.kernels.selected_kv import selected_dkv
 from nsa.kernels.selected_tiles import default_tiles
 from nsa.kernels.window import (
     Mix,

@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from nsa.kernels.band import LOG2E
-from nsa.kernels.selected_kv import row_sums, rows_contiguous, selected_dkv
+from nsa.kernels.rows import row_sums, rows_contiguous
+from nsa.kernels.selected_kv import selected_dkv
 from nsa.kernels.selected_lists import UnionLists, union_lists
 from nsa.kernels.selected_rows import dq_kernel, forward_kernel
 from nsa.kernels.selected_tiles import (

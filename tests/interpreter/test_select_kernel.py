@@ -14,7 +14,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from nsa import NSAConfig, reference
-from nsa.kernels.select import SelectTiles, select_forward, select_tiles
+from nsa.kernels.select import select_forward
+from nsa.kernels.select_tiles import SelectTiles, select_tiles
 from nsa.reference.packing import spans
 from nsa.testing import Inputs, make_inputs
 from nsa.testing.parity import _sequence_faults
