@@ -199,19 +199,15 @@ def key_variants(G: int, T: int, default: KeyTiles) -> Iterator[KeyTiles]:
     """The default first; then one thing or another changed."""
     yield default
     seen = {default}
-    for rows, warps, stages, chunk, span, keys_first in (
-        (64, 4, 2, 256, None, False),
-        (64, 4, 3, 128, None, False),
-        (64, 4, 3, 1024, None, False),
-        (64, 4, 3, 256, 4096, False),
-        (64, 4, 3, 256, T // 4, False),
-        (64, 8, 3, 256, None, False),
-        (128, 8, 1, 256, None, False),
-        (128, 8, 2, 256, None, False),
-        (64, 4, 3, 256, None, True),
-        (32, 4, 3, 256, None, True),
-        (32, 4, 2, 256, None, True),
-        (32, 4, 3, 256, 4096, True),
+    for rows, warps, stages, chunk, span in (
+        (64, 4, 2, 256, None),
+        (64, 4, 3, 128, None),
+        (64, 4, 3, 1024, None),
+        (64, 4, 3, 256, 4096),
+        (64, 4, 3, 256, T // 4),
+        (64, 8, 3, 256, None),
+        (128, 8, 1, 256, None),
+        (128, 8, 2, 256, None),
     ):
         tiles = KeyTiles(
             tokens=tokens_per_tile(G, rows),
@@ -220,7 +216,6 @@ def key_variants(G: int, T: int, default: KeyTiles) -> Iterator[KeyTiles]:
             num_stages=stages,
             chunk=chunk,
             span=span,
-            keys_first=keys_first,
         )
         if tiles not in seen:
             seen.add(tiles)

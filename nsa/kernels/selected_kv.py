@@ -63,14 +63,17 @@ def _add_readers(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,
     WITH_DQ: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    FOLD: tl.constexpr,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What pairs ``begin … end - 1`` add to dk, dv and dq; without MASKED they see every key."""
+    """What pairs ``begin … end - 1`` add to dk, dv and dq; without MASKED they see every key.
+
+    With FOLD ds is scaled before it is rounded, which costs nothing; dk and dq are not, after it.
+    """
     r = tl.arange(0, ROWS)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -78,69 +81,60 @@ def _add_readers(
     slot = r // G
     # What is the same in every step is cheap to compute again; kept, it spills (sm_90).
     for pair in tl.range(begin, end, TOKENS, disable_licm=True):
-        live = (slot < TOKENS) & (pair + slot < end)
-        bt = tl.load(tokens + pair + slot, mask=live, other=0)
-        t = bt - token_0
+        # Rows past the end are the last row again, with probability 0: nothing else has a mask.
+        bt = tl.load(tokens + tl.minimum(pair + slot, end - 1))
+        row = bt * heads + query_head
+        q_row = bt * q_t + query_head * q_h
+        do_row = bt * do_t + query_head * do_h
         if WIDE:
             row = bt.to(tl.int64) * heads + query_head
-            q_row = t.to(tl.int64) * q_t + query_head.to(tl.int64) * q_h
-            do_row = t.to(tl.int64) * do_t + query_head.to(tl.int64) * do_h
-        else:
-            row = bt * heads + query_head
-            q_row = t * q_t + query_head * q_h
-            do_row = t * do_t + query_head * do_h
-        q_mask = live[:, None]
-        do_mask = live[:, None]
+            q_row = bt.to(tl.int64) * q_t + query_head.to(tl.int64) * q_h
+            do_row = bt.to(tl.int64) * do_t + query_head.to(tl.int64) * do_h
+        q_at = q_row[:, None] + d[None, :]
+        do_at = do_row[:, None] + e[None, :]
         if BLOCK_D != D:
-            q_mask = q_mask & (d < D)[None, :]
+            q_tile = tl.load(q_ptr + q_at, mask=(d < D)[None, :], other=0.0)
+        else:
+            q_tile = tl.load(q_ptr + q_at)
         if BLOCK_V != V:
-            do_mask = do_mask & (e < V)[None, :]
-        q_tile = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=q_mask, other=0.0)
-        do_tile = tl.load(do_ptr + do_row[:, None] + e[None, :], mask=do_mask, other=0.0)
-        log = tl.load(lse + row, mask=live, other=0.0) * LOG2_E
-        mean = tl.load(delta + row, mask=live, other=0.0)
-        # How far into these keys each row sees, so that a key costs one comparison. Rows past the
-        # end of the chunk are zeros in q and dout: they add nothing, whatever they see.
-        reach = tl.minimum(t + q_start - first, SELECT - 1 - part)
+            do_tile = tl.load(do_ptr + do_at, mask=(e < V)[None, :], other=0.0)
+        else:
+            do_tile = tl.load(do_ptr + do_at)
+        live = (slot < TOKENS) & (pair + slot < end)
+        log = tl.load(lse + row, mask=live, other=float("inf")) * LOG2_E
+        mean = tl.load(delta + row)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         # No probability is above 1; where scores are so large that rounding the lse says otherwise,
         # the minimum keeps the gradient finite.
         # Masks come before the exponential and the product: selecting 16-bit results would take
         # twice the instructions. The product's asks for p, so that no mask has to be kept.
-        if KEYS_FIRST:
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            s = tl.minimum(s * score_scale - log[None, :], 0.0)
-            if MASKED:
-                s = tl.where(n[:, None] <= reach[None, :], s, float("-inf"))
-            p = tl.exp2(s)
-            if WEIGHTED:
-                p *= tl.load(weight + row, mask=live, other=0.0)[None, :]
-            p_keys = p.to(do_tile.dtype)
-            dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
-            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-            ds = p * (dp - mean[None, :])
-            if MASKED:
-                ds = tl.where(p == 0.0, 0.0, ds)
-            ds_keys = ds.to(q_tile.dtype)
-        else:
-            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            s = tl.minimum(s * score_scale - log[:, None], 0.0)
-            if MASKED:
-                s = tl.where(n[None, :] <= reach[:, None], s, float("-inf"))
-            p = tl.exp2(s)
-            if WEIGHTED:
-                p *= tl.load(weight + row, mask=live, other=0.0)[:, None]
-            p_keys = tl.trans(p.to(do_tile.dtype))
-            dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
-            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-            ds = p * (dp - mean[:, None])
-            if MASKED:
-                ds = tl.where(p == 0.0, 0.0, ds)
-            ds_keys = tl.trans(ds.to(q_tile.dtype))
+        s = tl.minimum(s * score_scale - log[:, None], 0.0)
+        if MASKED:
+            # How far into these keys each row sees, so that a key costs one comparison.
+            reach = tl.minimum(bt - token_0 + q_start - first, SELECT - 1 - part)
+            s = tl.where(n[None, :] <= reach[:, None], s, float("-inf"))
+        p = tl.exp2(s)
+        if WEIGHTED:
+            p *= tl.load(weight + row)[:, None]
+        if FOLD:
+            dp, mean = dp * scale, mean * scale
+        ds = p * (dp - mean[:, None])
+        if MASKED:
+            ds = tl.where(p == 0.0, 0.0, ds)
+        p_keys = tl.trans(p.to(do_tile.dtype))
+        ds_keys = tl.trans(ds.to(q_tile.dtype))
+        dv_acc = tl.dot(p_keys, do_tile, dv_acc, input_precision=PRECISION)
         dk_acc = tl.dot(ds_keys, q_tile, dk_acc, input_precision=PRECISION)
         if WITH_DQ:
-            dq_part = tl.dot(tl.trans(ds_keys), k_tile, input_precision=PRECISION) * scale
-            dq_row = row[:, None] * D + d[None, :]
-            tl.atomic_add(dq + dq_row, dq_part, mask=q_mask, sem="relaxed")
+            dq_part = tl.dot(tl.trans(ds_keys), k_tile, input_precision=PRECISION)
+            if not FOLD:
+                dq_part *= scale
+            dq_mask = (slot < TOKENS)[:, None]
+            if BLOCK_D != D:
+                dq_mask = dq_mask & (d < D)[None, :]
+            dq_at = dq + (row[:, None] * D + d[None, :])
+            tl.atomic_add(dq_at, dq_part, mask=dq_mask, sem="relaxed")
     return dk_acc, dv_acc
 
 
@@ -192,9 +186,9 @@ def _dkv_kernel(
     BLOCK_V: tl.constexpr,
     PARTS: tl.constexpr,
     NEAR: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,
     WITH_DQ: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    FOLD: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -228,8 +222,9 @@ def _dkv_kernel(
         k_tile = tl.load(k_ptr + n[:, None] * k_s + d[None, :], mask=k_mask, other=0.0)
         v_tile = tl.load(v_ptr + n[:, None] * v_s + e[None, :], mask=v_mask, other=0.0)
         query_head = head * G + r % G
-        q_ptr = q + b64 * q_b
-        do_ptr = dout + b64 * do_b
+        # tokens are numbered through the batch
+        q_ptr = q + b64 * (q_b - T * q_t.to(tl.int64))
+        do_ptr = dout + b64 * (do_b - T * do_t.to(tl.int64))
 
         dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -277,9 +272,9 @@ def _dkv_kernel(
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_V,
-                KEYS_FIRST,
                 WITH_DQ,
                 WEIGHTED,
+                FOLD,
                 half == 0,
                 WIDE,
                 PRECISION,
@@ -287,7 +282,9 @@ def _dkv_kernel(
 
         # A key past the end of its block is another block's, or nobody's; p and ds of it are 0.
         grad_row = (b64 * S + first + n[:, None]) * KV + head
-        tl.atomic_add(dk + grad_row * D + d[None, :], dk_acc * scale, mask=k_mask, sem="relaxed")
+        if not FOLD:
+            dk_acc *= scale
+        tl.atomic_add(dk + grad_row * D + d[None, :], dk_acc, mask=k_mask, sem="relaxed")
         tl.atomic_add(dv + grad_row * V + e[None, :], dv_acc, mask=v_mask, sem="relaxed")
 
 
@@ -391,9 +388,9 @@ def selected_dkv(
                 BLOCK_V=padded(V),
                 PARTS=parts,
                 NEAR=padded(select_block),
-                KEYS_FIRST=tiles.keys_first,
                 WITH_DQ=tiles.with_dq,
                 WEIGHTED=weight is not None,
+                FOLD=q.dtype != torch.float16,
                 WIDE=max(q.numel(), _reach(q), _reach(dout)) >= 2**31,
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
                 num_warps=tiles.num_warps,
@@ -404,5 +401,6 @@ def selected_dkv(
 
 
 def _reach(x: Tensor) -> int:
-    """The largest offset within a batch row, in elements."""
-    return sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True))
+    """More than any offset of an element ``[B, T, H, ...]`` whose row is told by B * T and H."""
+    B, T, H = x.shape[:3]
+    return B * T * x.stride(1) + H * x.stride(2) + x.shape[3]

@@ -55,9 +55,6 @@ class KeyTiles:
     span: int | None = None
     """Chunks are ordered by spans of as many tokens, so that what one span reads of q and dout can
     stay in the L2 cache; every block adds its dk, dv once a span. None: one span."""
-    keys_first: bool = False
-    """Keys are the rows of the score tile: p and ds stay in registers on their way to the next
-    product, but lse and delta take more of them. Otherwise p and ds go through shared memory."""
     with_dq: bool = False
     """Whether dq is summed here too, by atomic adds in fp32, in place of a kernel of its own."""
     maxnreg: int | None = None

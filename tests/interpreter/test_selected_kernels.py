@@ -137,10 +137,9 @@ def test_block_sizes(size: int, width: int | None) -> None:
         cut(2, key_tokens=2),
         cut(8, key_tokens=2, chunk=3),
         cut(32, 32, key_tokens=16, chunk=1000),
-        cut(16, keys_first=True),
         cut(5, key_tokens=3, with_dq=True),
-        cut(7, key_tokens=10, with_dq=True, keys_first=True),
-        cut(4, span=16, keys_first=True),
+        cut(7, key_tokens=10, with_dq=True),
+        cut(4, span=16),
         cut(4, span=7, chunk=5),
     ],
 )
