@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.selected_tiles import padded
+
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """x itself if its rows are contiguous and offsets within a block fit in int32, else a copy."""
@@ -50,7 +52,7 @@ def row_sums(dout: Tensor, out: Tensor) -> Tensor:
     if delta.numel() == 0:
         return delta
     dout = rows_contiguous(dout)
-    wide = max(16, triton.next_power_of_2(V))
+    wide = padded(V)
     rows = max(1, 4096 // wide)
     with torch.cuda.device_of(out):
         _delta_kernel[(triton.cdiv(delta.numel(), rows),)](

@@ -81,7 +81,7 @@ def _add_readers(
     slot = r // G
     # What is the same in every step is cheap to compute again; kept, it spills (sm_90).
     for pair in tl.range(begin, end, TOKENS, disable_licm=True):
-        # Rows past the end are the last row again, with probability 0: nothing else has a mask.
+        # Rows past the end are the last token's again, with probability 0.
         bt = tl.load(tokens + tl.minimum(pair + slot, end - 1))
         row = bt * heads + query_head
         q_row = bt * q_t + query_head * q_h
@@ -90,16 +90,10 @@ def _add_readers(
             row = bt.to(tl.int64) * heads + query_head
             q_row = bt.to(tl.int64) * q_t + query_head.to(tl.int64) * q_h
             do_row = bt.to(tl.int64) * do_t + query_head.to(tl.int64) * do_h
-        q_at = q_row[:, None] + d[None, :]
-        do_at = do_row[:, None] + e[None, :]
-        if BLOCK_D != D:
-            q_tile = tl.load(q_ptr + q_at, mask=(d < D)[None, :], other=0.0)
-        else:
-            q_tile = tl.load(q_ptr + q_at)
-        if BLOCK_V != V:
-            do_tile = tl.load(do_ptr + do_at, mask=(e < V)[None, :], other=0.0)
-        else:
-            do_tile = tl.load(do_ptr + do_at)
+        q_at = q_ptr + (q_row[:, None] + d[None, :])
+        do_at = do_ptr + (do_row[:, None] + e[None, :])
+        q_tile = tl.load(q_at, mask=(d < D)[None, :], other=0.0)
+        do_tile = tl.load(do_at, mask=(e < V)[None, :], other=0.0)
         live = (slot < TOKENS) & (pair + slot < end)
         log = tl.load(lse + row, mask=live, other=float("inf")) * LOG2_E
         mean = tl.load(delta + row)
@@ -130,9 +124,7 @@ def _add_readers(
             dq_part = tl.dot(tl.trans(ds_keys), k_tile, input_precision=PRECISION)
             if not FOLD:
                 dq_part *= scale
-            dq_mask = (slot < TOKENS)[:, None]
-            if BLOCK_D != D:
-                dq_mask = dq_mask & (d < D)[None, :]
+            dq_mask = (slot < TOKENS)[:, None] & (d < D)[None, :]
             dq_at = dq + (row[:, None] * D + d[None, :])
             tl.atomic_add(dq_at, dq_part, mask=dq_mask, sem="relaxed")
     return dk_acc, dv_acc
@@ -222,9 +214,9 @@ def _dkv_kernel(
         k_tile = tl.load(k_ptr + n[:, None] * k_s + d[None, :], mask=k_mask, other=0.0)
         v_tile = tl.load(v_ptr + n[:, None] * v_s + e[None, :], mask=v_mask, other=0.0)
         query_head = head * G + r % G
-        # tokens are numbered through the batch
-        q_ptr = q + b64 * (q_b - T * q_t.to(tl.int64))
-        do_ptr = dout + b64 * (do_b - T * do_t.to(tl.int64))
+        # Tokens are numbered through the batch. A stride of 1 is a constant: it has no dtype.
+        q_ptr = q + b64 * q_b - b64 * T * q_t
+        do_ptr = dout + b64 * do_b - b64 * T * do_t
 
         dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)

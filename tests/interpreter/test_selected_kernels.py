@@ -150,6 +150,13 @@ def test_any_tiles(tiles: SelectedTiles, lengths: tuple[int, ...] | None) -> Non
     check(listed(inputs, 3, seed=3), tiles)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dq_beside_dk_and_dv_in_half_precision(dtype: torch.dtype) -> None:
+    """bf16 scales ds before it is rounded; fp16 has few small numbers: dk and dq, after it."""
+    inputs = make_inputs(CONFIG, length=17, dtype=dtype)
+    check(listed(inputs, 3, seed=3), cut(5, key_tokens=3, with_dq=True))
+
+
 @pytest.mark.parametrize("width", [None, 2])
 def test_packed_with_empty_sequences(width: int | None) -> None:
     lengths = (0, 3, 1, 0, 14, 2, 9, 0)
