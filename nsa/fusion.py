@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
@@ -34,10 +35,20 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
         if COMPILER is None or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         keep_saved_tensors()
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT), static_floats():
             return _compiled(function, COMPILER)(*args, **kwargs)
 
     return call
+
+
+def static_floats() -> AbstractContextManager[None]:
+    """What ``dynamic=True`` makes torch compile once in place of twice.
+
+    Without it every float that a model holds becomes a symbol, the eps of a norm or RoPE's theta;
+    when the graph has been made, torch finds that it depends on none, and makes it anew (torch 2.11
+    and 2.13). Around calls of what ``torch.compile`` returned, since the first ones compile.
+    """
+    return torch._dynamo.config.patch(specialize_float=True)
 
 
 @lru_cache(maxsize=64)

@@ -104,7 +104,7 @@ def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
         "selected backward",
         "gated",
         "gated backward",
-        "gated backward, any gates",
+        pytest.param("gated backward, any gates", marks=pytest.mark.slow),
     ],
 )
 def test_code_for_an_h100(step: str, shape: tuple[int, int, int]) -> None:

@@ -7,6 +7,7 @@ Inductor in tests/test_compiled.py and tests/test_compiled_gpu.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -48,20 +49,33 @@ def batch(length: int, packed: bool) -> tuple[tuple[Tensor, Tensor], dict[str, o
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("backend", "packed"),
+    ("backend", "packed", "warm_up"),
     [
-        ("sdpa", False),
-        ("sdpa", True),
-        ("fa2-dense", False),
-        ("fa2-varlen", True),
-        ("compiled", False),
-        ("compiled", True),
+        pytest.param(backend, packed, warm_up, marks=marks)
+        for backend, packed in (
+            ("sdpa", False),
+            ("sdpa", True),
+            ("fa2-dense", False),
+            ("fa2-varlen", True),
+            ("compiled", False),
+            ("compiled", True),
+        )
+        for warm_up, marks in (
+            ((WARM_UP, ()),)
+            if backend == "compiled"
+            else ((WARM_UP, pytest.mark.slow), (WARM_UP[2:], ()))
+        )
     ],
 )
-def test_one_graph_serves_all_lengths(backend: str, packed: bool) -> None:
+def test_one_graph_serves_all_lengths(backend: str, packed: bool, warm_up: tuple[int, ...]) -> None:
+    """``compile_loss``, and for one kind of input a ``torch.compile`` of one's own."""
     model = LanguageModel(CONFIG, backend=backend)
     weights = list(model.parameters())
-    loss_of = torch.compile(model.loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    options: dict[str, Any] = {"dynamic": True, "backend": "aot_eager"}
+    if packed or backend != "compiled":
+        loss_of = model.compile_loss(**options)
+    else:
+        loss_of = torch.compile(model.loss, fullgraph=True, **options)
 
     def step(length: int) -> None:
         inputs, packing = batch(length, packed)
@@ -74,10 +88,10 @@ def test_one_graph_serves_all_lengths(backend: str, packed: bool) -> None:
         for got, expected in zip(grads, torch.autograd.grad(want, weights), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
-    for length in WARM_UP:
+    for length in warm_up:
         step(length)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs <= len(WARM_UP)
+    assert graphs <= len(warm_up)
     longest = 1000 if backend.startswith("fa2") else LENGTHS[-1]  # the math provider is quadratic
     with torch.compiler.set_stance("fail_on_recompile"):
         for length in LENGTHS:
@@ -113,7 +127,7 @@ def test_a_recompile_would_be_seen() -> None:
 def test_flags_that_ask_for_the_length_are_obeyed_in_a_trace() -> None:
     with use_settings(backend="fa2-dense", fa2_min_len_win=50, fa2_min_len_cmp=60):
         model = LanguageModel(CONFIG)
-        loss_of = torch.compile(model.loss, fullgraph=True, dynamic=True, backend="eager")
+        loss_of = model.compile_loss(dynamic=True, backend="eager")
         for length, window, compressed in (
             (40, "sdpa", "sdpa"),
             (55, "fa2-dense", "sdpa"),

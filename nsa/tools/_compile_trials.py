@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa.backends import TABLE, unavailable
 from nsa.config import NSAConfig
 from nsa.errors import NSAError
+from nsa.fusion import static_floats
 from nsa.models import LanguageModel, ModelConfig
 from nsa.tools._compile import first_words
 from nsa.tools._failures import failures, one_line
@@ -176,7 +177,8 @@ def _step(
     def step(length: int) -> None:
         tokens, packing = _batch(length, trial)
         # as the trainer does it
-        with torch.autocast(device.type, half, enabled=half != torch.float32):
+        autocast = torch.autocast(device.type, half, enabled=half != torch.float32)
+        with static_floats(), autocast:
             loss = loss_of(tokens, tokens, **packing)
         torch.autograd.grad(loss, weights)
         if device.type == "cuda":  # a kernel that fails says so late
