@@ -7,13 +7,14 @@ Inductor in tests/test_compiled.py and tests/test_compiled_gpu.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nsa import NSAConfig, use_settings
+from nsa import NSAConfig, fusion, use_settings
 from nsa.models import LanguageModel, ModelConfig
 
 CONFIG = ModelConfig(
@@ -68,18 +69,14 @@ def batch(length: int, packed: bool) -> tuple[tuple[Tensor, Tensor], dict[str, o
     ],
 )
 def test_one_graph_serves_all_lengths(backend: str, packed: bool, warm_up: tuple[int, ...]) -> None:
-    """``compile_loss``, and for one kind of input a ``torch.compile`` of one's own."""
     model = LanguageModel(CONFIG, backend=backend)
     weights = list(model.parameters())
-    options: dict[str, Any] = {"dynamic": True, "backend": "aot_eager"}
-    if packed or backend != "compiled":
-        loss_of = model.compile_loss(**options)
-    else:
-        loss_of = torch.compile(model.loss, fullgraph=True, **options)
+    loss_of = torch.compile(model.loss, fullgraph=True, dynamic=True, backend="aot_eager")
 
     def step(length: int) -> None:
         inputs, packing = batch(length, packed)
-        loss = loss_of(*inputs, **packing)
+        with fusion.static_floats():  # as the README advises
+            loss = loss_of(*inputs, **packing)
         grads = torch.autograd.grad(loss, weights)
         if length > 300:
             return
@@ -122,6 +119,25 @@ def test_a_recompile_would_be_seen() -> None:
         pytest.raises(RuntimeError, match="recompile"),
     ):
         loss_of(*batch(41, False)[0])
+
+
+def test_dynamic_shapes_make_a_graph_once() -> None:
+    """Floats of the model as symbols would make torch begin anew when it is done."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    made = []
+
+    def compiler(graph: torch.fx.GraphModule, example: list[Tensor], **options: Any) -> Any:
+        made.append(graph)
+        return aot_eager(graph, example, **options)
+
+    model = LanguageModel(replace(CONFIG, attention="dense"))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        model.compile_loss(dynamic=True, backend=compiler)(*batch(40, False)[0])
+        assert len(made) == 1
+        patch.setattr(fusion, "COMPILER", compiler)
+        fusion.fused(model.norm)(torch.randn(2, 40, CONFIG.dim))
+    assert len(made) == 2
 
 
 def test_flags_that_ask_for_the_length_are_obeyed_in_a_trace() -> None:

@@ -203,8 +203,8 @@ class LanguageModel(nn.Module):
             A function with the signature of :meth:`loss`. With ``activation_checkpointing``,
             prefer it to a ``torch.compile`` of your own: a layer notes which backend ran
             (:attr:`resolution`), and torch refuses that inside a checkpoint unless it is told not
-            to, as this function does. With ``dynamic=True`` it also compiles in half the time
-            (:func:`nsa.fusion.static_floats`).
+            to, as this function does. With ``dynamic=True`` it also makes the first graph in half
+            the time (:func:`nsa.fusion.static_floats`).
         """
         compiled = torch.compile(self.loss, fullgraph=True, **options)
 
