@@ -45,8 +45,8 @@ def static_floats() -> AbstractContextManager[None]:
     """With ``dynamic=True`` the first graph is made once, not twice.
 
     Else every float that a model holds becomes a symbol, the eps of a norm or RoPE's theta; when
-    the graph has been made, torch finds that it depends on none, and makes it anew (torch 2.13; not
-    2.11). To be put around calls of what ``torch.compile`` returned, since the first one compiles.
+    the graph has been made, torch finds that it depends on none, and makes it anew (2.11 and 2.13).
+    To be put around calls of what ``torch.compile`` returned, since the first one compiles.
     """
     return torch._dynamo.config.patch(specialize_float=True)
 
