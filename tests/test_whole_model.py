@@ -7,11 +7,13 @@ Inductor in tests/test_compiled.py and tests/test_compiled_gpu.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from nsa import NSAConfig, fusion, use_settings
@@ -48,34 +50,36 @@ def batch(length: int, packed: bool) -> tuple[tuple[Tensor, Tensor], dict[str, o
     return (tokens, targets), {"cu_seqlens": cu_seqlens, "max_seqlen": max(length - cut, 2)}
 
 
+def runs() -> Iterator[ParameterSet]:
+    """Backend, packed, warm-up. The shortest inputs of all but ``compiled`` take patience."""
+    for backend, packed in (
+        ("sdpa", False),
+        ("sdpa", True),
+        ("fa2-dense", False),
+        ("fa2-varlen", True),
+        ("compiled", False),
+        ("compiled", True),
+    ):
+        name = f"{backend}-{'packed' if packed else 'regular'}"
+        if backend == "compiled":
+            yield pytest.param(backend, packed, WARM_UP, id=name)
+        else:
+            yield pytest.param(backend, packed, WARM_UP[2:], id=f"{name}-from-32")
+            yield pytest.param(backend, packed, WARM_UP, id=name, marks=pytest.mark.slow)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("backend", "packed", "warm_up"),
-    [
-        pytest.param(backend, packed, warm_up, marks=marks)
-        for backend, packed in (
-            ("sdpa", False),
-            ("sdpa", True),
-            ("fa2-dense", False),
-            ("fa2-varlen", True),
-            ("compiled", False),
-            ("compiled", True),
-        )
-        for warm_up, marks in (
-            ((WARM_UP, ()),)
-            if backend == "compiled"
-            else ((WARM_UP, pytest.mark.slow), (WARM_UP[2:], ()))
-        )
-    ],
-)
+@pytest.mark.parametrize(("backend", "packed", "warm_up"), [*runs()])
 def test_one_graph_serves_all_lengths(backend: str, packed: bool, warm_up: tuple[int, ...]) -> None:
+    """With floats as the README advises, once with torch's default."""
+    floats = nullcontext if (backend, packed) == ("compiled", True) else fusion.static_floats
     model = LanguageModel(CONFIG, backend=backend)
     weights = list(model.parameters())
     loss_of = torch.compile(model.loss, fullgraph=True, dynamic=True, backend="aot_eager")
 
     def step(length: int) -> None:
         inputs, packing = batch(length, packed)
-        with fusion.static_floats():  # as the README advises
+        with floats():
             loss = loss_of(*inputs, **packing)
         grads = torch.autograd.grad(loss, weights)
         if length > 300:
