@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from nsa import NSAConfig, fusion, use_settings
@@ -50,7 +49,7 @@ def batch(length: int, packed: bool) -> tuple[tuple[Tensor, Tensor], dict[str, o
     return (tokens, targets), {"cu_seqlens": cu_seqlens, "max_seqlen": max(length - cut, 2)}
 
 
-def runs() -> Iterator[ParameterSet]:
+def runs() -> Iterator[Any]:
     """Backend, packed, warm-up. The shortest inputs of all but ``compiled`` take patience."""
     for backend, packed in (
         ("sdpa", False),

@@ -182,7 +182,8 @@ class LanguageModel(nn.Module):
 
         The blocks are alike, so the first one's code serves all: compiling takes as long as for a
         model of one layer. Names of parameters stay as they are. What a block cannot compile raises
-        when it is first run.
+        when it is first run. With ``dynamic=True`` run the model under
+        :func:`nsa.fusion.static_floats`, or torch makes the first graph twice.
 
         Args:
             options: of ``torch.compile``.
