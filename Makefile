@@ -47,7 +47,7 @@ demo: env  ## train a tiny model on this machine's Python sources, then let it w
 test: lint types  ## lint, type check and all tests that need neither a GPU nor patience
 	@# Triton's interpreter changes what a kernel is for the whole process: one of its own, first.
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then set -x; \
-	  TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interpreter; \
+	  TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/triton_interpreter; \
 	  else echo 'triton is not installed: its kernels go untested'; fi
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 

@@ -22,11 +22,11 @@ from triton.testing import do_bench
 
 from nsa import NSAConfig
 from nsa.backends import load
-from nsa.kernels.select import select_forward
-from nsa.kernels.select_tiles import SelectTiles, select_tiles
+from nsa.backends.compiled.select.kernel import select_forward
+from nsa.backends.compiled.select.tiles import SelectTiles, select_tiles
+from nsa.core.packing import compressed_members, token_members
 from nsa.testing import make_inputs
 from nsa.testing.parity import _sequence_faults
-from nsa.varlen import compressed_members, token_members
 
 PAPER = NSAConfig(num_heads=64, num_kv_heads=4, head_dim=128)
 SMALL = NSAConfig.preset("small")

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from nsa import NSAConfig, reference
-from nsa.kernels.selected import selected_backward, selected_dq, selected_forward
-from nsa.kernels.selected_kv import selected_dkv
-from nsa.kernels.selected_lists import chunks, union_lists
-from nsa.kernels.selected_tiles import (
+from nsa.backends.compiled.selected.bwd_dkv import selected_dkv
+from nsa.backends.compiled.selected.launch import selected_backward, selected_dq, selected_forward
+from nsa.backends.compiled.selected.lists import chunks, union_lists
+from nsa.backends.compiled.selected.tiles import (
     KeyTiles,
     QueryTiles,
     SelectedTiles,

@@ -24,11 +24,11 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from nsa import NSAConfig
-from nsa.kernels import window
-from nsa.kernels.window import window_backward, window_forward
-from nsa.kernels.window_tiles import WindowTiles
+from nsa.backends.compiled.window import launch as window
+from nsa.backends.compiled.window.launch import window_backward, window_forward
+from nsa.backends.compiled.window.tiles import WindowTiles
+from nsa.core.packing import token_members
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
-from nsa.varlen import token_members
 
 PAPER = NSAConfig(num_heads=64, num_kv_heads=4, head_dim=128)
 SMALL = NSAConfig.preset("small")

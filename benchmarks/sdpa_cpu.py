@@ -4,7 +4,7 @@
 
 Hq 8, Hkv 2, D 64, fp32, B 1, random inputs, selection included, gates included, φ not. Every figure
 is taken in a process of its own; times are medians. The backend is held to the oracle by
-``tests/test_parity.py``.
+``tests/backends/test_parity.py``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ is what a new machine pays only if they were empty. One JSON line each as they c
 - syncs: "none" if a step ran under ``torch.cuda.set_sync_debug_mode("error")``, else its error.
 
 A configuration that fails, or takes longer than ``--limit-s``, says so and the next one starts. The
-numerics stand on ``tests/test_parity.py`` and ``tests/test_train_compile.py``.
+numerics stand on ``tests/backends/test_parity.py`` and ``tests/compile/test_train_compile.py``.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import contextlib
 import torch
 from torch import Tensor
 
-from nsa import validate
-from nsa.backends.plan import Plan, plan, settings_in_force
+from nsa.backends.dispatch import Plan, plan, settings_in_force
 from nsa.config import KV, NSAConfig
-from nsa.fusion import fused
+from nsa.core import validate
+from nsa.core.compile import fused
 from nsa.settings import Settings
 
 

@@ -25,5 +25,9 @@ class CheckpointError(NSAError):
     """A checkpoint that is damaged, truncated, or belongs to another configuration."""
 
 
+class UsageError(NSAError):
+    """A command line that does not parse, or flags that contradict each other."""
+
+
 class DataError(NSAError):
     """Data that cannot be used: an unreadable or empty path, or values that are not finite."""

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nsa import validate
 from nsa.attention import check_values, needs_grad, run
 from nsa.backends import Resolution
-from nsa.backends.plan import Plan, plan
-from nsa.compress import Compress, compress_both
+from nsa.backends.dispatch import Plan, plan
+from nsa.compression import Compress, compress_both
 from nsa.config import KV, NSAConfig
+from nsa.core import validate
+from nsa.core.compile import fused
+from nsa.core.linear import is_plain
+from nsa.core.packing import token_members
+from nsa.core.rope import apply_rope
 from nsa.errors import ConfigError
-from nsa.fusion import fused
-from nsa.plain import is_plain
-from nsa.rope import apply_rope
 from nsa.settings import current_settings
-from nsa.varlen import token_members
 
 BRANCHES = ("compressed", "selected", "window")
 
@@ -203,7 +203,7 @@ class NSAttention(nn.Module):
 
         All but that of q are so narrow that reading x is most of their work, and in the backward
         pass each would write a gradient of x. A projection that is more than a linear map
-        (:func:`nsa.plain.is_plain`) is called as it is, and then so are all.
+        (:func:`nsa.core.linear.is_plain`) is called as it is, and then so are all.
         """
         linears = self._linears()
         together = all(is_plain(linear, bias=name == "gate") for name, linear in linears.items())

@@ -19,7 +19,7 @@ for _name in [name for name in os.environ if name.startswith("NSA_")]:
 
 # Kernels in Triton's interpreter and everything else cannot share a process.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = [] if _INTERPRETED else ["interpreter"]
+collect_ignore = [] if _INTERPRETED else ["triton_interpreter"]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)
@@ -43,9 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """``compiled`` runs its steps without Inductor: a new shape of heads would cost half a minute.
 
-    The tests of :mod:`nsa.fusion` ask for a compiler.
+    The tests of :mod:`nsa.core.compile` ask for a compiler.
     """
-    from nsa import fusion
+    from nsa.core import compile as fusion
 
     monkeypatch.setattr(fusion, "COMPILER", None)
 
@@ -62,7 +62,7 @@ def environment() -> Iterator[Callable[[Mapping[str, str]], None]]:
 @pytest.fixture
 def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the numbers out of ``diagnose``, for tests that are about something else."""
-    from nsa.tools import diagnose
+    from nsa.tools.diagnose import __main__ as diagnose
 
     monkeypatch.setattr(diagnose, "attention_parity", lambda name, inputs: [])
     monkeypatch.setattr(diagnose, "selection_faults", lambda name, inputs: [])
@@ -72,7 +72,7 @@ def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
 def fresh_probes() -> Iterator[None]:
     """Forgets what was found out about FlashAttention-2, before and after."""
     from nsa import backends
-    from nsa.backends import fa2_providers
+    from nsa.backends.fa2 import providers as fa2_providers
 
     probe, resolve = fa2_providers._probe, backends._resolve
     probe.cache_clear()
@@ -87,7 +87,7 @@ def install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_probes: None
 ) -> Iterator[Callable[..., None]]:
     """Puts a ``flash_attn`` of :mod:`flash_attn_stubs` where Python finds it."""
-    from flash_attn_stubs import put
+    from tests.support.flash_attn_stubs import put
 
     def imported() -> list[str]:
         return [name for name in sys.modules if name.split(".")[0] == "flash_attn"]
@@ -108,6 +108,6 @@ def install(
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch, fresh_probes: None) -> None:
     """Pretends that FlashAttention-2 could run on any device, so that its sources are called."""
-    from nsa.backends import fa2_providers
+    from nsa.backends.fa2 import providers as fa2_providers
 
     monkeypatch.setattr(fa2_providers, "_unfit", lambda device: None)

@@ -4,7 +4,7 @@
     python -m tests.mutations oracle     # those whose name contains a word
 
 Each breakage is applied to a copy of the tree. Those of the oracle must be caught by the NumPy
-oracle alone, so only ``tests/test_reference_parity.py`` runs for them.
+oracle alone, so only ``tests/reference/test_parity.py`` runs for them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-NUMPY = ("tests/test_reference_parity.py",)
-BACKENDS = ("tests/test_parity.py", "tests/test_backend_properties.py")
-PIECES = ("tests/test_compress_rope.py",)
-LAYER = ("tests/test_module.py",)
-OPERATORS = ("tests/test_operators.py",)
-FUNC = ("tests/test_torch_func.py",)
+NUMPY = ("tests/reference/test_parity.py",)
+BACKENDS = ("tests/backends/test_parity.py", "tests/backends/test_properties.py")
+PIECES = ("tests/core/test_compress_rope.py",)
+LAYER = ("tests/api/test_module.py",)
+OPERATORS = ("tests/core/test_operators.py",)
+FUNC = ("tests/api/test_torch_func.py",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,69 +60,69 @@ MUTATIONS = (
     oracle("scale forgotten", "attend.py", "scores = scale * ", "scores = "),
     oracle(
         "overlap weights 1,2,2,2,2",
-        "selection.py",
+        "shared/select_op.py",
         "end = min(i * config.compress_stride + config.compress_block, (j + 1) * config.select_block)",
         "end = i * config.compress_stride + config.compress_block if start < (j + 1) * config.select_block else 0",
     ),
     oracle(
         "initial blocks not forced",
-        "selection.py",
+        "shared/select_op.py",
         "((j < config.num_initial) | (j > own - config.num_local))",
         "(j > own - config.num_local)",
     ),
     oracle(
         "one local block too many",
-        "selection.py",
+        "shared/select_op.py",
         "(j > own - config.num_local)",
         "(j >= own - config.num_local)",
     ),
-    oracle("the block in progress does not count", "selection.py", "candidate = j <= own", "candidate = j < own"),
-    oracle("one head of the group decides", "selection.py", "p_BTKGN.sum(3)", "p_BTKGN[:, :, :, 0]"),
-    oracle("ties to the higher index", "selection.py", "order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]", "order = (J - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices)[..., :n]"),
+    oracle("the block in progress does not count", "shared/select_op.py", "candidate = j <= own", "candidate = j < own"),
+    oracle("one head of the group decides", "shared/select_op.py", "p_BTKGN.sum(3)", "p_BTKGN[:, :, :, 0]"),
+    oracle("ties to the higher index", "shared/select_op.py", "order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]", "order = (J - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices)[..., :n]"),
     oracle("gate order swapped", "__init__.py", "gates.to(dtype).unbind(-1)", "gates.to(dtype).flip(-1).unbind(-1)"),
     oracle("position embedding forgotten", "compression.py", "(blocks_BNHLD + weights[\"position\"])", "blocks_BNHLD"),
     oracle("rotation the other way", "compression.py", "turned = pairs * rotation", "turned = pairs * rotation.conj()"),
     oracle("packed positions run on", "compression.py", "t[start:end] -= start", "t[start:end] -= 0"),
-    sdpa("window off by one", "sdpa_band.py", "(s <= r - band.width)", "(s < r - band.width)"),
-    sdpa("sequences leak", "sdpa_band.py", "if band.row_seq is not None:", "if band.row_seq is None and False:"),
-    sdpa("empty rows divide by zero", "sdpa_selected.py", "sums.masked_fill(sums == 0, 1.0)[..., None]", "sums[..., None]"),
-    sdpa("delta forgotten in the window's backward", "sdpa_band.py", ".sub_(delta[:, rows])", ""),
-    sdpa("dk without its scale", "sdpa_band.py", "ds = ds.mul_(p).mul_(scale).to(dtype)", "ds = ds.mul_(p).to(dtype)"),
-    sdpa("fold off by one", "fold.py", "max(0, block - 1 - q_start)", "max(0, block - q_start)"),
-    sdpa("surplus rows are read", "sdpa.py", "k, v = k.where(real, 0.0), v.where(real, 0.0)", "pass"),
+    sdpa("window off by one", "sdpa/window.py", "(s <= r - band.width)", "(s < r - band.width)"),
+    sdpa("sequences leak", "sdpa/window.py", "if band.row_seq is not None:", "if band.row_seq is None and False:"),
+    sdpa("empty rows divide by zero", "sdpa/selected.py", "sums.masked_fill(sums == 0, 1.0)[..., None]", "sums[..., None]"),
+    sdpa("delta forgotten in the window's backward", "sdpa/window.py", ".sub_(delta[:, rows])", ""),
+    sdpa("dk without its scale", "sdpa/window.py", "ds = ds.mul_(p).mul_(scale).to(dtype)", "ds = ds.mul_(p).to(dtype)"),
+    sdpa("fold off by one", "shared/fold_queries.py", "max(0, block - 1 - q_start)", "max(0, block - q_start)"),
+    sdpa("surplus rows are read", "sdpa/steps.py", "k, v = k.where(real, 0.0), v.where(real, 0.0)", "pass"),
     sdpa("overlap weights 1,2,2,2,2", "../blocks.py", "tokens = min(start + block, config.select_block) - max(start, 0)", "tokens = min(block, start + block)"),
-    sdpa("initial blocks not forced", "sdpa_select.py", "((j < config.num_initial) | (j > own[..., None] - config.num_local))", "(j > own[..., None] - config.num_local)"),
-    sdpa("ties to the higher index", "sdpa_select.py", "add_(_INDEX_LIMIT - j)", "add_(_INDEX_LIMIT - J + 1 + j)"),
-    sdpa("own block read to its end", "tiles.py", "seen.clamp_max_(blocks.size)", "seen.clamp_min_(0).mul_(blocks.size).clamp_max_(blocks.size)"),
-    sdpa("merge without weights", "sdpa_selected.py", "parts.mul_(weight[..., None]).sum(1)", "parts.sum(1)"),
-    sdpa("unlisted pairs counted", "tiles.py", "row.masked_fill_(unused, count * m)", "pass"),
-    sdpa("lse of empty rows", "sdpa_selected.py", "sums.log_().add_(peak[:, 0])", "sums.clamp_min_(1e-30).log_().add_(peak[:, 0])"),
-    Mutation("φ: position embedding forgotten", "nsa/compress.py", "self.up(self.position.to(x.dtype).flatten())", "self.up.bias", PIECES),
-    Mutation("φ: packed blocks one token late", "nsa/compress.py", "first[:, None] + torch.arange(block", "first[:, None] + 1 + torch.arange(block", PIECES),
-    Mutation("φ: tanh for erf", "nsa/compress.py", "F.gelu(hidden)", "F.gelu(hidden, approximate=\"tanh\")", PIECES),
-    Mutation("RoPE: rotation the other way", "nsa/rope.py", "low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D", "low * cos_T1D + high * sin_T1D, high * cos_T1D - low * sin_T1D", PIECES),
-    Mutation("RoPE: wrong frequencies", "nsa/rope.py", "torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / size", "torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / (size + 2)", PIECES),
+    sdpa("initial blocks not forced", "sdpa/select.py", "((j < config.num_initial) | (j > own[..., None] - config.num_local))", "(j > own[..., None] - config.num_local)"),
+    sdpa("ties to the higher index", "sdpa/select.py", "add_(_INDEX_LIMIT - j)", "add_(_INDEX_LIMIT - J + 1 + j)"),
+    sdpa("own block read to its end", "shared/block_tiles.py", "seen.clamp_max_(blocks.size)", "seen.clamp_min_(0).mul_(blocks.size).clamp_max_(blocks.size)"),
+    sdpa("merge without weights", "sdpa/selected.py", "parts.mul_(weight[..., None]).sum(1)", "parts.sum(1)"),
+    sdpa("unlisted pairs counted", "shared/block_tiles.py", "row.masked_fill_(unused, count * m)", "pass"),
+    sdpa("lse of empty rows", "sdpa/selected.py", "sums.log_().add_(peak[:, 0])", "sums.clamp_min_(1e-30).log_().add_(peak[:, 0])"),
+    Mutation("φ: position embedding forgotten", "nsa/compression.py", "self.up(self.position.to(x.dtype).flatten())", "self.up.bias", PIECES),
+    Mutation("φ: packed blocks one token late", "nsa/compression.py", "first[:, None] + torch.arange(block", "first[:, None] + 1 + torch.arange(block", PIECES),
+    Mutation("φ: tanh for erf", "nsa/compression.py", "F.gelu(hidden)", "F.gelu(hidden, approximate=\"tanh\")", PIECES),
+    Mutation("RoPE: rotation the other way", "nsa/core/rope.py", "low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D", "low * cos_T1D + high * sin_T1D, high * cos_T1D - low * sin_T1D", PIECES),
+    Mutation("RoPE: wrong frequencies", "nsa/core/rope.py", "torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / size", "torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / (size + 2)", PIECES),
     Mutation("layer: RoPE on V", "nsa/module.py", "return KV(self._rotate(k, cu_seqlens), v)", "return KV(self._rotate(k, cu_seqlens), self._rotate(v, cu_seqlens) if v.shape[-1] % 2 == 0 else v)", LAYER),
     Mutation("layer: positions do not restart", "nsa/module.py", "positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).rank", "positions = None", LAYER),
     Mutation("layer: gates branch-major", "nsa/module.py", "logits = logits.unflatten(-1, (self.config.num_heads, len(BRANCHES)))", "logits = logits.unflatten(-1, (len(BRANCHES), self.config.num_heads)).mT", LAYER),
     Mutation("layer: branches swapped", "nsa/module.py", "tokens, selected, window = self", "tokens, window, selected = self", LAYER),
-    fa2("own block counted twice", "tiles.py", "blocks.size if earlier_only else 0", "0"),
-    fa2("own block not weighted", "fa2_selected.py", "(near_lse[here] - whole).exp()[..., None]", "(near_lse[here] * 0).exp()[..., None]"),
-    fa2("surplus rows get gradients", "fa2_steps.py", "rows = rows.where(real[..., None], 0.0)", "pass"),
-    fa2("tiles with another scale", "fa2_selected.py", "scale=config.softmax_scale, causal=False", "scale=1.0, causal=False"),
-    fa2("window off by one", "fa2_steps.py", "window=config.window,", "window=config.window + 1,"),
-    Mutation("fa2: another implementation goes unnoticed", "nsa/backends/fa2_providers.py", 'impl = active_impl() if source == "aten" else None', "impl = None", ("tests/test_fa2_aten.py",)),
-    Mutation("fa2: a resolution outlives the implementation", "nsa/backends/__init__.py", "settings, fa2_providers.active_impl())", "settings, None)", ("tests/test_fa2_aten.py",)),
-    Mutation("workspace: a buffer for every call", "nsa/backends/workspace.py", "buffer = self._buffers.get((name, dtype))", "buffer = None", ("tests/test_workspace.py",)),
-    Mutation("φ: a token's blocks are not summed", "nsa/compress.py", "total[:, m * stride : (m + N) * stride] += tokens", "total[:, m * stride : (m + N) * stride] = tokens", LAYER),
+    fa2("own block counted twice", "shared/block_tiles.py", "blocks.size if earlier_only else 0", "0"),
+    fa2("own block not weighted", "fa2/selected.py", "(near_lse[here] - whole).exp()[..., None]", "(near_lse[here] * 0).exp()[..., None]"),
+    fa2("surplus rows get gradients", "fa2/steps.py", "rows = rows.where(real[..., None], 0.0)", "pass"),
+    fa2("tiles with another scale", "fa2/selected.py", "scale=config.softmax_scale, causal=False", "scale=1.0, causal=False"),
+    fa2("window off by one", "fa2/steps.py", "window=config.window,", "window=config.window + 1,"),
+    Mutation("fa2: another implementation goes unnoticed", "nsa/backends/fa2/providers.py", 'impl = active_impl() if source == "aten" else None', "impl = None", ("tests/backends/fa2/test_aten.py",)),
+    Mutation("fa2: a resolution outlives the implementation", "nsa/backends/__init__.py", "settings, fa2_providers.active_impl())", "settings, None)", ("tests/backends/fa2/test_aten.py",)),
+    Mutation("workspace: a buffer for every call", "nsa/backends/shared/workspace.py", "buffer = self._buffers.get((name, dtype))", "buffer = None", ("tests/backends/fa2/test_workspace.py",)),
+    Mutation("φ: a token's blocks are not summed", "nsa/compression.py", "total[:, m * stride : (m + N) * stride] += tokens", "total[:, m * stride : (m + N) * stride] = tokens", LAYER),
     Mutation("combine: gate order swapped", "nsa/attention.py", "zip(gates.unbind(-1), outputs, strict=True)", "zip(gates.flip(-1).unbind(-1), outputs, strict=True)", BACKENDS),
-    Mutation("operators: an empty lse of another dtype", "nsa/backends/sdpa_selected.py", "q.new_empty(q.shape[:3], dtype=lse_dtype(q)),", "q.new_empty(q.shape[:3]),", OPERATORS),
-    Mutation("operators: strides that are not the fake's", "nsa/backends/sdpa_selected.py", "from_blocks(dv[:, : blocks.size], blocks, v).contiguous(),", "from_blocks(dv[:, : blocks.size], blocks, v).mT.contiguous().mT,", OPERATORS),
-    Mutation("operators: one returns a view of the other", "nsa/rope.py", "return angle_TD.cos().to(dtype), angle_TD.sin().to(dtype)", "return (lambda x: (x, x.view(x.shape)))(angle_TD.cos().to(dtype))", OPERATORS),
-    Mutation("torch.func: refused", "nsa/operators.py", "torch.autograd.function._SingleLevelFunction):", "torch.autograd.Function):", FUNC),
-    Mutation("torch.func: second derivatives are zero", "nsa/operators.py", "torch.set_grad_enabled(nested)", "torch.set_grad_enabled(False)", FUNC),
-    Mutation("torch.func: tangents end at vmap", "nsa/operators.py", "forward_ad._set_fwd_grad_enabled(nested)", "forward_ad._set_fwd_grad_enabled(False)", FUNC),
-    Mutation("torch.func: tangents are dropped", "nsa/operators.py", "if reverse or forward_ad._current_level >= 0:", "if reverse:", FUNC),
+    Mutation("operators: an empty lse of another dtype", "nsa/backends/sdpa/selected.py", "q.new_empty(q.shape[:3], dtype=lse_dtype(q)),", "q.new_empty(q.shape[:3]),", OPERATORS),
+    Mutation("operators: strides that are not the fake's", "nsa/backends/sdpa/selected.py", "from_blocks(dv[:, : blocks.size], blocks, v).contiguous(),", "from_blocks(dv[:, : blocks.size], blocks, v).mT.contiguous().mT,", OPERATORS),
+    Mutation("operators: one returns a view of the other", "nsa/core/rope.py", "return angle_TD.cos().to(dtype), angle_TD.sin().to(dtype)", "return (lambda x: (x, x.view(x.shape)))(angle_TD.cos().to(dtype))", OPERATORS),
+    Mutation("torch.func: refused", "nsa/core/operators.py", "torch.autograd.function._SingleLevelFunction):", "torch.autograd.Function):", FUNC),
+    Mutation("torch.func: second derivatives are zero", "nsa/core/operators.py", "torch.set_grad_enabled(nested)", "torch.set_grad_enabled(False)", FUNC),
+    Mutation("torch.func: tangents end at vmap", "nsa/core/operators.py", "forward_ad._set_fwd_grad_enabled(nested)", "forward_ad._set_fwd_grad_enabled(False)", FUNC),
+    Mutation("torch.func: tangents are dropped", "nsa/core/operators.py", "if reverse or forward_ad._current_level >= 0:", "if reverse:", FUNC),
 )  # fmt: skip
 
 

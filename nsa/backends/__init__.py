@@ -17,8 +17,8 @@ from typing import Any, cast
 
 import torch
 
-from nsa.backends import fa2_providers
-from nsa.backends.contract import STEPS, Backend, Problem
+from nsa.backends.fa2 import providers as fa2_providers
+from nsa.backends.protocol import STEPS, Backend, Problem
 from nsa.config import NSAConfig, nearest
 from nsa.errors import BackendUnavailable, SettingsError
 from nsa.settings import BACKENDS, Settings, current_settings
@@ -42,19 +42,19 @@ TABLE: Mapping[str, Row] = MappingProxyType(
             summary="the oracle: dense masks, explicit softmax, quadratic",
         ),
         "sdpa": Row(
-            module="nsa.backends.sdpa",
+            module="nsa.backends.sdpa.steps",
             summary="pure PyTorch, vectorised and chunked, memory linear in T",
         ),
         "fa2-dense": Row(
-            module="nsa.backends.fa2_dense",
+            module="nsa.backends.fa2.dense",
             summary="FlashAttention-2 on regular batches",
         ),
         "fa2-varlen": Row(
-            module="nsa.backends.fa2_varlen",
+            module="nsa.backends.fa2.varlen",
             summary="FlashAttention-2 on packed sequences",
         ),
         "compiled": Row(
-            module="nsa.backends.compiled",
+            module="nsa.backends.compiled.steps",
             summary="Triton kernels, and torch.compile around them",
         ),
     }

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nsa.config import NSAConfig
+from nsa.core.rope import apply_rope
 from nsa.errors import ShapeError
-from nsa.rope import apply_rope
 
 
 class DenseAttention(nn.Module):

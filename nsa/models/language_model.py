@@ -22,10 +22,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import nsa.backends.selection  # noqa: F401 - defines the operator nsa::select_blocks
+import nsa.backends.shared.select_op  # noqa: F401 - defines the operator nsa::select_blocks
 from nsa.backends import Resolution
+from nsa.core.compile import static_floats
 from nsa.errors import ConfigError, ShapeError
-from nsa.fusion import static_floats
 from nsa.models.config import ModelConfig
 from nsa.models.dense import DenseAttention
 from nsa.module import NSAttention
@@ -183,7 +183,7 @@ class LanguageModel(nn.Module):
         The blocks are alike, so the first one's code serves all: compiling takes as long as for a
         model of one layer. Names of parameters stay as they are. What a block cannot compile raises
         when it is first run. With ``dynamic=True`` run the model under
-        :func:`nsa.fusion.static_floats`, or torch makes the first graph twice.
+        :func:`nsa.core.compile.static_floats`, or torch makes the first graph twice.
 
         Args:
             options: of ``torch.compile``.
@@ -205,7 +205,7 @@ class LanguageModel(nn.Module):
             prefer it to a ``torch.compile`` of your own: a layer notes which backend ran
             (:attr:`resolution`), and torch refuses that inside a checkpoint unless it is told not
             to, as this function does. With ``dynamic=True`` it also makes the first graph in half
-            the time (:func:`nsa.fusion.static_floats`).
+            the time (:func:`nsa.core.compile.static_floats`).
         """
         compiled = torch.compile(self.loss, fullgraph=True, **options)
 

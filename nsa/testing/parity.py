@@ -15,7 +15,7 @@ from nsa.config import NSAConfig
 from nsa.reference.masks import compressed_mask
 from nsa.reference.packing import spans
 from nsa.testing.inputs import Inputs
-from nsa.testing.plain import plain_scores, plain_softmax
+from nsa.testing.same_dtype import plain_scores, plain_softmax
 from nsa.testing.tolerances import LSE_NAMES, expected
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa import reference
 from nsa.reference.attend import probabilities
 from nsa.testing.inputs import Inputs
-from nsa.testing.plain import branches, plain_attention
+from nsa.testing.same_dtype import branches, plain_attention
 
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0

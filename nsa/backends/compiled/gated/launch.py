@@ -1,0 +1,236 @@
+"""The gated sum of the three branches (paper Eq. 5), forward and backward: launches.
+
+Separately, each branch's backward needs the gradient of its own output, which is the gate times
+that of the sum: written three times, read twice each. Here gates act on the probabilities instead,
+and every kernel reads the one gradient of the sum. dq of all branches is one tensor:
+:func:`~nsa.backends.compiled.gated.bwd_dq.gated_query_gradient` writes the compressed branch's and
+the window's, and the selected branch adds its own.
+
+B batch, T tokens, N compressed blocks, H query heads, K key/value heads, D key size, V value size,
+n listed blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa.backends.compiled.common import rows_contiguous
+from nsa.backends.compiled.gated.bwd_dq import gated_query_gradient
+from nsa.backends.compiled.selected.bwd_dkv import selected_dkv
+from nsa.backends.compiled.selected.launch import add_selected_dq, selected_forward
+from nsa.backends.compiled.selected.tiles import default_tiles
+from nsa.backends.compiled.window.bounds import LOG2E, TOKENS, Blocks
+from nsa.backends.compiled.window.launch import (
+    Mix,
+    Rows,
+    addressable,
+    key_gradients,
+    launch_shape,
+    positive,
+    window_and_mix,
+)
+from nsa.backends.compiled.window.tiles import query_gradient_tiles
+
+
+class Layout(NamedTuple):
+    """Geometry, and where packed sequences are."""
+
+    blocks: Blocks
+    """What a compressed key stands for."""
+    select_block: int
+    window: int
+    scale: float
+    start: Tensor | None = None
+    """Packed: int32 ``[T]``, the first token of each token's sequence."""
+    cmp_start: Tensor | None = None
+    """Packed: int32 ``[T]``, the first compressed block of each token's sequence."""
+    sequences: int = 1
+    """At most so many packed ones."""
+
+
+class Branches(NamedTuple):
+    """One thing of each branch, in the order of the gates."""
+
+    compressed: Tensor
+    selected: Tensor
+    window: Tensor
+
+
+def gated_forward(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    gates: Tensor,
+    out_cmp: Tensor,
+    block_idx: Tensor,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The selected branch, the window, and the sum.
+
+    Args:
+        q: ``[B, T, H, D]``.
+        k, v: ``[B, N, K, D]`` and ``[B, N, K, V]`` of the compressed branch, which are not read,
+            then ``[B, T, K, D]`` and ``[B, T, K, V]``.
+        gates: ``[B, T, H, 3]``.
+        out_cmp: ``[B, T, H, V]``.
+        block_idx: int32 ``[B, T, K, n]``.
+
+    Returns:
+        The sum, out of the selected branch and of the window, ``[B, T, H, V]`` in q's dtype, and
+        their lse, fp32 ``[B, T, H]``.
+    """
+    start, scale = layout.start, layout.scale
+    out_slc, lse_slc = selected_forward(
+        q,
+        k.selected,
+        v.selected,
+        block_idx,
+        start=start,
+        select_block=layout.select_block,
+        scale=scale,
+    )
+    mix = Mix(gates, out_cmp, out_slc)
+    out_win, lse_win, out = window_and_mix(
+        q, k.window, v.window, mix, window=layout.window, start=start, scale=scale
+    )
+    return out, out_slc, out_win, lse_slc, lse_win
+
+
+def gated_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    gates: Tensor,
+    out: Branches,
+    lse: Branches,
+    block_idx: Tensor,
+    layout: Layout,
+    *,
+    within_one: bool,
+    dq_dtype: torch.dtype,
+) -> tuple[Tensor, Branches, Branches, Tensor]:
+    """Gradients of the sum.
+
+    Args:
+        dout: ``[B, T, H, V]``, the gradient of the sum.
+        out, lse: of every branch.
+        within_one: that every gate is in 0…1, which saves a product for every score.
+        dq_dtype: fp32, or q's dtype.
+
+    Returns:
+        dq in ``dq_dtype``; dk and dv, in fp32 for the selected branch, else in k's dtype; and the
+        gradient of the gates in their dtype.
+    """
+    B, T, H, D = q.shape
+    dq = torch.empty(B, T, H, D, dtype=dq_dtype, device=q.device)
+    facts_of_a_row = 2 if within_one else 3
+    rows = torch.empty(facts_of_a_row, 3, B, T, H, dtype=torch.float32, device=q.device)
+    dgates = torch.empty(B, T, H, 3, dtype=gates.dtype, device=q.device)
+    dout = rows_contiguous(dout)
+    _query_gradient(
+        dout, q, k, v, gates, out, lse, layout, dq, rows, dgates, weighted=not within_one
+    )
+    facts = [Rows(rows[0, i], rows[1, i], None if within_one else rows[2, i]) for i in range(3)]
+    start, scale = layout.start, layout.scale
+    dk_cmp, dv_cmp = key_gradients(
+        dout,
+        q,
+        k.compressed,
+        v.compressed,
+        facts[0],
+        window=max(1, k.compressed.shape[1]),
+        start=layout.cmp_start,
+        scale=scale,
+        blocks=layout.blocks,
+    )
+    dk_win, dv_win = key_gradients(
+        dout, q, k.window, v.window, facts[2], window=layout.window, start=start, scale=scale
+    )
+    chosen: dict[str, Any] = {"start": start, "select_block": layout.select_block, "scale": scale}
+    tiles = default_tiles(q, v.selected, block_idx, layout.select_block)
+    if not tiles.dkv.with_dq:
+        add_selected_dq(dq, dout, q, k.selected, v.selected, *facts[1], block_idx, **chosen)
+    dk_slc, dv_slc = selected_dkv(
+        dout,
+        q,
+        k.selected,
+        v.selected,
+        facts[1].lse,
+        facts[1].delta,
+        block_idx,
+        **chosen,
+        sequences=None if start is None else layout.sequences,
+        weight=facts[1].weight,
+        dq=dq if tiles.dkv.with_dq else None,
+        tiles=tiles.dkv,
+    )
+    return dq, Branches(dk_cmp, dk_slc, dk_win), Branches(dv_cmp, dv_slc, dv_win), dgates
+
+
+def _query_gradient(
+    dout: Tensor,
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    gates: Tensor,
+    out: Branches,
+    lse: Branches,
+    layout: Layout,
+    dq: Tensor,
+    rows: Tensor,
+    dgates: Tensor,
+    *,
+    weighted: bool,
+) -> None:
+    """Writes dq of two branches, ``rows`` and ``dgates``."""
+    B, T, _, D = q.shape
+    K, V = v.window.shape[2:]
+    if rows.numel() == 0:
+        return
+    q, scale, sign = positive(q, layout.scale)
+    q, k, v = addressable(q), Branches(*map(addressable, k)), Branches(*map(addressable, v))
+    tiles = query_gradient_tiles(q.dtype, max(D, V))
+    shape, options = launch_shape(q, k.window, v.window, tiles, layout.start, 0, TOKENS)
+    del shape["STRIDED"]
+    shape |= {"LEAD": layout.blocks.block - 1, "STRIDE": layout.blocks.stride}
+    nothing = rows if layout.start is None else layout.start
+    with torch.cuda.device_of(q):
+        gated_query_gradient[(triton.cdiv(T, shape["TOKENS"]) * B * K,)](
+            q,
+            k.compressed,
+            v.compressed,
+            k.window,
+            v.window,
+            gates,
+            *(x.contiguous() for x in out),
+            *(x.contiguous() for x in lse),
+            dout,
+            dq,
+            dgates,
+            rows,
+            nothing,
+            nothing if layout.cmp_start is None else layout.cmp_start,
+            nothing if layout.blocks.first is None else layout.blocks.first,
+            rows[0, 0].numel(),
+            T,
+            max(1, k.compressed.shape[1]),
+            K,
+            min(layout.window, T),
+            scale * sign,
+            scale * LOG2E,
+            *q.stride(),
+            *k.compressed.stride(),
+            *v.compressed.stride(),
+            *k.window.stride(),
+            *v.window.stride(),
+            *gates.stride(),
+            *dout.stride(),
+            WEIGHTED=weighted,
+            **shape,
+            **options,
+        )

@@ -1,0 +1,302 @@
+"""Selected attention of the ``sdpa`` backend, forward and backward, over the tiles of
+:mod:`nsa.backends.shared.block_tiles`.
+
+B batch, T query tokens, S key tokens, C tokens of a chunk, H query heads, K key/value heads,
+G heads per group, D key size, V value size, n listed blocks, L tokens of a block, m queries of a
+tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa.backends.sdpa.numerics import (
+    NEG_INF,
+    accumulation_dtype,
+    bmm,
+    chunk_elements,
+    operand_dtype,
+)
+from nsa.backends.shared.block_tiles import (
+    TILE_ROWS,
+    Blocks,
+    Tiles,
+    from_blocks,
+    make_tiles,
+    number_blocks,
+    runs,
+    to_blocks,
+)
+from nsa.config import NSAConfig
+from nsa.core.operators import config_of, define, geometry, lse_dtype
+
+EVEN = 16
+"""Sizes of a tile's matrices are rounded up to this many elements, 64 bytes of fp32.
+
+Where a tile stands in its run depends on what later tokens chose, and matrix libraries round
+differently for matrices that begin off a cache line. Causality is to be exact to the bit.
+"""
+
+
+def even_heads(x: Tensor) -> Tensor:
+    """``[…, D]`` widened with zeros, which add nothing, to a multiple of :data:`EVEN`."""
+    return F.pad(x, (0, -x.shape[-1] % EVEN)) if x.shape[-1] % EVEN else x
+
+
+def _even(blocks: Tensor) -> Tensor:
+    """``[blocks, L, D]`` with L widened likewise; the keys added are visible to no query."""
+    return F.pad(blocks, (0, 0, 0, -blocks.shape[1] % EVEN)) if blocks.shape[1] % EVEN else blocks
+
+
+class Sizes(NamedTuple):
+    """How the work is cut."""
+
+    tokens: int
+    """Query tokens of a chunk, whose partial results are held at once."""
+    tile: int
+    """Queries of a tile, m."""
+    tiles: int
+    """Tiles whose scores are computed at once."""
+
+
+def sizes(block_idx: Tensor, blocks: Blocks, G: int, widest: int) -> Sizes:
+    """Cuts the work so that partial results and scores fit the device's chunk."""
+    K, n = block_idx.shape[-2:]
+    budget = chunk_elements(block_idx.device)
+    m = max(1, TILE_ROWS // G)
+    per_token = K * n * G * widest
+    # partial results pass through once; a longer chunk fills its tiles better
+    tokens = max(1, (16 * budget if block_idx.device.type == "cpu" else 2 * budget) // per_token)
+    return Sizes(tokens, m, max(1, budget // (m * G * blocks.size)))
+
+
+def _tile_scores(
+    q_t: Tensor, k_t: Tensor, visible: Tensor, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """``[tiles, m*G, L]``, −inf where the query does not see the key; any in an unused row."""
+    scores = bmm(q_t, k_t.mT, out).mul_(scale)
+    tiles, m = visible.shape
+    L = k_t.shape[1]
+    if visible.device.type == "cpu" and not ((visible > 0) & (visible < L)).any():
+        return scores
+    hidden = torch.arange(L, device=visible.device) >= visible[..., None]
+    scores.view(tiles, m, -1, L).masked_fill_(hidden[:, :, None], NEG_INF)
+    return scores
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    cu_seqlens: Tensor | None,
+    shape: list[int],
+    scale: float,
+    q_start: int,
+) -> tuple[Tensor, Tensor]:
+    config = config_of(shape, scale)
+    B, T, H, D = q.shape
+    K, V = k.shape[2], v.shape[3]
+    G, dtype, acc = H // K, operand_dtype(q), accumulation_dtype(q.dtype)
+    blocks = number_blocks(q, k, config, cu_seqlens, q_start)
+    k_blocks, v_blocks = _even(to_blocks(k, blocks, dtype)), _even(to_blocks(v, blocks, dtype))
+    q_rows = q.reshape(B * T * K, G * D)
+    lists = block_idx.flatten(0, 1)
+    cut = sizes(lists, blocks, G, max(D, V))
+    out = q.new_empty(B * T * K, G, V)
+    lse = q.new_empty(B * T * K, G, dtype=acc)
+    for first in range(0, B * T, cut.tokens):
+        here = slice(first * K, min(first + cut.tokens, B * T) * K)
+        chunk = lists[first : first + cut.tokens]
+        tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
+        partial = _partials(tiles, q_rows[here].to(dtype), k_blocks, v_blocks, cut, scale, G)
+        out[here], lse[here] = _merge(tiles, *partial)
+    return out.view(B, T, H, V), lse.view(B, T, H)
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_idx: Tensor,
+    cu_seqlens: Tensor | None,
+    shape: list[int],
+    scale: float,
+    q_start: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    config = config_of(shape, scale)
+    B, T, H, D = q.shape
+    K, V = k.shape[2], v.shape[3]
+    G, dtype = H // K, operand_dtype(q)
+    blocks = number_blocks(q, k, config, cu_seqlens, q_start)
+    k_blocks, v_blocks = _even(to_blocks(k, blocks, dtype)), _even(to_blocks(v, blocks, dtype))
+    q_rows = q.reshape(B * T * K, G * D)
+    dout_rows = dout.reshape(B * T * K, G * V)
+    delta = (dout.to(lse.dtype) * out).sum(-1).view(B * T * K, G)
+    lse = lse.masked_fill(lse == NEG_INF, 0.0).view(B * T * K, G)
+    lists = block_idx.flatten(0, 1)
+    cut = sizes(lists, blocks, G, max(D, V))
+    dq = q.new_empty(B * T * K, G * D)
+    dk = torch.zeros_like(k_blocks, dtype=lse.dtype)
+    dv = torch.zeros_like(v_blocks, dtype=lse.dtype)
+    for first in range(0, B * T, cut.tokens):
+        here = slice(first * K, min(first + cut.tokens, B * T) * K)
+        chunk = lists[first : first + cut.tokens]
+        tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
+        rows = q_rows[here].to(dtype), dout_rows[here].to(dtype), lse[here], delta[here]
+        partial = _tile_gradients(tiles, *rows, k_blocks, v_blocks, dk, dv, cut, scale)
+        picked = partial.index_select(0, tiles.slot.flatten()).view(*tiles.slot.shape, G * D)
+        dq[here] = picked.sum(1)
+    return (
+        dq.view(B, T, H, D),
+        from_blocks(dk[:, : blocks.size], blocks, k).contiguous(),
+        from_blocks(dv[:, : blocks.size], blocks, v).contiguous(),
+    )
+
+
+_BACKWARD = define(
+    "sdpa_selected_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor block_idx, Tensor? cu_seqlens, int[] shape, float scale, SymInt q_start) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+
+
+def _gradients(
+    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor | None, ...]:
+    return (*_BACKWARD(dout, *saved, *inputs[5:]), None, None, None, None, None)
+
+
+_SELECTED = define(
+    "sdpa_selected(Tensor q, Tensor k, Tensor v, Tensor block_idx, Tensor? cu_seqlens, "
+    "int[] shape, float scale, SymInt q_start) -> (Tensor, Tensor)",
+    _forward,
+    lambda q, k, v, *rest: (
+        q.new_empty(*q.shape[:3], v.shape[3]),
+        q.new_empty(q.shape[:3], dtype=lse_dtype(q)),
+    ),
+    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:5]),
+    gradients=_gradients,
+)
+
+
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    q_start: int,
+) -> tuple[Tensor, Tensor]:
+    """The selected branch; shapes as in the contract, head sizes widened by :func:`even_heads`."""
+    scale = config.softmax_scale
+    return _SELECTED(q, k, v, block_idx, cu_seqlens, geometry(config), scale, q_start)
+
+
+def _partials(
+    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, cut: Sizes, scale: float, G: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of every tile row to its one block, not yet divided by its sum.
+
+    Returns:
+        ``weighted [rows, G, V]``, ``highest [rows, G]`` (the score subtracted before the
+        exponential) and ``total [rows, G]``.
+    """
+    m, D, V, dtype = cut.tile, k.shape[-1], v.shape[-1], k.dtype
+    acc = accumulation_dtype(dtype)
+    weighted = torch.empty(tiles.total * m + 1, G, V, dtype=acc, device=q.device)
+    highest = torch.empty(tiles.total * m + 1, G, dtype=acc, device=q.device)
+    total = torch.empty_like(highest)
+    for spare in (weighted, highest, total):
+        spare[-1].zero_()
+    taken, scores = _buffers(tiles.run, m * G, q, k, v), None
+    if q.device.type == "cpu":
+        scores = torch.empty(tiles.run, m * G, k.shape[1], dtype=acc)
+    for run in runs(tiles):
+        rows = slice(run.start * m, run.stop * m)
+        q_t = _take(q, tiles.rows[rows], taken[0]).view(-1, m * G, D)
+        k_t, v_t = _take(k, tiles.block[run], taken[1]), _take(v, tiles.block[run], taken[2])
+        p = _tile_scores(q_t, k_t, tiles.visible[run], scale, scores)
+        top = p.amax(-1, keepdim=True)
+        top.masked_fill_(top == NEG_INF, 0.0)
+        p.sub_(top).exp_()
+        total[rows] = p.sum(-1).view(-1, G)
+        highest[rows] = top.view(-1, G)
+        weighted[rows] = bmm(p.to(dtype), v_t).view(-1, G, V)
+    return weighted, highest, total
+
+
+def _buffers(run: int, rows: int, *tensors: Tensor) -> list[Tensor | None]:
+    """Room for what a run takes of each tensor (the first: queries), on a CPU."""
+    if tensors[0].device.type != "cpu":
+        return [None] * len(tensors)
+    q, *blocks = tensors
+    queries = run * rows // (q.shape[1] // blocks[0].shape[-1])
+    return [q.new_empty(queries, q.shape[1]), *(x.new_empty(run, *x.shape[1:]) for x in blocks)]
+
+
+def _take(x: Tensor, index: Tensor, out: Tensor | None) -> Tensor:
+    """``x[index]``, into a buffer where there is one."""
+    return x.index_select(0, index) if out is None else torch.index_select(x, 0, index, out=out)
+
+
+def _merge(tiles: Tiles, weighted: Tensor, highest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Joins each query's partial results: out ``[C*K, G, V]`` and lse ``[C*K, G]``."""
+    queries, n = tiles.slot.shape
+    slot = tiles.slot.flatten()
+    high = highest.index_select(0, slot).view(queries, n, -1)
+    high.masked_fill_(~tiles.listed[..., None], NEG_INF)
+    peak = high.amax(1, keepdim=True)
+    peak.masked_fill_(peak == NEG_INF, 0.0)
+    weight = high.sub_(peak).exp_()
+    sums = (weight * total.index_select(0, slot).view_as(weight)).sum(1)
+    parts = weighted.index_select(0, slot).view(queries, n, *weighted.shape[1:])
+    out = parts.mul_(weight[..., None]).sum(1)
+    out = out.div_(sums.masked_fill(sums == 0, 1.0)[..., None])
+    return out, sums.log_().add_(peak[:, 0])
+
+
+def _tile_gradients(
+    tiles: Tiles,
+    q: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cut: Sizes,
+    scale: float,
+) -> Tensor:
+    """Adds to dk and dv ``[K * total, L, …]``; returns each row's share of dq ``[rows, G*D]``."""
+    m, G, D, V, dtype = cut.tile, lse.shape[-1], k.shape[-1], v.shape[-1], k.dtype
+    shares = torch.empty(tiles.total * m + 1, G * D, dtype=lse.dtype, device=q.device)
+    shares[-1].zero_()
+    taken = _buffers(tiles.run, m * G, q, k, v)
+    for run in runs(tiles):
+        rows = slice(run.start * m, run.stop * m)
+        query, block = tiles.rows[rows], tiles.block[run]
+        q_t = _take(q, query, taken[0]).view(-1, m * G, D)
+        do_t = dout.index_select(0, query).view(-1, m * G, V)
+        k_t, v_t = _take(k, block, taken[1]), _take(v, block, taken[2])
+        p = _tile_scores(q_t, k_t, tiles.visible[run], scale)
+        lse_t = lse.index_select(0, query)
+        lse_t = lse_t.masked_fill_(tiles.visible[run].view(-1, 1) == 0, float("inf"))
+        p.sub_(lse_t.view(-1, m * G, 1)).exp_()
+        dv.index_add_(0, block, bmm(p.to(dtype).mT, do_t))
+        ds = bmm(do_t, v_t.mT).sub_(delta.index_select(0, query).view(-1, m * G, 1))
+        ds = ds.mul_(p).mul_(scale).to(dtype)
+        shares[rows] = bmm(ds, k_t).view(-1, G * D)
+        dk.index_add_(0, block, bmm(ds.mT, q_t))
+    return shares

@@ -1,0 +1,172 @@
+"""The ``sdpa`` backend: pure PyTorch, any device, memory linear in the number of tokens.
+
+- compressed: folded into plain causal attention (:mod:`.fold`) and given to PyTorch's fused
+  kernel where there is one (:mod:`.dense`), else, and when packed, to the band;
+- select: chunks of folded rows, scores mapped and ranked on the fly (:mod:`.sdpa_select`);
+- selected: queries sorted by block into equal tiles (:mod:`.tiles`, :mod:`.sdpa_selected`);
+- window: chunks of rows over a band of keys (:mod:`.sdpa_band`).
+
+The step signature is the one of :mod:`nsa.backends.protocol`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa.backends.protocol import Problem
+from nsa.backends.sdpa.fused_causal import causal_attention, has_kernel
+from nsa.backends.sdpa.numerics import NEG_INF
+from nsa.backends.sdpa.select import top_blocks
+from nsa.backends.sdpa.selected import even_heads, tiled_attention
+from nsa.backends.sdpa.window import Band, band_attention
+from nsa.backends.shared.fold_queries import Fold, fold, make_fold, nothing_seen, unfold
+from nsa.backends.shared.select_op import SELECTORS, select
+from nsa.config import NSAConfig
+from nsa.core.operators import lse_dtype
+from nsa.core.packing import compressed_members, token_members
+from nsa.settings import Settings
+
+
+def unavailable(problem: Problem, settings: Settings) -> str | None:
+    """Why this backend cannot run the problem; it runs everything."""
+    return None
+
+
+def compressed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    q_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Folded causal attention; see :class:`nsa.backends.protocol.Backend`."""
+    B, T, _, D = q.shape
+    N, K, V = k.shape[1], k.shape[2], v.shape[3]
+    shape = make_fold(T, N, config, cu_seqlens, q_start)
+    if cu_seqlens is None and (shape.rows == 0 or N == 0):
+        return nothing_seen(q, k, v, lse_dtype(q))
+    if shape.real is not None:  # whatever stands in surplus rows is not read, NaN included
+        real = shape.real[:, None, None]
+        k, v = k.where(real, 0.0), v.where(real, 0.0)
+    rows = fold(q, cu_seqlens, N, K, config, q_start)
+    if cu_seqlens is None and 0 < shape.rows == N and shape.first_row == 0 and has_kernel(q):
+        M = rows.shape[3]
+        out, lse = causal_attention(
+            rows.permute(0, 2, 3, 1, 4).reshape(B * K, M, N, D),
+            k.transpose(1, 2).reshape(B * K, N, D),
+            v.transpose(1, 2).reshape(B * K, N, V),
+            config.softmax_scale,
+        )
+        out = out.view(B, K, M, N, V).permute(0, 3, 1, 2, 4)
+        lse = lse.reshape(B, K, M, N).permute(0, 3, 1, 2)
+    else:
+        band = _compressed_band(shape, N, max_seqlen, config)
+        out, lse = band_attention(rows, k, v, band, config.softmax_scale)
+    out = unfold(out, cu_seqlens, T, N, config, q_start, 0.0)
+    lse = unfold(lse[..., None], cu_seqlens, T, N, config, q_start, NEG_INF)
+    return out, lse[..., 0]
+
+
+def _compressed_band(shape: Fold, N: int, max_seqlen: int | None, config: NSAConfig) -> Band:
+    width = N if max_seqlen is None else min(N, config.num_compressed(max_seqlen))
+    reach = shape.first_row + shape.rows if shape.row_seq is None else max(1, width)
+    return Band(max(1, reach), shape.first_row, shape.row_seq)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    q_start: int = 0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Top-n selection; see :class:`nsa.backends.protocol.Backend`."""
+    if lse is None:
+        with torch.no_grad():
+            q, k_cmp = q.detach(), k_cmp.detach()
+            v = k_cmp[..., :1]
+            _, lse = compressed_attention(
+                q, k_cmp, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start
+            )
+    return select("sdpa", q, k_cmp, lse, config, cu_seqlens, max_seqlen, q_start)
+
+
+def _select(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    q_start: int,
+) -> Tensor:
+    """See :class:`nsa.backends.shared.select_op.Selector`."""
+    B, T = q.shape[:2]
+    N, K = k_cmp.shape[1], k_cmp.shape[2]
+    shape = make_fold(T, N, config, cu_seqlens, q_start)
+    if cu_seqlens is None:
+        number = torch.arange(shape.first_row, shape.first_row + shape.rows, device=q.device)
+    else:
+        number = compressed_members(cu_seqlens, N, config).rank
+    # a query that sees no compressed block stands in the first selection block (l <= l')
+    slots = torch.arange(config.num_selected, device=q.device, dtype=torch.int32)
+    first_only = slots.clamp_max(1).neg()
+    if shape.rows == 0 or N == 0:
+        return first_only.expand(B, T, K, -1)
+    band = _compressed_band(shape, N, longest, config)
+    chosen = top_blocks(q, k_cmp, lse, config, shape, band, number, longest)
+    if cu_seqlens is None:
+        chosen = chosen[:, shape.lead : shape.lead + T - shape.skipped]
+        blind = first_only.expand(B, shape.skipped, K, -1)
+        return torch.cat([blind, chosen], dim=1)
+    assert shape.places is not None and shape.blind is not None
+    chosen = chosen.index_select(1, shape.places)
+    return chosen.where(~shape.blind[:, None, None], first_only)
+
+
+SELECTORS["sdpa"] = _select
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    q_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Tiled attention over listed blocks; see :class:`nsa.backends.protocol.Backend`."""
+    V = v.shape[3]
+    q, k, v = even_heads(q), even_heads(k), even_heads(v)
+    out, lse = tiled_attention(q, k, v, block_idx, config, cu_seqlens, q_start)
+    return out[..., :V], lse
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    q_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Banded attention; see :class:`nsa.backends.protocol.Backend`."""
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    seq = None if cu_seqlens is None else token_members(cu_seqlens, T).seq
+    band = Band(config.window, q_start, seq)
+    rows = q.reshape(B, T, K, H // K, D)
+    out, lse = band_attention(rows, k, v, band, config.softmax_scale)
+    return out.reshape(B, T, H, v.shape[3]), lse.reshape(B, T, H)

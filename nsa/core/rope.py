@@ -1,0 +1,59 @@
+"""Rotary position embedding, in the half-rotation layout of Llama (arXiv 2104.09864).
+
+Shapes: B batch, T tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa.core.operators import define
+
+
+def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
+    """Rotates each pair ``(x[i], x[i + D/2])`` by ``position * theta**(-2i/D)``.
+
+    Args:
+        x: ``[B, T, H, D]``, D even, any float dtype; the rotation is computed in fp32 (fp64 for
+            fp64) and rounded once.
+        theta: the base of the frequencies.
+        positions: integer ``[T]``, the position of each token in its own sequence; None counts
+            from 0.
+
+    Returns:
+        ``[B, T, H, D]`` in x's dtype.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device)
+    cos_TD, sin_TD = rope_table(positions, x.shape[-1], theta, dtype)
+    cos_T1D, sin_T1D = cos_TD[:, None], sin_TD[:, None]
+    low, high = x.to(dtype).chunk(2, dim=-1)
+    rotated = torch.cat([low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D], dim=-1)
+    return rotated.to(x.dtype)
+
+
+def _table(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / size
+    angle_TD = positions.to(torch.float64)[:, None] * theta**-exponent
+    return angle_TD.cos().to(dtype), angle_TD.sin().to(dtype)
+
+
+def _table_fake(
+    positions: Tensor, size: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = (positions.shape[0], (size + 1) // 2)
+    return positions.new_empty(shape, dtype=dtype), positions.new_empty(shape, dtype=dtype)
+
+
+rope_table = define(
+    "rope_table(Tensor positions, int size, float theta, ScalarType dtype) -> (Tensor, Tensor)",
+    _table,
+    _table_fake,
+)
+"""Cosines and sines ``[T, D/2]``: ``(positions [T], D, theta, dtype)``.
+
+An operator, since Inductor would compute them anew, in fp64, for every element that is rotated: a
+quarter of a compiled model's step was that.
+"""

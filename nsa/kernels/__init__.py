@@ -1,1 +1,0 @@
-"""Triton kernels, one file per step; imported lazily, since triton may be missing."""

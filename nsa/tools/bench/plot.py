@@ -1,0 +1,164 @@
+"""Time over T, on logarithmic axes: backends, dense attention, and the floors of the machine."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nsa.errors import NSAError
+from nsa.tools.bench.cases import DENSE, WHOLE
+from nsa.tools.bench.flops import Work, backward_work, forward_work
+from nsa.tools.bench.rows import Row, groups
+from nsa.tools.bench.table import rate, title
+from nsa.tools.bench.timing import Ceilings
+
+# Okabe and Ito's palette, which the colour-blind can tell apart
+_STYLES: dict[str, dict[str, Any]] = {
+    "sdpa": {"color": "#0072B2", "marker": "o"},
+    "fa2-dense": {"color": "#D55E00", "marker": "s"},
+    "fa2-varlen": {"color": "#E69F00", "marker": "D"},
+    "compiled": {"color": "#009E73", "marker": "^"},
+    "reference": {"color": "#999999", "marker": "v"},
+    "dense FA-2": {"color": "#000000", "marker": "x", "linestyle": "--"},
+    "dense cuDNN": {"color": "#666666", "marker": "+", "linestyle": "--"},
+    "dense SDPA": {"color": "#000000", "marker": "x", "linestyle": "--"},
+}
+_ARITHMETIC = {"color": "#CC79A7", "linestyle": ":"}
+_BYTES = {"color": "#56B4E9", "linestyle": "-."}
+_POINTS = 60
+"""Lengths at which a floor is computed."""
+
+
+class PlotError(NSAError):
+    """A plot that cannot be drawn here."""
+
+
+def require_matplotlib() -> None:
+    """Finds out before anything is measured.
+
+    Raises:
+        PlotError: matplotlib is not installed or does not import.
+    """
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise PlotError(
+            f"--plot needs matplotlib ({error}): pip install 'nsa-torch[bench]'"
+        ) from error
+
+
+def draw(rows: Iterable[Row], ceilings: Ceilings, heading: str, path: Path) -> bool:
+    """Writes a figure: one row of panels for each table, forward at the left, both at the right.
+
+    Args:
+        rows: of a whole run; those of the single branches are left out.
+        ceilings: what the machine reaches, for the floors.
+        heading: what stands above everything.
+        path: a name that ends in .png, .svg or .pdf.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    from matplotlib.figure import Figure  # an optional package
+
+    tables = [part for group in groups(rows) if (part := _drawn(group))]
+    if not tables:
+        return False
+    figure = Figure(figsize=(11, 1.4 + 4.2 * len(tables)), layout="constrained")
+    figure.suptitle(heading, fontsize=11)
+    panels = figure.subplots(len(tables), 2, squeeze=False, sharex="row", sharey="row")
+    for (left, right), group in zip(panels, tables, strict=True):
+        _panel(left, group, "forward", ceilings, lambda work: work[0])
+        _panel(right, group, "both", ceilings, lambda work: _sum(*work))
+        left.set_title(f"{title(group[0])}: forward", fontsize=10, loc="left")
+        right.set_title("forward + backward", fontsize=10, loc="left")
+        left.set_ylabel("time (ms)")
+    for panel in panels[-1]:
+        panel.set_xlabel("T (tokens)")
+    lines: dict[str, Any] = {}
+    for panel in panels.flat:
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, line)
+    figure.legend(
+        lines.values(), lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False
+    )
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _drawn(group: list[Row]) -> list[Row]:
+    """The rows of the whole, with the selection in it if that was measured, and the dense ones."""
+    found = [row for row in group if not row.note]
+    branches = [branch for branch in reversed(WHOLE) if any(r.branch == branch for r in found)]
+    if not branches:
+        return []
+    return [row for row in found if row.branch in (branches[0], DENSE)]
+
+
+def _panel(
+    panel: Any,
+    group: list[Row],
+    name: str,
+    ceilings: Ceilings,
+    pick: Callable[[tuple[Work, Work]], Work],
+) -> None:
+    for backend in dict.fromkeys(row.backend for row in group):
+        mine = [row for row in group if row.backend == backend]
+        points = [(row.shape.length, getattr(row.measured, name)) for row in mine]
+        times = [(length, timing) for length, timing in points if timing is not None]
+        label = backend if mine[0].branch == DENSE else f"{backend}, {mine[0].branch}"
+        milliseconds = [timing.median * 1e3 for _, timing in times]
+        style = {"linestyle": "-", "linewidth": 1.8, "markersize": 6, **_STYLES.get(backend, {})}
+        panel.plot([length for length, _ in times], milliseconds, label=label, **style)
+    lengths = sorted({row.shape.length for row in group})
+    whole = next((row for row in group if row.branch != DENSE), group[0])
+    grid = _grid(lengths)
+    works = [pick(_work(whole, length)) for length in grid]
+    flops = ceilings.flops_per_second[whole.shape.dtype]
+    moved = ceilings.bytes_per_second
+    for label, style, seconds in (
+        (
+            f"NSA's floor: arithmetic at {rate(flops, 'FLOP/s')}",
+            _ARITHMETIC,
+            [w.flops / flops for w in works],
+        ),
+        (f"NSA's floor: bytes at {rate(moved, 'B/s')}", _BYTES, [w.bytes / moved for w in works]),
+    ):
+        panel.plot(grid, [1e3 * x for x in seconds], label=label, linewidth=1.8, **style)
+    _axes(panel, lengths)
+
+
+def _grid(lengths: list[int]) -> list[int]:
+    """Lengths from the least to the greatest, at even steps of a logarithmic axis."""
+    low, high = lengths[0], lengths[-1]
+    ratio = high / low
+    return sorted({round(low * ratio ** (i / _POINTS)) for i in range(_POINTS + 1)})
+
+
+def _work(row: Row, length: int) -> tuple[Work, Work]:
+    """What forward and backward of the row's branch have to do at another length."""
+    shape = replace(row.shape, length=length)
+    given = (row.branch, shape.config, shape.lengths, shape.dtype.itemsize)
+    return forward_work(*given), backward_work(*given)
+
+
+def _sum(forward: Work, backward: Work) -> Work:
+    return Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
+
+
+def _axes(panel: Any, lengths: list[int]) -> None:
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.margins(x=0.07)
+    panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    panel.set_xticks([], minor=True)
+    if len(lengths) == 1:  # one point, which needs room at both sides
+        panel.set_xlim(lengths[0] / 2, lengths[0] * 2)
+    panel.yaxis.set_major_formatter("{x:,g}")
+    panel.grid(which="major", color="#dddddd", linewidth=0.8)
+    panel.set_axisbelow(True)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)

@@ -1,0 +1,146 @@
+"""A run of ``bench`` as tables for people: one for each head layout and dtype, grouped by T."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nsa.tools.bench.cases import BRANCHES, DENSE, WHOLE
+from nsa.tools.bench.rows import Row, groups, short
+from nsa.tools.bench.timing import Timing
+from nsa.tools.common.failures import OUT_OF_MEMORY
+
+_ORDER = {branch: i for i, branch in enumerate((*BRANCHES, DENSE))}
+_GIB = 2**30
+_DIM, _BAD = "dim", "red"
+LEGEND = """\
+Milliseconds: the median, ± half the distance of the 10th from the 90th percentile.
+both: forward with a graph and backward. × dense: how many times as fast as the fastest dense row.
+error/bound: the largest error of the parity check as a share of what is allowed."""
+
+
+def print_rows(rows: Iterable[Row], console: Console) -> None:
+    """Prints a table for each group of rows."""
+    for group in groups(rows):
+        console.print(_table(group))
+        for i, note in enumerate(_notes(group), 1):
+            console.print(Text(f"  [{i}] {note}", style=_DIM))
+        console.print()
+
+
+def title(row: Row) -> str:
+    """What the rows of a table have in common."""
+    shape = row.shape
+    batch = f"batch {shape.batch}"
+    if shape.sequences:
+        batch = f"{shape.sequences} packed sequences"
+    return f"heads {shape.heads}, {short(shape.dtype)}, {batch}, on {shape.device}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits that count."""
+    value = seconds * 1e3
+    digits = next((d for d, limit in ((3, 1), (2, 10), (1, 100)) if value < limit), 0)
+    return f"{value:,.{digits}f}"
+
+
+def rate(per_second: float, unit: str) -> str:
+    """``102 GFLOP/s``, ``3.02 TB/s``."""
+    prefix, size = next(
+        ((p, s) for p, s in (("T", 1e12), ("G", 1e9)) if per_second >= s), ("M", 1e6)
+    )
+    return f"{per_second / size:.3g} {prefix}{unit}"
+
+
+def _table(group: list[Row]) -> Table:
+    table = Table(
+        title=title(group[0]),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    notes = _notes(group)
+    has_peak = any(row.measured.peak_bytes is not None for row in group)
+    has_dense = any(row.branch == DENSE and row.measured.both is not None for row in group)
+    table.add_column("branch", no_wrap=True)
+    table.add_column("computed by", no_wrap=True)
+    for name in ("forward", "backward", "both"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if has_dense:
+        table.add_column("× dense", justify="right", no_wrap=True)
+    if has_peak:
+        table.add_column("peak GiB", justify="right", no_wrap=True)
+    table.add_column("error/bound", justify="right", no_wrap=True)
+    for length in dict.fromkeys(row.shape.length for row in group):
+        rows = [row for row in group if row.shape.length == length]
+        rows.sort(key=lambda row: _ORDER.get(row.branch, -1))
+        dense = _fastest_dense(rows)
+        table.add_section()
+        table.add_row(Text(f"T = {length}", style="bold"))
+        previous = None
+        for row in rows:
+            cells = [Text("" if row.branch == previous else row.branch), _name(row)]
+            cells += _times(row, notes)
+            if has_dense:
+                cells.append(_ratio(row, dense))
+            if has_peak:
+                peak = row.measured.peak_bytes
+                cells.append(Text("-" if peak is None else f"{peak / _GIB:.2f}"))
+            known = row.parity is not None and math.isfinite(row.parity)
+            cells.append(Text(f"{row.parity:.2f}" if known else "-"))
+            table.add_row(*cells)
+            previous = row.branch
+    return table
+
+
+def _name(row: Row) -> Text:
+    if row.runs_on == row.backend:
+        return Text(row.backend)
+    return Text.assemble(row.backend, (f" → {row.runs_on}", _DIM))
+
+
+def _times(row: Row, notes: list[str]) -> list[Text]:
+    if row.note == OUT_OF_MEMORY:
+        return [Text(OUT_OF_MEMORY, style=_BAD), Text(), Text()]
+    if row.note:
+        return [Text(f"no [{notes.index(row.note) + 1}]", style=_BAD), Text(), Text()]
+    found = row.measured
+    return [
+        Text("-", style=_DIM) if timing is None else _timing(timing)
+        for timing in (found.forward, found.backward, found.both)
+    ]
+
+
+def _timing(timing: Timing) -> Text:
+    spread = f"±{timing.spread:.0%}" if timing.spread < 10 else "±>999%"
+    return Text.assemble(milliseconds(timing.median), (f" {spread:>4}", _DIM))
+
+
+def _notes(group: list[Row]) -> list[str]:
+    """The reasons, once each, to stand below the table."""
+    return list(dict.fromkeys(row.note for row in group if row.note not in ("", OUT_OF_MEMORY)))
+
+
+def _fastest_dense(rows: list[Row]) -> float | None:
+    seconds = [
+        row.measured.both.median
+        for row in rows
+        if row.branch == DENSE and row.measured.both is not None
+    ]
+    return min(seconds, default=None)
+
+
+def _ratio(row: Row, dense: float | None) -> Text:
+    """How many times as fast as the fastest dense one, forward and backward together."""
+    both = row.measured.both
+    if dense is None or both is None or row.branch not in (*WHOLE, DENSE):
+        return Text("")
+    ratio = dense / both.median
+    return Text(f"{ratio:.2f}", style="green" if ratio > 1 else "")

@@ -1,0 +1,222 @@
+"""What ``torch.compile`` finds on this machine: compilers, caches, variables.
+
+Nearly all of it is asked of torch's inner modules: what a version of torch does not have is
+:data:`UNKNOWN`, and nothing is asked before it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nsa.settings import foreign_variable
+from nsa.tools.common.machine import CACHE_SWITCHES, INTERPRETER, OFF_SWITCHES
+
+UNKNOWN = "not known to this version of torch"
+INDUCTOR_DIR, TRITON_DIR, TRITON_HOME = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"
+_SECONDS = 3.0
+"""As long as a folder is measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variable:
+    """An environment variable that shows or changes what is compiled."""
+
+    assignment: str
+    """As it is written in a shell."""
+    value: str | None
+    """What it is now; None if it is unset."""
+    meaning: str
+
+    @property
+    def name(self) -> str:
+        return self.assignment.partition("=")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """A folder of compiled code."""
+
+    path: str | None
+    """None where nobody knows it."""
+    files: int
+    bytes: int
+    complete: bool
+    """Whether everything in it was counted; a large one takes too long."""
+    note: str
+    """What to know about it, or an empty string."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Toolchain:
+    """What stands between a graph and code that runs."""
+
+    torch: str
+    triton: str | None
+    off: str | None
+    """The variable that turns ``torch.compile`` off; None where none does."""
+    compiler: str
+    """Whatever makes code for the device, in words."""
+    refusal: str | None
+    """Why Inductor cannot make code for the device; None where it can."""
+    caches: str
+    """"on", or what turns them off."""
+    inductor_cache: Folder
+    triton_cache: Folder | None
+    """None without triton."""
+
+
+_MEANINGS = (
+    ("TORCH_LOGS=graph_breaks,recompiles", "print each graph break and recompile with its reason"),
+    ("TORCH_LOGS=output_code", "print the code that Inductor makes"),
+    ("TORCH_COMPILE_DEBUG=1", "write graphs and code to ./torch_compile_debug"),
+    (f"{INDUCTOR_DIR}=DIR", "where Inductor keeps its code"),
+    (f"{TRITON_DIR}=DIR", "where Triton keeps its kernels"),
+    (f"{CACHE_SWITCHES[0]}=1", "use no cache: compile anew in every process"),
+    (f"{OFF_SWITCHES[0]}=1", "compile nothing; torch.compile returns what it was given"),
+    (f"{OFF_SWITCHES[1]}=1", "the same"),
+    (f"{INTERPRETER}=1", "run Triton kernels in Python, on the CPU: for tests"),
+)
+
+
+def read_variables() -> tuple[Variable, ...]:
+    """Every variable of interest; read them first: torch sets some itself when it compiles."""
+    return tuple(
+        Variable(
+            assignment=assignment,
+            value=foreign_variable(assignment.partition("=")[0]),
+            meaning=meaning,
+        )
+        for assignment, meaning in _MEANINGS
+    )
+
+
+def switched_off(variables: Mapping[str, str | None]) -> str | None:
+    """The variable that turns ``torch.compile`` off, as an assignment."""
+    return next((f"{name}=1" for name in OFF_SWITCHES if variables.get(name) == "1"), None)
+
+
+def look_at_toolchain(
+    device: torch.device, variables: tuple[Variable, ...], triton: str | None
+) -> Toolchain:
+    """Asks torch and the disk.
+
+    Args:
+        device: what code is made for.
+        variables: of :func:`read_variables`.
+        triton: its version, or None.
+    """
+    values = {variable.name: variable.value for variable in variables}
+    compiler, refusal = _compiler(device, triton)
+    return Toolchain(
+        torch=torch.__version__,
+        triton=triton,
+        off=switched_off(values),
+        compiler=compiler,
+        refusal=refusal,
+        caches=_caches(),
+        inductor_cache=_inductor_cache(values[INDUCTOR_DIR]),
+        triton_cache=None if triton is None else _triton_cache(values[TRITON_DIR]),
+    )
+
+
+def _compiler(device: torch.device, triton: str | None) -> tuple[str, str | None]:
+    """What makes code for the device, and why nothing does."""
+    if device.type == "cpu":
+        return _cpp_compiler()
+    if triton is None or importlib.util.find_spec("triton") is None:
+        return "none", "triton is not installed: pip install triton"
+    # Triton makes a small C library for every kernel, and looks for its compiler this way.
+    compiler = foreign_variable("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "none", "triton found no C compiler: install gcc, or name one in the variable CC"
+    return f"triton {triton} and {_version_line(compiler)}", None
+
+
+def _cpp_compiler() -> tuple[str, str | None]:
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError:
+        return UNKNOWN, None
+    try:
+        return _version_line(get_cpp_compiler()), None
+    except InvalidCxxCompiler:
+        return "none", "torch found no C++ compiler: install g++, or name one in the variable CXX"
+
+
+def _version_line(compiler: str) -> str:
+    """The first line that a compiler prints about itself; its name where it prints none."""
+    try:
+        done = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return compiler
+    return (done.stdout.splitlines() or [compiler])[0].strip()
+
+
+def _caches() -> str:
+    try:
+        from torch._inductor import config
+    except ImportError:
+        return UNKNOWN
+    if getattr(config, "force_disable_caches", False):
+        named = [name for name in CACHE_SWITCHES if foreign_variable(name)]
+        return f"off: {f'{named[0]} is set' if named else 'force_disable_caches is set'}"
+    return "on" if getattr(config, "fx_graph_cache", True) else "off: fx_graph_cache is not set"
+
+
+def _inductor_cache(given: str | None) -> Folder:
+    path = given
+    if path is None:
+        try:
+            # cache_dir() would make the folder and set the variable
+            from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+        except ImportError:
+            return Folder(path=None, files=0, bytes=0, complete=False, note=UNKNOWN)
+        path = default_cache_dir()
+    return _folder(Path(path), INDUCTOR_DIR)
+
+
+def _triton_cache(given: str | None) -> Folder:
+    home = Path(foreign_variable(TRITON_HOME) or Path.home())
+    return _folder(Path(given) if given is not None else home / ".triton" / "cache", TRITON_DIR)
+
+
+def _folder(path: Path, variable: str) -> Folder:
+    """What is in a folder; files that vanish while it is counted do not count."""
+    path = path.absolute()
+    files = size = 0
+    complete, until = True, time.monotonic() + _SECONDS
+    for place, _, names in os.walk(path):
+        for name in names:
+            try:
+                size += os.stat(os.path.join(place, name), follow_symlinks=False).st_size
+            except OSError:
+                continue
+            files += 1
+        if time.monotonic() > until:
+            complete = False
+            break
+    return Folder(
+        path=str(path), files=files, bytes=size, complete=complete, note=_note(path, variable)
+    )
+
+
+def _note(path: Path, variable: str) -> str:
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return f"cannot be written to: name another in {variable}"
+    if Path(tempfile.gettempdir()).absolute() in path.parents:
+        return f"a temporary place: {variable} names one that lasts"
+    return ""

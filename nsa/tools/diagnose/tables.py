@@ -1,0 +1,205 @@
+"""A diagnosis as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nsa.backends.fa2.providers import BROKEN, WORKS, WRONG, Report
+from nsa.tools.common.machine import Machine
+from nsa.tools.common.styles import BAD, DIM, GOOD, WARN, listed, table_of
+from nsa.tools.diagnose.choices import BranchChoice, Choice
+from nsa.tools.diagnose.compile.tables import compile_answer, compile_tables
+from nsa.tools.diagnose.profile import BranchProfile
+from nsa.tools.diagnose.report import Diagnosis, ParityResult
+
+_COMPILE_HINT = "torch.compile: --compile shows graphs, recompiles, caches and kernels"
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """Prints every table and the advice; last the verdict, or what is wrong and how to mend it."""
+    console.print(_machine(diagnosis.machine))
+    console.print(_providers(diagnosis.providers))
+    console.print(_settings(diagnosis))
+    console.print(_backends(diagnosis))
+    console.print(_parity(diagnosis.parity))
+    if diagnosis.choices:
+        console.print(_choices(diagnosis.choices))
+    if diagnosis.profile is not None:
+        console.print(_profile(diagnosis.profile))
+    if diagnosis.compile is not None:
+        console.print(*compile_tables(diagnosis.compile), sep="\n")
+    if diagnosis.advice:
+        console.print(listed("Advice", diagnosis.advice, WARN))
+    if diagnosis.compile is None:
+        console.print(Text(_COMPILE_HINT))
+    else:
+        console.print(compile_answer(diagnosis.compile))
+    if diagnosis.choices:
+        console.print(_fa2(diagnosis))
+    if not diagnosis.problems:
+        console.print(Text("Everything asked for works.", style=GOOD))
+        return
+    console.print(listed("Something is wrong:", diagnosis.problems, BAD))
+    if diagnosis.way_out is not None:
+        console.print(Text(diagnosis.way_out))
+
+
+def _machine(machine: Machine) -> Table:
+    table = table_of("Machine")
+    memory = "?" if machine.memory_gib is None else f"{machine.memory_gib} GiB"
+    rows: list[tuple[str, str]] = [
+        ("system", machine.os),
+        ("cpu", f"{machine.cpu}, {machine.cores} cores, {memory}"),
+        ("python", machine.python),
+        ("nsa", machine.nsa),
+        ("torch", f"{machine.torch}, {machine.torch_threads} threads"),
+        ("numpy", machine.numpy or "absent"),
+        ("triton", machine.triton or "absent"),
+        ("CUDA runtime", machine.cuda_runtime or "none: a CPU-only torch"),
+        ("NVIDIA driver", machine.cuda_driver or "none found"),
+    ]
+    for gpu in machine.gpus:
+        kernels = "" if gpu.has_kernels else ", no code for it in this torch"
+        rows.append(
+            ("gpu", f"{gpu.name}, capability {gpu.capability}, {gpu.memory_gib} GiB{kernels}")
+        )
+    if not machine.gpus:
+        rows.append(("gpu", "none that torch sees"))
+    rows += sorted(machine.variables.items())
+    for name, text in rows:
+        table.add_row(Text(name, style=DIM), Text(text))
+    return table
+
+
+def _providers(providers: Iterable[Report]) -> Table:
+    table = table_of("FlashAttention-2", "provider", "version", "status", "detail")
+    for report in providers:
+        style = {WORKS: GOOD, BROKEN: BAD, WRONG: BAD}.get(report.status, DIM)
+        fix = f" (fix: {report.fix})" if report.fix is not None else ""
+        table.add_row(
+            report.name,
+            Text(report.version or "-"),
+            Text(report.status, style=style),
+            Text(f"{report.detail}{fix}"),
+        )
+    return table
+
+
+def _settings(diagnosis: Diagnosis) -> Table:
+    table = table_of("Settings", "flag", "value", "source")
+    for row in diagnosis.settings:
+        style = DIM if row.source == "default" else ""
+        table.add_row(
+            Text(row.flag), Text(_as_text(row.value), style=style), Text(row.source, style=style)
+        )
+    return table
+
+
+def _as_text(value: object) -> str:
+    """A setting as it is written in the environment."""
+    if value is None:
+        return "unset"
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _backends(diagnosis: Diagnosis) -> Table:
+    table = table_of("Backends", "backend", "here", "what it is", "what it cannot run, and why")
+    for row in diagnosis.backends:
+        name = Text(f"{row.name} (requested)" if row.requested else row.name)
+        here = Text("available", style=GOOD) if row.available else Text("no", style=DIM)
+        if row.requested and not row.available:
+            here = Text("no", style=BAD)
+        table.add_row(name, here, Text(row.summary), Text(row.detail))
+    return table
+
+
+def _parity(results: Iterable[ParityResult]) -> Table:
+    """A row for each run with the tensor nearest to its bound, and one for each that is past it."""
+    title = "Forward and backward beside the oracle (worst tensor of each run)"
+    table = table_of(title, "run", "passed", "tensor", "error", "bound")
+    runs: dict[str, list[ParityResult]] = {}
+    for result in results:
+        shape = "packed" if result.packed else "regular"
+        run = f"{result.backend}, {result.device}, {result.dtype}, {shape}"
+        runs.setdefault(run, []).append(result)
+    for run, rows in runs.items():
+        failed = [row for row in rows if not row.ok]
+        passed = Text(f"{len(rows) - len(failed)} of {len(rows)}", style=BAD if failed else GOOD)
+        for i, row in enumerate(failed or [max(rows, key=_closeness)]):
+            first = (run, passed) if i == 0 else ("", "")
+            table.add_row(*first, row.tensor, f"{row.error:.2e}", f"{row.bound:.2e}")
+    return table
+
+
+def _closeness(row: ParityResult) -> float:
+    return row.error / row.bound if row.bound > 0 else 0.0
+
+
+def _choices(choices: Iterable[Choice]) -> Table:
+    table = table_of("What runs here", "input", "branch", "backend", "provider")
+    for choice in choices:
+        length = Text(f"{choice.length:,} tokens", style=DIM)
+        if choice.backend is None:
+            refused = Text("refused", style=BAD)
+            kind = Text("\n").join([Text(choice.kind), length])
+            table.add_row(kind, "every", refused, Text(choice.reason))
+        for i, branch in enumerate(choice.branches):
+            kind = (Text(choice.kind), length)[i] if i < 2 else Text()
+            backend = Text(branch.backend, style=GOOD if branch.fa2 else "")
+            table.add_row(kind, branch.branch, backend, _source(branch))
+        if choice.branches:
+            table.add_row("", Text("why", style=DIM), "", Text(choice.reason, style=DIM))
+        table.add_section()
+    return table
+
+
+def _source(branch: BranchChoice) -> Text:
+    if branch.provider is None:
+        return Text(branch.why or "-", style=DIM)
+    return Text(branch.provider if branch.fa2 else f"{branch.provider}: not FA-2, plain PyTorch")
+
+
+def _profile(profiles: Iterable[BranchProfile]) -> Table:
+    """A row for each branch, then its kernels."""
+    title = "Kernels of one forward and backward, random block lists"
+    table = table_of(title, "kernel", "calls", "µs", "FA-2")
+    for branch in profiles:
+        source = f"{branch.backend}, {branch.provider}" if branch.provider else branch.backend
+        name = Text(f"{branch.kind} {branch.branch}: {source}", style="bold")
+        calls = sum(kernel.calls for kernel in branch.kernels)
+        total = sum(kernel.microseconds for kernel in branch.kernels)
+        ran = Text(f"ran: {branch.fa2_ran}", style=GOOD if branch.fa2_ran == "yes" else "")
+        table.add_row(name, str(calls), f"{total:,.0f}", ran)
+        for kernel in branch.kernels:
+            style = GOOD if kernel.fa2 else DIM
+            numbers = (str(kernel.calls), f"{kernel.microseconds:,.0f}")
+            cells = (f"  {kernel.name}", *numbers, "FA-2" if kernel.fa2 else "")
+            table.add_row(*(Text(cell, style=style) for cell in cells))
+        table.add_section()
+    return table
+
+
+def _fa2(diagnosis: Diagnosis) -> Text:
+    """The answer to "is FlashAttention-2 really used?"."""
+    if diagnosis.profile is not None:
+        ran = [(row.kind, row.branch) for row in diagnosis.profile if row.fa2_ran == "yes"]
+        return Text(f"FA-2 ran: {f'yes, for {_by_kind(ran)}' if ran else 'no'}")
+    chosen = [(choice.kind, row) for choice in diagnosis.choices for row in choice.branches]
+    chosen = [(kind, row) for kind, row in chosen if row.fa2]
+    if not chosen:
+        return Text("FA-2 is used: no")
+    sources = ", ".join(sorted({str(row.provider) for _, row in chosen}))
+    where = _by_kind((kind, row.branch) for kind, row in chosen)
+    return Text(f"FA-2 is used: yes, {sources}, for {where}; --profile shows the kernels")
+
+
+def _by_kind(branches: Iterable[tuple[str, str]]) -> str:
+    """As in "regular bfloat16 (selected, window), packed bfloat16 (window)"."""
+    names: dict[str, list[str]] = {}
+    for kind, branch in branches:
+        names.setdefault(kind, []).append(branch)
+    return ", ".join(f"{kind} ({', '.join(found)})" for kind, found in names.items())

@@ -1,0 +1,232 @@
+"""One training run in memory: the model, its optimizer, and everything a checkpoint holds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa.errors import CheckpointError
+from nsa.models import LanguageModel
+from nsa.training.checkpoint import Checkpoint
+from nsa.training.compile import loss_function
+from nsa.training.config import RunConfig
+from nsa.training.data import Corpus, training_batch, validation_batches
+
+GROUPS = ("model", "optimizer", "rng")
+"""The groups of tensors in a checkpoint."""
+
+
+class StepResult(NamedTuple):
+    """Numbers of one step, still on the device: reading them waits for it."""
+
+    loss: Tensor
+    """Mean over the step's bytes, nats per byte, fp32."""
+    grad_norm: Tensor
+    """Before clipping."""
+
+
+class Trainer:
+    """Runs optimizer steps; what it computes depends on the configuration and the data alone.
+
+    Args:
+        config: model and training.
+        corpus: the data.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        train = config.train
+        self.config = config
+        self.corpus = corpus
+        self._fingerprint = corpus.fingerprint  # once: it reads every byte
+        self.device = torch.device(train.device)
+        self.step = 0
+        """Optimizer steps done."""
+        self.tokens_per_step = train.batch_size * train.accumulate * train.seq_len
+
+        random.seed(train.seed)
+        np.random.seed(train.seed % 2**32)
+        torch.manual_seed(train.seed)
+        # Made on the CPU, so that a seed means the same start on every device.
+        self.model = LanguageModel(
+            config.model,
+            backend=train.backend,
+            activation_checkpointing=train.activation_checkpointing,
+        ).to(self.device)
+        # Biases and norms are left to grow: decay on them helps nothing.
+        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
+        free = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": train.weight_decay},
+                {"params": free, "weight_decay": 0.0},
+            ],
+            lr=train.lr,
+            betas=(train.beta1, train.beta2),
+            fused=True,
+        )
+        self._model_loss = loss_function(self.model, train.compile)
+
+    def train_step(self) -> StepResult:
+        """One optimizer step over ``accumulate`` batches."""
+        train = self.config.train
+        rate = train.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for micro in range(train.accumulate):
+            tokens, targets = training_batch(
+                self.corpus,
+                seed=train.seed,
+                index=self.step * train.accumulate + micro,
+                batch_size=train.batch_size,
+                seq_len=train.seq_len,
+            )
+            loss = self._loss(tokens, targets) / train.accumulate
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
+        self.optimizer.step()
+        self.step += 1
+        return StepResult(total, norm)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss on the validation windows, nats per byte; draws no random numbers."""
+        train = self.config.train
+        self.model.eval()
+        total, count = 0.0, 0
+        for tokens, targets in validation_batches(
+            self.corpus,
+            count=train.eval_windows,
+            batch_size=train.batch_size,
+            seq_len=train.seq_len,
+        ):
+            total += float(self._loss(tokens, targets)) * len(tokens)
+            count += len(tokens)
+        return total / count
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        tokens = tokens.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"
+        ):
+            return self._model_loss(tokens, targets)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor that the next step depends on, in :data:`GROUPS`."""
+        optimizer = {
+            f"{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        words = np.random.get_state(legacy=False)["state"]["key"]
+        rng = {
+            "torch_cpu": torch.get_rng_state(),
+            "numpy": torch.from_numpy(words.astype(np.int64)),
+        }
+        if self.device.type == "cuda":
+            rng["torch_cuda"] = torch.cuda.get_rng_state(self.device)
+        return {"model": self.model.state_dict(), "optimizer": optimizer, "rng": rng}
+
+    def state(self) -> dict[str, Any]:
+        """Everything else that a checkpoint holds, for JSON."""
+        numpy_state = np.random.get_state(legacy=False)
+        version, words, gauss = random.getstate()
+        return {
+            "config": self.config.to_dict(),
+            "data": {
+                "source": self.corpus.source,
+                "sha256": self._fingerprint,
+                "next_batch": self.step * self.config.train.accumulate,
+            },
+            "rng": {
+                "python": [version, list(words), gauss],
+                "numpy": [
+                    int(numpy_state["state"]["pos"]),
+                    int(numpy_state["has_gauss"]),
+                    float(numpy_state["gauss"]),
+                ],
+            },
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "threads": torch.get_num_threads(),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts back what :meth:`tensors` and :meth:`state` gave.
+
+        Raises:
+            CheckpointError: other data, or tensors that do not fit the model.
+        """
+        saved, mine = checkpoint.state["data"]["sha256"], self._fingerprint
+        if saved != mine:
+            raise CheckpointError(
+                f"{checkpoint.path}: expected the bytes it was trained on (SHA-256 {saved[:12]}…), "
+                f"got others from {self.corpus.source} ({mine[:12]}…); --data must be the same text"
+            )
+        load_model(self.model, checkpoint)
+        optimizer = checkpoint.tensors["optimizer"]
+        for name, parameter in self.model.named_parameters():
+            # Copies into fresh tensors: those of the file may be aligned otherwise, and then a
+            # vectorised kernel may round otherwise.
+            self.optimizer.state[parameter] = {
+                key: torch.empty_like(like).copy_(
+                    _tensor(optimizer, f"{name}.{key}", like, checkpoint)
+                )
+                for key, like in (
+                    ("step", torch.zeros((), device=parameter.device)),
+                    ("exp_avg", parameter.detach()),
+                    ("exp_avg_sq", parameter.detach()),
+                )
+            }
+        self.step = checkpoint.step
+        self._restore_rng(checkpoint)
+
+    def _restore_rng(self, checkpoint: Checkpoint) -> None:
+        tensors, values = checkpoint.tensors["rng"], checkpoint.state["rng"]
+        torch.set_rng_state(tensors["torch_cpu"])
+        if self.device.type == "cuda" and "torch_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["torch_cuda"], self.device)
+        version, words, gauss = values["python"]
+        random.setstate((version, tuple(words), gauss))
+        position, has_gauss, cached = values["numpy"]
+        np.random.set_state(
+            ("MT19937", tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached)
+        )
+
+
+def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
+    """Copies a checkpoint's weights into a model.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape.
+    """
+    expected = model.state_dict()
+    saved = checkpoint.tensors["model"]
+    for name in saved:
+        if name not in expected:
+            raise CheckpointError(f"{checkpoint.path}: the model has no tensor named {name!r}")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(_tensor(saved, name, parameter, checkpoint))
+
+
+def _tensor(
+    tensors: Mapping[str, Tensor], name: str, like: Tensor, checkpoint: Checkpoint
+) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(f"{checkpoint.path}: expected a tensor named {name!r}, got none")
+    tensor = tensors[name]
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise CheckpointError(
+            f"{checkpoint.path}: {name}: expected {like.dtype} {list(like.shape)}, "
+            f"got {tensor.dtype} {list(tensor.shape)}"
+        )
+    return tensor

@@ -1,0 +1,285 @@
+"""Which backend runs: a request is honoured or refused, only `auto` chooses, and it says so."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+
+from nsa import (
+    BackendUnavailable,
+    NSAConfig,
+    NSAttention,
+    Resolution,
+    Settings,
+    SettingsError,
+    backends,
+    nsa_attention,
+    resolve,
+    use_settings,
+)
+from nsa.backends import TABLE, unavailable
+from nsa.backends.protocol import STEPS, Problem
+from nsa.settings import BACKENDS
+from nsa.testing import make_inputs
+from tests.support.entries import CONFIG, DIM, REGULAR, Entry, attention, every_entry, refused
+
+PROBLEM = Problem(
+    config=CONFIG,
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    length=11,
+    packed=False,
+    needs_grad=False,
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_caches() -> Iterator[None]:
+    """Resolutions and the messages about them are kept for the life of a process."""
+    backends._resolve.cache_clear()
+    backends._log_once.cache_clear()
+    yield
+    backends._resolve.cache_clear()
+    backends._log_once.cache_clear()
+
+
+def resolved(
+    backend: str | None = None,
+    *,
+    device: str = "cpu",
+    packed: bool = False,
+    config: NSAConfig = CONFIG,
+    settings: Settings | None = None,
+) -> Resolution:
+    return resolve(
+        config,
+        device=device,
+        dtype=torch.float32,
+        length=11,
+        packed=packed,
+        needs_grad=True,
+        backend=backend,
+        settings=settings,
+    )
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, reasons: Mapping[str, str]) -> None:
+    """Every backend of the table can run everything, but for the reasons given."""
+    monkeypatch.setattr(backends, "unavailable", lambda name, *args, **kw: reasons.get(name))
+
+
+# The answer
+
+
+def test_a_resolution_names_the_backend_of_every_step() -> None:
+    found = resolved("reference")
+    assert (found.backend, found.reason) == ("reference", "backend='reference'")
+    assert dict(found.per_branch) == dict.fromkeys(STEPS, "reference")
+    assert str(found) == "reference (backend='reference')"
+
+
+def test_a_resolution_does_not_change() -> None:
+    found = resolved()
+    with pytest.raises(AttributeError):
+        found.backend = "reference"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        found.per_branch["window"] = "reference"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_a_resolution_can_be_copied(copied: Entry) -> None:
+    found = resolved()
+    again = copied(found)
+    assert (again.backend, again.reason) == (found.backend, found.reason)
+    assert again.per_branch == found.per_branch
+    with pytest.raises(TypeError):
+        again.per_branch["window"] = "reference"
+
+
+def test_auto_on_a_cpu_is_sdpa() -> None:
+    assert resolved().backend == "sdpa"
+    assert "auto on cpu" in resolved().reason
+    assert resolved("auto") == resolved()
+
+
+# Who decides
+
+
+def test_the_environment_beats_the_default() -> None:
+    with use_settings(backend="reference"):
+        assert resolved().backend == "reference"
+        assert resolved().reason == "NSA_BACKEND=reference"
+    assert resolved().backend == "sdpa"
+
+
+def test_the_argument_beats_the_environment() -> None:
+    with use_settings(backend="reference"):
+        assert resolved("sdpa").backend == "sdpa"
+        assert resolved("sdpa").reason == "backend='sdpa'"
+        assert resolved("auto").backend == "sdpa"
+    with use_settings(use_fa2=True):
+        assert resolved("reference").backend == "reference"
+
+
+def test_settings_given_beat_those_in_force() -> None:
+    with use_settings(backend="reference"):
+        assert resolved(settings=Settings(backend="sdpa")).backend == "sdpa"
+
+
+@pytest.mark.parametrize(("packed", "name"), [(False, "fa2-dense"), (True, "fa2-varlen")])
+def test_fa2_asked_for_by_flag_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, packed: bool, name: str
+) -> None:
+    pretend(monkeypatch, {name: "no FA-2 for 8-bit turtles", "compiled": "no compiler"})
+    others = ", ".join(row for row in TABLE if row not in (name, "compiled"))
+    message = f"NSA_USE_FA2=1 asks for {name}, which cannot run this: no FA-2 for 8-bit turtles; "
+    with (
+        use_settings(use_fa2=True),
+        refused(f"{message}backends that can: {others}", BackendUnavailable),
+    ):
+        resolved(packed=packed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fa2_asked_for_by_flag_is_taken(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    pretend(monkeypatch, {})
+    with use_settings(use_fa2=True):
+        found = resolved(packed=packed)
+    assert found.backend == ("fa2-varlen" if packed else "fa2-dense")
+    assert "NSA_USE_FA2=1" in found.reason
+
+
+def test_fa2_on_a_cpu_is_refused_by_the_functions() -> None:
+    """The real table: nothing but `math` runs FA-2 without a GPU, and only on request."""
+    with (
+        use_settings(use_fa2=True),
+        refused("NSA_USE_FA2=1 asks for fa2-dense, which cannot run this: ", BackendUnavailable),
+    ):
+        attention(REGULAR)
+
+
+# What auto may take
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_auto_on_cuda_goes_down_its_list(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    reasons: dict[str, str] = {}
+    pretend(monkeypatch, reasons)
+
+    def found() -> Resolution:
+        backends._resolve.cache_clear()
+        return resolved(device="cuda", packed=packed)
+
+    assert found().backend == "compiled"
+    reasons["compiled"] = "no Triton here"
+    assert found().backend.startswith("fa2-")
+    assert "no Triton here" in found().reason
+    reasons |= {"fa2-dense": "no FA-2 here", "fa2-varlen": "none here either"}
+    assert found().backend == "sdpa"
+    assert all(reason in found().reason for reason in reasons.values())
+
+
+def test_auto_leaves_fa2_alone_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {"compiled": "no Triton here"})
+    with use_settings(use_fa2=False):
+        found = resolved(device="cuda")
+    assert found.backend == "sdpa"
+    assert "NSA_USE_FA2=0" in found.reason
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_auto_never_takes_the_oracle(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    pretend(monkeypatch, {name: f"not {name}" for name in TABLE if name != "reference"})
+    with refused("auto found no backend: ", BackendUnavailable):
+        resolved(device=device)
+
+
+def test_the_table_has_what_the_settings_name() -> None:
+    assert ("auto", *TABLE) == BACKENDS
+
+
+# Refusals
+
+
+@every_entry
+def test_an_unknown_backend_is_told_the_nearest(entry: Entry) -> None:
+    message = "backend: expected one of the known names, got 'spda'; did you mean 'sdpa'?"
+    with refused(message, SettingsError):
+        entry(REGULAR, backend="spda")
+
+
+@every_entry
+@pytest.mark.parametrize("name", TABLE)
+def test_a_backend_that_cannot_run_this_is_refused(entry: Entry, name: str) -> None:
+    """The real table."""
+    reasons = {row: unavailable(row, PROBLEM) for row in TABLE}
+    if reasons[name] is None:
+        assert resolved(name).backend == name
+        return
+    able = ", ".join(row for row, reason in reasons.items() if reason is None)
+    assert able.startswith("reference, sdpa")
+    message = f"backend={name!r} asks for {name}, which cannot run this: {reasons[name]}; "
+    with refused(f"{message}backends that can: {able}", BackendUnavailable):
+        entry(REGULAR, backend=name)
+
+
+@every_entry
+def test_a_refusal_runs_nothing(monkeypatch: pytest.MonkeyPatch, entry: Entry) -> None:
+    pretend(monkeypatch, {"sdpa": "on holiday"})
+    ran: list[str] = []
+    for module in ("nsa.attention", "nsa.module"):
+        monkeypatch.setattr(f"{module}.run", lambda *args, **kw: ran.append("run"))
+    monkeypatch.setattr("nsa.backends.dispatch.BOUND", {})
+    monkeypatch.setattr("nsa.backends.dispatch.load", lambda *args: ran.append("load"))
+    with refused("backend='sdpa' asks for sdpa", BackendUnavailable):
+        entry(REGULAR, backend="sdpa")
+    assert ran == []
+
+
+# What it says
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "nsa"]
+
+
+def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
+    with use_settings(log="info"), caplog.at_level(logging.INFO, logger="nsa"):
+        for length in (7, 8, 9):
+            inputs = make_inputs(CONFIG, length=length)
+            nsa_attention(
+                inputs.q,
+                inputs.compressed,
+                inputs.selected,
+                inputs.window,
+                inputs.gates,
+                CONFIG,
+            )
+        resolved()
+    assert told(caplog) == ["backend sdpa: auto on cpu"]
+    assert caplog.records[0].levelno == logging.INFO
+
+
+def test_a_request_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    with use_settings(backend="sdpa"), caplog.at_level(logging.INFO, logger="nsa"):
+        attention(REGULAR)
+        attention(REGULAR, backend="reference")
+    assert told(caplog) == []
+
+
+def test_a_layer_keeps_its_last_resolution() -> None:
+    layer, x = NSAttention(DIM, CONFIG), torch.zeros(1, 11, DIM)
+    assert layer.resolution is None
+    layer(x)
+    assert layer.resolution == resolved()
+    layer.backend = "reference"
+    layer(x)
+    assert layer.resolution is not None
+    assert str(layer.resolution) == "reference (backend='reference')"

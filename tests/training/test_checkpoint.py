@@ -1,0 +1,235 @@
+"""Checkpoints: whole or not at all, checked when read, whatever stops the writing."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa import CheckpointError
+from nsa.training.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint
+
+
+def tensors(value: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        "model": {"w": torch.full((3, 2), float(value)), "b": torch.arange(4).view(2, 2).T},
+        "optimizer": {"w.step": torch.tensor(float(value))},
+    }
+
+
+def save(store: CheckpointStore, step: int) -> Path:
+    return store.save(step, tensors(step), {"note": f"step {step}"})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+
+
+def test_round_trip(store):
+    assert store.latest() is None
+    path = save(store, 3)
+    assert store.latest() == path
+    checkpoint = load_checkpoint(path, ("model", "optimizer"))
+    assert (checkpoint.step, checkpoint.state) == (3, {"note": "step 3"})
+    for group, named in tensors(3).items():
+        assert checkpoint.tensors[group].keys() == named.keys()
+        for name, tensor in named.items():
+            assert torch.equal(checkpoint.tensors[group][name], tensor)
+
+
+def test_the_newest_are_kept(store):
+    for step in (1, 2, 3, 10):
+        save(store, step)
+    found = sorted(path.name for path in store.folder.iterdir())
+    assert found == ["latest", "step-000003", "step-000010"]
+    assert store.latest().name == "step-000010"
+
+
+def test_a_checkpoint_is_found_from_all_three_folders(store):
+    path = save(store, 3)
+    for start in (store.folder.parent, store.folder, path):
+        assert find_checkpoint(start) == path
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda path: None, "expected a run or a checkpoint folder, got nothing there"),
+        (lambda path: path.mkdir(), "got a folder without one"),
+        (lambda path: path.touch(), "got a file"),
+    ],
+)
+def test_no_checkpoint(tmp_path, make, text):
+    make(tmp_path / "x")
+    with pytest.raises(CheckpointError, match=text):
+        find_checkpoint(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "changed", "missing"])
+def test_damage_is_seen(store, name, damage):
+    file = save(store, 3) / name
+    data = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(data[:-3])
+    elif damage == "emptied":
+        file.write_bytes(b"")
+    elif damage == "changed":
+        middle = data.index(b"step") + 1 if b"step" in data else len(data) // 2
+        file.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    else:
+        file.unlink()
+    path = store.latest()
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, ("model", "optimizer"))
+    assert str(path) in str(error.value)
+    assert "damaged" in str(error.value)
+
+
+def test_damage_messages(store):
+    path = save(store, 3)
+    model = path / "model.safetensors"
+    data = model.read_bytes()
+    model.write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=f"expected {len(data)} bytes, got {len(data) - 1}"):
+        load_checkpoint(path, ("model",))
+    model.write_bytes(data[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"its SHA-256 is not the one in manifest\.json"):
+        load_checkpoint(path, ("model",))
+    load_checkpoint(path, ("optimizer",))  # the other files are as they were
+
+
+def test_another_format(store):
+    path = save(store, 3)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(CheckpointError, match="expected checkpoint format 1, got 2"):
+        load_checkpoint(path, ())
+
+
+@pytest.mark.parametrize("name", ["step-000007", "../elsewhere", "", "/etc"])
+def test_latest_must_name_a_checkpoint(store, name):
+    save(store, 3)
+    (store.folder / "latest").write_text(name)
+    with pytest.raises(CheckpointError, match=r"expected the name .* \(found: step-000003\)"):
+        store.latest()
+
+
+def test_the_latest_is_not_written_twice(store):
+    manifest = save(store, 3) / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    save(store, 3)
+    assert manifest.stat().st_mtime_ns == before
+
+
+def test_a_leftover_of_the_same_name_is_replaced(store):
+    save(store, 3)
+    broken = store.folder / "step-000004"
+    broken.mkdir()
+    (broken / "junk").touch()
+    (store.folder / ".step-000009.1.tmp").mkdir()
+    path = save(store, 4)
+    assert not (path / "junk").exists()
+    assert load_checkpoint(path, ("model",)).step == 4
+    assert not list(store.folder.glob(".*"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(store, monkeypatch):
+    first = save(store, 3)
+
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(CheckpointError) as error:
+        save(store, 4)
+    assert str(error.value) == (
+        f"could not save {store.folder / 'step-000004'}: No space left on device; {first} is intact"
+    )
+    monkeypatch.undo()
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step-000003"]
+    assert load_checkpoint(store.latest(), ("model", "optimizer")).step == 3
+
+
+_KILL_EVERYWHERE = """
+import builtins, os, shutil, signal, sys, warnings
+from pathlib import Path
+import torch
+from nsa.tools import _checkpoint
+from nsa.training.checkpoint import CheckpointStore, load_checkpoint
+
+warnings.simplefilter("ignore")  # fork beside torch's threads; the child only writes files
+root = Path(sys.argv[1])
+calls = ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink", "open")
+originals = {name: getattr(os, name) for name in calls}
+open_file = open
+tensors = lambda step: {"model": {"w": torch.full((50,), float(step))}}
+
+
+def kill_at(count):
+    seen = 0
+    def count_and_kill():
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def wrap(name):
+        def call(*arguments, **keywords):
+            count_and_kill()
+            return originals[name](*arguments, **keywords)
+        return call
+    def open_and_kill(*arguments, **keywords):
+        file = open_file(*arguments, **keywords)  # emptied by now, and nothing written
+        count_and_kill()
+        return file
+    for name in calls:
+        setattr(os, name, wrap(name))
+    builtins.open = open_and_kill
+
+
+for count in range(1, 100):
+    folder = root / str(count)
+    store = CheckpointStore(folder, keep=2)
+    for step in (1, 2):
+        store.save(step, tensors(step), {})
+    child = os.fork()
+    if child == 0:
+        kill_at(count)
+        store.save(3, tensors(3), {})
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    checkpoint = load_checkpoint(store.latest(), ("model",))
+    assert checkpoint.step in (2, 3), checkpoint.step
+    assert torch.equal(checkpoint.tensors["model"]["w"], torch.full((50,), float(checkpoint.step)))
+    for path in folder.glob("step-*"):  # a name that is there is a whole checkpoint
+        load_checkpoint(path, ("model",))
+    store.save(4, tensors(4), {})
+    assert load_checkpoint(store.latest(), ("model",)).step == 4
+    assert not list(folder.glob(".*")), list(folder.iterdir())
+    shutil.rmtree(folder)
+    print(checkpoint.step, end=" ")
+    if os.WIFEXITED(status):
+        print("done")
+        break
+"""
+
+
+def test_a_kill_between_any_two_calls(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _KILL_EVERYWHERE, str(tmp_path)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps = done.stdout.split()
+    assert steps[-1] == "done"
+    assert len(steps) > 15  # kill points
+    assert steps[0] == "2"
+    assert steps[-2] == "3"
+    assert sorted(steps[:-1]) == steps[:-1]

@@ -1,0 +1,225 @@
+"""Training data: which files, which split, which batches, and the entropies of counting."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from nsa import DataError
+from nsa.training.baselines import baselines
+from nsa.training.data import (
+    Corpus,
+    load_corpus,
+    require_length,
+    training_batch,
+    validation_batches,
+    validation_starts,
+)
+from tests.support.training_runs import write_texts
+
+
+def corpus_of(train: bytes, validation: bytes) -> Corpus:
+    return Corpus(
+        source="test",
+        train=np.frombuffer(train, np.uint8),
+        validation=np.frombuffer(validation, np.uint8),
+        train_files=1,
+        validation_files=1,
+        skipped=0,
+    )
+
+
+def test_a_folder_is_split_by_file(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"text {number};")
+    corpus = load_corpus(str(tmp_path))
+    assert (corpus.train_files, corpus.validation_files, corpus.skipped) == (38, 2, 0)
+    train, validation = corpus.train.tobytes(), corpus.validation.tobytes()
+    documents = train.split(b"\0")[1:] + validation.split(b"\0")[1:]
+    assert sorted(documents) == sorted(b"text %d;" % number for number in range(40))
+    assert load_corpus(str(tmp_path)).fingerprint == corpus.fingerprint
+
+
+def test_the_split_hangs_on_the_names_inside_the_folder_alone(tmp_path):
+    first, second = write_texts(tmp_path / "a"), write_texts(tmp_path / "b" / "c")
+    assert load_corpus(str(first)).fingerprint == load_corpus(str(second)).fingerprint
+    (second / "0.txt").write_text("another")
+    assert load_corpus(str(first)).fingerprint != load_corpus(str(second)).fingerprint
+
+
+def test_the_fingerprint_knows_where_the_split_is():
+    assert corpus_of(b"ab", b"c").fingerprint != corpus_of(b"a", b"bc").fingerprint
+
+
+def test_two_files_give_two_splits(tmp_path):
+    corpus = load_corpus(str(write_texts(tmp_path, files=2)))
+    assert (corpus.train_files, corpus.validation_files) == (1, 1)
+
+
+def test_what_is_not_text_is_skipped_and_counted(tmp_path):
+    write_texts(tmp_path)
+    clean = load_corpus(str(tmp_path))
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / ".hidden").write_text("x")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "x").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    corpus = load_corpus(str(tmp_path))
+    assert corpus.skipped == 4
+    assert corpus.fingerprint == clean.fingerprint
+
+
+def test_a_single_file_is_cut_at_its_last_tenth(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes(bytes(range(1, 101)))
+    corpus = load_corpus(str(path))
+    assert corpus.train.tobytes() == b"\0" + bytes(range(1, 91))
+    assert corpus.validation.tobytes() == b"\0" + bytes(range(91, 101))
+    assert load_corpus(str(tmp_path)).fingerprint == corpus.fingerprint
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path):
+    write_texts(tmp_path)
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as file:
+        file.write("x")
+    assert load_corpus(str(tmp_path)).train_files == 8
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda path: None, "expected a file or folder of text, got '.*', which is not there"),
+        (lambda path: path.write_text(""), "expected text in .*, got an empty file"),
+        (lambda path: path.write_bytes(b"a\0b"), "expected text in .*, got a binary file"),
+        (lambda path: path.mkdir(), "expected text files in .*, got 0 files"),
+        (lambda path: (path.mkdir(), (path / "x").touch()), "got 1 files, none of them readable"),
+    ],
+)
+def test_bad_paths(tmp_path, make, text):
+    path = tmp_path / "data"
+    make(path)
+    with pytest.raises(DataError, match=text):
+        load_corpus(str(path))
+
+
+def test_the_empty_path_is_not_this_folder():
+    with pytest.raises(DataError, match="got '', which is not there"):
+        load_corpus("")
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "secret.txt"
+    path.write_text("x")
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # chmod would not stop root
+    with pytest.raises(DataError, match=r"cannot read .*secret\.txt: Permission denied"):
+        load_corpus(str(path))
+    with pytest.raises(DataError, match="got 1 files, none of them readable"):
+        load_corpus(str(tmp_path))
+
+
+def test_the_standard_library():
+    corpus = load_corpus("stdlib")
+    assert len(corpus.train) > 5_000_000
+    assert 0.02 < corpus.validation_files / corpus.train_files < 0.1
+    assert b"class ThreadPoolExecutor" in corpus.train.tobytes() + corpus.validation.tobytes()
+
+
+def test_the_standard_library_leaves_out_tests_and_packages(tmp_path, monkeypatch):
+    for name in ("a.py", "b/c.py", "b/test/d.py", "tests/e.py", "site-packages/f.py", "g.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {name}")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: {"stdlib": str(tmp_path)}[name])
+    corpus = load_corpus("stdlib")
+    both = corpus.train.tobytes() + corpus.validation.tobytes()
+    assert sorted(both.split(b"\0")[1:]) == [b"text of a.py", b"text of b/c.py"]
+
+
+def test_too_little_for_one_sequence():
+    corpus = corpus_of(b"x" * 100, b"y" * 10)
+    require_length(corpus, 9)
+    with pytest.raises(DataError, match=r"at least 11 bytes in the validation split .* got 10"):
+        require_length(corpus, 10)
+    with pytest.raises(DataError, match=r"at least 101 bytes in the training split .* got 100"):
+        require_length(corpus, 100)
+
+
+def test_batches_hang_on_seed_and_index_alone():
+    corpus = corpus_of(bytes(range(256)) * 20, b"")
+    arguments = {"seed": 5, "batch_size": 4, "seq_len": 32}
+    tokens, targets = training_batch(corpus, index=7, **arguments)
+    np.random.seed(3)
+    torch.manual_seed(9)
+    again, _ = training_batch(corpus, index=7, **arguments)
+    assert torch.equal(tokens, again)
+    assert tokens.shape == targets.shape == (4, 32)
+    assert tokens.dtype == targets.dtype == torch.int64
+    assert torch.equal((tokens + 1) % 256, targets)
+    assert not torch.equal(tokens, training_batch(corpus, index=8, **arguments)[0])
+    assert not torch.equal(tokens, training_batch(corpus, index=7, **{**arguments, "seed": 6})[0])
+
+
+def test_batches_reach_both_ends():
+    corpus = corpus_of(b"abcd", b"")
+    drawn = {
+        bytes(training_batch(corpus, seed=0, index=index, batch_size=1, seq_len=2)[1][0].tolist())
+        for index in range(40)
+    }
+    assert drawn == {b"bc", b"cd"}
+
+
+def test_validation_windows_do_not_overlap_and_spread():
+    corpus = corpus_of(b"", bytes(range(101)))
+    assert validation_starts(corpus, count=4, seq_len=10).tolist() == [0, 20, 50, 70]
+    assert len(validation_starts(corpus, count=99, seq_len=10)) == 10
+    exact = corpus_of(b"", bytes(100))  # the last window has no byte after it
+    assert len(validation_starts(exact, count=99, seq_len=10)) == 9
+    batches = list(validation_batches(corpus, count=3, batch_size=2, seq_len=10))
+    assert [len(tokens) for tokens, _ in batches] == [2, 1]
+    assert batches[1][1][0].tolist() == list(range(61, 71))
+
+
+def test_entropies_by_hand():
+    # 4 a and 2 b; pairs aa 2, ab 1, bb 1, ba 1.
+    corpus = corpus_of(b"aaabba", b"ab")
+    counted = baselines(corpus, count=1, seq_len=1)
+    b = (2 + 1) / (6 + 256)
+    assert counted.unigram == pytest.approx(-math.log(b))
+    assert counted.bigram == pytest.approx(-math.log((1 + b) / (3 + 1)))
+
+
+def test_entropies_of_what_was_never_seen_are_finite():
+    counted = baselines(corpus_of(b"aaaa", b"xyz"), count=1, seq_len=2)
+    assert counted.unigram == pytest.approx(math.log(260))
+    assert counted.bigram == pytest.approx(math.log(260))
+
+
+def test_entropies_do_not_hang_on_the_chunk(monkeypatch):
+    corpus = corpus_of(bytes(np.random.default_rng(0).integers(97, 105, 1000)), b"abcabcabc")
+    whole = baselines(corpus, count=4, seq_len=2)
+    monkeypatch.setattr("nsa.training.baselines._CHUNK", 7)
+    assert baselines(corpus, count=4, seq_len=2) == whole
+
+
+def test_the_split_is_the_same_in_another_process(tmp_path):
+    corpus = load_corpus(str(write_texts(tmp_path)))
+    code = (
+        "import sys; from nsa.training.data import load_corpus; "
+        "print(load_corpus(sys.argv[1]).fingerprint)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"},
+    )  # fmt: skip
+    assert printed.stdout.strip() == corpus.fingerprint

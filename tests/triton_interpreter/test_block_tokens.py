@@ -1,0 +1,33 @@
+"""The copies of the compressed blocks' tokens in Triton's interpreter, against PyTorch's."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
+
+from nsa.backends.compiled import block_tokens
+from nsa.compression import _gather, _scatter
+from tests.triton_interpreter import triton_fixes
+
+triton_fixes.apply()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("T", "block", "stride"), [(4, 4, 2), (45, 4, 2), (46, 6, 2), (33, 3, 3), (70, 32, 16)]
+)
+def test_both_ways(T: int, block: int, stride: int, dtype: torch.dtype) -> None:
+    """Also from a view whose heads and tokens stand apart."""
+    generator = torch.Generator().manual_seed(T)
+    x = torch.randn(2, T, 5, 6, generator=generator).to(dtype)[:, :, 1:4]
+    N = (T - block) // stride + 1
+    blocks = block_tokens.gather(x, block, stride, N)
+    assert torch.equal(blocks, _gather(x, None, block, stride))
+    grad = torch.randn(blocks.shape, generator=generator).to(dtype)
+    want = _scatter(grad, None, T, block, stride)
+    torch.testing.assert_close(block_tokens.scatter(grad, T, stride), want)

@@ -1,0 +1,135 @@
+"""The gated sum of the branches at once, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
+
+from nsa import NSAConfig
+from nsa.backends.compiled import steps as compiled
+from nsa.backends.compiled.selected import tiles as selected_tiles
+from nsa.testing import Inputs, expected, make_inputs, random_blocks
+from nsa.testing.strategies import Case, cases
+from tests.triton_interpreter import triton_fixes
+
+triton_fixes.apply()
+
+CONFIG = NSAConfig(
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    value_dim=6,
+    compress_block=4,
+    compress_stride=2,
+    select_block=6,
+    num_selected=4,
+    num_local=1,
+    window=7,
+)
+WITHIN_ONE = pytest.mark.parametrize("within_one", [True, False], ids=["folded", "weighted"])
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write is not a number."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **kwargs: Any) -> Tensor:
+        x = empty(*size, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr("nsa.backends.compiled.gated.launch.torch.empty", poisoned)
+
+
+def run(inputs: Inputs, within_one: bool) -> dict[str, Tensor]:
+    """Forward and backward, named as in the accuracy rule."""
+    leaves = [x.detach().requires_grad_() for x in inputs.leaves()]
+    x = inputs.with_leaves(tuple(leaves))
+    with torch.no_grad():
+        out_cmp, lse_cmp = compiled.compressed_attention(x.q, *x.compressed, x.config, x.cu_seqlens)
+    assert x.block_idx is not None
+    out = compiled.gated_attention(
+        x.q,
+        x.compressed,
+        x.selected,
+        x.window,
+        x.gates,
+        out_cmp,
+        lse_cmp,
+        x.block_idx,
+        x.config,
+        x.cu_seqlens,
+        within_one=within_one,
+    )
+    grads = torch.autograd.grad(out, leaves, x.dout)
+    assert [y.dtype for y in grads] == [y.dtype for y in leaves]
+    return {"out": out, **{f"d{n}": g for n, g in zip(Inputs.NAMES, grads, strict=True)}}
+
+
+def check(inputs: Inputs, within_one: bool) -> None:
+    if inputs.block_idx is None:
+        inputs = replace(inputs, block_idx=random_blocks(inputs, 1))
+    want = expected(inputs)
+    for name, x in run(inputs, within_one).items():
+        error = want[name].error(x)
+        assert error <= want[name].bound, f"{name}: {error:.2e} > {want[name].bound:.2e}"
+
+
+@WITHIN_ONE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(case=cases(max_length=30))
+@settings(max_examples=3)
+def test_obeys_the_accuracy_rule(dtype: torch.dtype, within_one: bool, case: Case) -> None:
+    check(case.inputs(dtype), within_one)
+
+
+@WITHIN_ONE
+@pytest.mark.parametrize("head_dim", [8, 80])
+@pytest.mark.parametrize("shape", [{"length": 25, "batch": 2}, {"lengths": (17, 0, 9, 1)}])
+def test_every_way_to_sum_dq(
+    shape: dict[str, object], head_dim: int, within_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 by atomic adds, in fp32 by the kernel for dq, in q's dtype by the same."""
+    monkeypatch.setattr(selected_tiles, "WITH_DQ_FROM", 1)
+    config = replace(CONFIG, head_dim=head_dim)
+    surplus = "lengths" in shape
+    for dtype in (torch.bfloat16, torch.float32)[: 2 if head_dim == 8 else 1]:
+        check(make_inputs(config, dtype=dtype, surplus=surplus, **shape), within_one)
+
+
+@WITHIN_ONE
+def test_shut_gates(within_one: bool) -> None:
+    """A gate of 0 takes its branch out, and still has a gradient."""
+    x = make_inputs(CONFIG, length=30)
+    gates = x.gates.detach().clone()
+    gates[:, ::2, :, 0] = gates[:, 1::2, :, 1] = gates[:, ::3, :, 2] = 0.0
+    check(replace(x, gates=gates.requires_grad_()), within_one)
+
+
+def test_gates_below_zero() -> None:
+    x = make_inputs(CONFIG, length=30)
+    check(replace(x, gates=(x.gates.detach() - 0.5).requires_grad_()), within_one=False)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("factor", [-1.0, 1.5])
+def test_gates_that_are_not_within_one_as_was_said_are_seen(factor: float) -> None:
+    """No wrong number comes out of it."""
+    x = make_inputs(CONFIG, length=30)
+    gates = torch.ones_like(x.gates.detach()) * factor
+    x = replace(x, gates=gates, block_idx=random_blocks(x, 1))
+    assert run(x, within_one=True)["dq"].isnan().all()
+
+
+def test_gates_above_one() -> None:
+    x = make_inputs(CONFIG, length=30)
+    check(replace(x, gates=(x.gates.detach() * 3).requires_grad_()), within_one=False)
