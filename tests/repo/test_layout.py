@@ -155,7 +155,7 @@ def test_only_settings_reads_the_environment(path):
         ("nsa.backends.sdpa.steps", "from nsa import reference", ["nsa.reference"]),
         (
             "nsa.backends.sdpa.steps",
-            "from nsa.backends import fa2_dense",
+            "from nsa.backends.fa2 import dense",
             ["nsa.backends.fa2.dense"],
         ),
         ("nsa.backends.fa2.dense", "from ..sdpa import window", ["nsa.backends.sdpa.window"]),

@@ -165,7 +165,8 @@ gated_attention = define(
     gradients=_gradients,
 )
 """``(q, k and v of every branch, gates, out and lse of the compressed branch, block_idx, the first
-token and the first block of each token's sequence and what
-:func:`nsa.core.packing.block_places` says of blocks, or None, the number of packed sequences, geometry, scale, whether every gate is in 0…1) ->
-sum, out of the selected branch and of the window, their lse``. The gradient of ``out_cmp`` is part
-of that of q, k_cmp and v_cmp. See :mod:`nsa.backends.compiled.gated.launch`."""
+token and the first block of each token's sequence and the block bounds of
+:func:`nsa.core.packing.block_places`, or None, the number of packed sequences, geometry, scale,
+whether every gate is in 0…1) -> sum, out of the selected branch and of the window, their lse``. The
+gradient of ``out_cmp`` is part of that of q, k_cmp and v_cmp. See
+:mod:`nsa.backends.compiled.gated.launch`."""
