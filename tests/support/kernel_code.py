@@ -44,6 +44,8 @@ class Code:
     """Instructions in loops that move what has been spilled."""
     shared: int
     """Bytes a program."""
+    instructions: int
+    """Of the machine code."""
     serialized: bool
     """Whether ptxas had to wait after every matrix instruction."""
 
@@ -87,22 +89,31 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def type_of(value: Any, path: tuple[int, ...], *, special: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of(x, (*path, j), special=special) for j, x in enumerate(value))
+        if isinstance(value, Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return _NAMES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if special and value == 1:
+            constants[path] = value
+            return "constexpr"
+        if special and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for i, parameter in enumerate(kernel.params):
         value, name = values[parameter.name], parameter.name
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
+        if parameter.is_constexpr:
             signature[name], constants[i,] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name], attributes[i,] = _NAMES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if special and value % 16 == 0:
-                attributes[i,] = [["tt.divisibility", 16]]
+            signature[name] = type_of(value, (i,), special=not parameter.do_not_specialize)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", TARGET, 32), options=options)
     return _read(kernel.__name__, made.asm["ptx"], made.metadata.shared)
@@ -137,6 +148,7 @@ def _read(name: str, ptx: str, shared: int) -> Code:
         spilled=int(stack[1]),
         spilled_in_loops=_spills_in_loops(code.stdout),
         shared=shared,
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]+\*/", code.stdout, re.MULTILINE)),
         serialized="instructions are serialized" in ran.stderr,
     )
 
