@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "docs" / "figures"
 DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS]
+HISTORY = ("CHANGELOG.md", "docs/measurements.md", "docs/experiments.md")
+"""Pages that may name what is no more."""
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -78,6 +80,26 @@ def test_every_backend_is_described(page, name):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     assert broken_links(page, read(page)) == []
+
+
+# rooms that the layout plans
+COMING = {"gates.py", "selection/", "selection/rules.py", "backends/registry.py"}
+
+
+def missing_paths(text: str) -> set[str]:
+    """Files and folders named in code spans that are neither at the root nor in ``nsa/``."""
+    named = set(re.findall(r"`([\w./]+(?:\.py|\.md|/))`", text))
+    return {path for path in named if not any((ROOT / at / path).exists() for at in ("", "nsa"))}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY])
+def test_pages_name_files_that_are_there(page):
+    assert missing_paths(read(page)) <= {"tiles.py"} | COMING  # one beside each kernel
+
+
+def test_a_path_that_is_not_there_is_seen():
+    text = "`nowhere.py`, `core/`, `docs/tools.md`, `nothing/`, `nsa_window_fwd`"
+    assert missing_paths(text) == {"nowhere.py", "nothing/"}
 
 
 @pytest.mark.parametrize("link", ["docs/nowhere.md", "docs/tools.md#nothing", "#nothing"])
