@@ -23,7 +23,7 @@ import torch
 
 from nsa.errors import CheckpointError
 from nsa.tools.common.cli import EXIT_INTERRUPTED, run
-from nsa.tools.common.progress import Display, print_result
+from nsa.tools.train.display import Display, print_result
 from nsa.tools.train.flags import continued_config, new_config, train_parser
 from nsa.training.atomic_files import replace_atomically
 from nsa.training.baselines import baselines
@@ -78,7 +78,8 @@ def _main(argv: Sequence[str] | None) -> int:
             print(f"note: going on with {difference}: results may differ in the last bits")
     out.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
     _describe(out, config, corpus, trainer)
-    with Display(step=trainer.step, steps=config.train.steps) as display:
+    display = Display(step=trainer.step, steps=config.train.steps)
+    with display.bar:
 
         def started() -> None:
             compilation.ready(display.line, "step" if steps_left else "validation")
