@@ -72,7 +72,7 @@ class Trainer:
         self._model_loss = loss_function(self.model, train.compile)
 
     def train_step(self) -> StepResult:
-        """One optimizer step over ``accumulate`` batches."""
+        """Take one optimizer step over ``accumulate`` batches."""
         train = self.config.train
         rate = train.learning_rate(self.step)
         for group in self.optimizer.param_groups:
@@ -98,7 +98,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss on the validation windows, nats per byte; draws no random numbers."""
+        """Compute the mean loss on the validation windows (nats per byte) without random numbers."""
         train = self.config.train
         self.model.eval()
         total, count = 0.0, 0
@@ -121,7 +121,7 @@ class Trainer:
             return self._model_loss(tokens, targets)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor that the next step depends on, in :data:`GROUPS`."""
+        """Collect every tensor that the next step depends on, in :data:`GROUPS`."""
         optimizer = {
             f"{name}.{key}": value
             for name, parameter in self.model.named_parameters()
@@ -137,7 +137,7 @@ class Trainer:
         return {"model": self.model.state_dict(), "optimizer": optimizer, "rng": rng}
 
     def state(self) -> dict[str, Any]:
-        """Everything else that a checkpoint holds, for JSON."""
+        """Collect everything else that a checkpoint holds, for JSON."""
         numpy_state = np.random.get_state(legacy=False)
         version, words, gauss = random.getstate()
         return {
@@ -160,7 +160,7 @@ class Trainer:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts back what :meth:`tensors` and :meth:`state` gave.
+        """Put back what :meth:`tensors` and :meth:`state` gave.
 
         Raises:
             CheckpointError: other data, or tensors that do not fit the model.
@@ -203,7 +203,7 @@ class Trainer:
 
 
 def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
-    """Copies a checkpoint's weights into a model.
+    """Copy a checkpoint's weights into a model.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape.

@@ -1,4 +1,4 @@
-"""Going on with a run: bit for bit after any kind of stop, or a clear refusal."""
+"""Resuming a run: bit for bit after any kind of stop, or a clear refusal."""
 
 import errno
 import os
@@ -16,8 +16,8 @@ from nsa import CheckpointError
 from nsa.tools.train import __main__ as train
 from nsa.training.checkpoint import CheckpointStore, load_checkpoint
 from nsa.training.data import load_corpus
+from nsa.training.files import JsonlWriter
 from nsa.training.interrupt import StopRequest
-from nsa.training.metrics import MetricsFile
 from nsa.training.trainer import GROUPS, Trainer
 from tests.support.training_runs import config_of, error_of, flags, metrics, start, write_texts
 
@@ -77,7 +77,7 @@ def test_killed_and_resumed_is_the_same_run(finished, data, tmp_path):
     resumed = start("-m", "nsa.tools.train", "--out", out, "--resume")
     printed, errors = resumed.communicate()
     assert (resumed.returncode, errors) == (0, "")
-    assert "going on from step 4" in printed
+    assert "resuming from step 4" in printed
     assert "backend      sdpa" in printed
     assert_same_run(out, finished)
 
@@ -99,7 +99,7 @@ def test_a_signal_saves_first(data, tmp_path, number):
     assert 3 <= step == metrics(out)[-1]["step"]
     assert printed.splitlines()[-1] == (
         f"stopped and saved at step {step}; "
-        f"go on with: python -m nsa.tools.train --out {out} --resume"
+        f"resume with: python -m nsa.tools.train --out {out} --resume"
     )
 
 
@@ -179,7 +179,7 @@ def test_resuming_a_finished_run_shows_its_result(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     assert train.main(["--out", str(run), "--resume"]) == 0
     out = capsys.readouterr().out
-    assert "going on from step 12" in out
+    assert "resuming from step 12" in out
     assert "backend      sdpa" in out
     assert "bigram" in out
     assert_same_run(run, finished)
@@ -198,7 +198,7 @@ def test_what_changes_no_number_may_change(finished, data, tmp_path, monkeypatch
 def test_metrics_keep_their_lines_apart(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\nnot json\n[]\n{"step": "x"}\n{"step": 2}\n{"step": 3}\n{"st')
-    with MetricsFile(path, step=2) as file:
+    with JsonlWriter(path, step=2) as file:
         file.write(step=3, loss=0.5)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
 
@@ -290,7 +290,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
 
 
 def test_a_disk_that_refuses_metrics(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl", step=0)
+    file = JsonlWriter(tmp_path / "metrics.jsonl", step=0)
     file._file.close()
     file._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the context manager
     with pytest.raises(Exception, match="No space left on device"), file:
