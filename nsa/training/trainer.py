@@ -98,7 +98,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Compute the mean loss on the validation windows (nats per byte) without random numbers."""
+        """Average the loss over the validation windows (nats per byte); draw no random numbers."""
         train = self.config.train
         self.model.eval()
         total, count = 0.0, 0
