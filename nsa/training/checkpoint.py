@@ -50,6 +50,22 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
     """The groups of tensors requested, on the CPU."""
 
+    def tensor(self, group: str, name: str, *, like: Tensor) -> Tensor:
+        """Look one tensor up.
+
+        Raises:
+            CheckpointError: it is missing, or of another shape or dtype than ``like``.
+        """
+        tensor = self.tensors[group].get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.path}: expected a tensor named {name!r}, got none")
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise CheckpointError(
+                f"{self.path}: {name}: expected {like.dtype} {list(like.shape)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+        return tensor
+
 
 class CheckpointStore:
     """The checkpoints of one run.

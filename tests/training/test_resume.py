@@ -1,6 +1,8 @@
 """Resuming a run: bit for bit after any kind of stop, or a clear refusal."""
 
 import errno
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nsa import CheckpointError
 from nsa.tools.train import __main__ as train
@@ -45,6 +48,35 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert mine.tensors[group].keys() == theirs.tensors[group].keys()
         for name, tensor in mine.tensors[group].items():
             assert torch.equal(tensor, theirs.tensors[group][name]), name
+
+
+def test_the_format_on_the_disk(finished):
+    """Read without the library: files of earlier runs must load, so this changes with FORMAT."""
+    folder = finished / "checkpoints" / (finished / "checkpoints" / "latest").read_text().strip()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+    assert (manifest["format"], manifest["step"], list(manifest["files"])) == (1, 12, names)
+    for name, entry in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    model, optimizer, rng = (load_file(folder / name) for name in names[:3])
+    assert {"embedding.weight", "blocks.0.attention.q_proj.weight", "norm.weight"} <= set(model)
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    assert set(optimizer) == {f"{name}.{kind}" for name in model for kind in kinds}
+    assert {name: tensor.dtype for name, tensor in rng.items()} == {
+        "torch_cpu": torch.uint8,
+        "numpy": torch.int64,
+    }
+    state = json.loads((folder / "state.json").read_text())
+    assert {name: sorted(values) for name, values in state.items() if name != "threads"} == {
+        "config": ["model", "train"],
+        "data": ["next_batch", "sha256", "source"],
+        "rng": ["numpy", "python"],
+        "versions": ["numpy", "torch"],
+    }
+    assert state["config"] == json.loads((finished / "config.json").read_text())
+    assert [len(state["rng"]["python"]), len(state["rng"]["numpy"])] == [3, 3]
+    assert state["threads"] == torch.get_num_threads()
 
 
 _KILLED = """
