@@ -47,12 +47,7 @@ class ModelConfig:
             _require_positive_int(name, getattr(self, name))
         if not isinstance(self.nsa, NSAConfig):
             raise ConfigError(f"nsa: expected an NSAConfig, got {self.nsa!r}")
-        kinds = get_args(Attention)
-        if self.attention not in kinds:
-            raise ConfigError(
-                f"attention: expected one of the known names, got {self.attention!r}; "
-                f"{nearest(self.attention, kinds)}"
-            )
+        require_known("attention", self.attention, get_args(Attention))
         if not isinstance(self.tied_embeddings, bool):
             raise ConfigError(
                 f"tied_embeddings: expected True or False, got {self.tied_embeddings!r}"
@@ -64,11 +59,7 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
         """Name a model, ``changes`` applied: "small" (GPT-2's size) or "tiny" (for a CPU)."""
-        if name not in PRESETS:
-            raise ConfigError(
-                f"preset: expected one of the known names, got {name!r}; "
-                f"{nearest(name, tuple(PRESETS))}"
-            )
+        require_known("preset", name, tuple(PRESETS))
         _refuse_unknown(cls, changes)
         return cls(**{**PRESETS[name], "nsa": NSAConfig.preset(name), **changes})
 
@@ -100,6 +91,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"dim": 768, "num_layers": 12},
     "tiny": {"dim": 128, "num_layers": 4},
 }
+
+
+def require_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the known ones, and name the nearest."""
+    if value not in known:
+        raise ConfigError(
+            f"{name}: expected one of the known names, got {value!r}; {nearest(value, known)}"
+        )
 
 
 def _refuse_unknown(cls: type, values: Mapping[str, Any]) -> None:

@@ -71,7 +71,7 @@ class Compilation:
         if self.mode == "none":
             yield
             return
-        from torch._dynamo import exc  # heavy: only who compiles needs it
+        from torch._dynamo import exc  # heavy, and needed for compiling alone
 
         if self._cache is not None:
             self._cache.load(say)
@@ -81,7 +81,10 @@ class Compilation:
         try:
             yield
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
-            raise _reason(error, self.mode) from error
+            raise own_error(error) or CompileFailed(
+                f"--compile {self.mode}: torch.compile failed: {first_words(error)}; train without "
+                "it: --compile none"
+            ) from error
 
     def ready(self, say: Callable[[str], None], what: str) -> None:
         """Say how long compiling took; call once, after the first ``what``."""
@@ -102,20 +105,16 @@ class Compilation:
             self._cache.save(say)
 
 
-def _reason(error: BaseException, mode: str) -> BaseException:
-    """Find the error of ours, or of a full device, that ended a trace, or make a CompileFailed."""
+def own_error(error: BaseException) -> NSAError | torch.OutOfMemoryError | None:
+    """Find the error of this library, or of a full device, behind one of ``torch.compile``."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, NSAError):
-            text = str(cause).partition("\n\nfrom user code")[0]  # appended by torch
-            return type(cause)(text)
+            return type(cause)(str(cause).partition("\n\nfrom user code")[0])  # appended by torch
         if isinstance(cause, torch.OutOfMemoryError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    return CompileFailed(
-        f"--compile {mode}: torch.compile failed: {first_words(error)}; train without it: "
-        "--compile none"
-    )
+    return None
 
 
 def first_words(error: BaseException) -> str:

@@ -72,7 +72,7 @@ class JsonlWriter:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
 
     def write(self, **values: Any) -> None:
-        """Append one line; whoever reads along sees it at once."""
+        """Append one line; a reader of the file sees it at once."""
         try:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()

@@ -203,7 +203,7 @@ def test_a_compiler_that_fails_is_one_line(data, tmp_path, capsys, compiler):
 def test_a_full_device_stays_one():
     failure = torch._dynamo.exc.InternalTorchDynamoError("x")
     failure.__context__ = torch.OutOfMemoryError("y")
-    assert training_compile._reason(failure, "model") is failure.__context__
+    assert training_compile.own_error(failure) is failure.__context__
 
 
 # The file
