@@ -185,9 +185,9 @@ def combine(gates: Tensor, *outputs: Tensor) -> Tensor:
     gates ``[B, T, H, 3]``, outputs ``[B, T, H, V]`` each.
     """
     wide = accumulation_dtype(outputs[0])
-    # Copies: of a slice, AOTAutograd would save a view beside the gates that their activation saves.
-    # It takes each for a buffer of its own, and Inductor's backward overwrites one while the other
-    # is still needed (torch 2.11 and 2.13): wrong gradients, in silence.
+    # Copies: AOTAutograd would save slices beside the gates that their activation saves, and take
+    # each for a buffer of its own. Inductor's backward may then overwrite one while the other is
+    # still needed (torch 2.11 and 2.13): wrong gradients, in silence.
     terms = [
         gate.to(wide, copy=True)[..., None] * out.to(wide)
         for gate, out in zip(gates.unbind(-1), outputs, strict=True)
