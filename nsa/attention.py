@@ -122,7 +122,7 @@ def select_blocks(
     length = max_seqlen if packed and max_seqlen is not None else q.shape[1]
     problem = Problem(config, q.device, q.dtype, length, packed, needs_grad=False)
     step = plan(problem, backend, settings).step("select").select_blocks
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
 
 
@@ -142,7 +142,7 @@ def run(
     where: dict[str, Any] = {"max_seqlen": inputs.max_seqlen, "q_start": inputs.q_start}
     gated = chosen.gated() if inputs.q_start == 0 else None
     ranges = nvtx and q.is_cuda and not torch.compiler.is_compiling()
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         # no autograd graph where something else computes the gradients
         no_graph = torch.no_grad() if gated is not None else contextlib.nullcontext()
         with _range("compressed", ranges), no_graph:
@@ -198,6 +198,13 @@ def combine(gates: Tensor, *outputs: Tensor) -> Tensor:
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast off; nothing where it is off, since a graph that sets it is not cached on the disk."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _range(name: str, on: bool) -> contextlib.AbstractContextManager[object]:
