@@ -104,19 +104,22 @@ class Compilation:
 
 
 def _reason(error: BaseException, mode: str) -> BaseException:
-    """The error of ours, or of a full device, that ended a trace; else CompileFailed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, NSAError):
-            text = str(cause).partition("\n\nfrom user code")[0]  # appended by torch
-            return type(cause)(text)
-        if isinstance(cause, torch.OutOfMemoryError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return CompileFailed(
+    return own_error(error) or CompileFailed(
         f"--compile {mode}: torch.compile failed: {first_words(error)}; go on without it: "
         "--compile none"
     )
+
+
+def own_error(error: BaseException) -> NSAError | torch.OutOfMemoryError | None:
+    """The error of this library, or of a full device, behind one that ``torch.compile`` raised."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NSAError):
+            return type(cause)(str(cause).partition("\n\nfrom user code")[0])  # appended by torch
+        if isinstance(cause, torch.OutOfMemoryError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def first_words(error: BaseException) -> str:
