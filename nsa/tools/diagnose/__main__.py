@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from nsa.config import nearest
 from nsa.errors import UsageError
-from nsa.settings import BACKENDS
+from nsa.registry import names
 from nsa.tools.common.cli import Parser, run
 from nsa.tools.diagnose.compile.trials import COMPILERS
 from nsa.tools.diagnose.report import collect_diagnosis
@@ -42,7 +42,7 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     parser.epilog = _EXAMPLES
     add = parser.add_argument
-    add("--backend", metavar="NAME", help=f"fail unless this one runs: {', '.join(BACKENDS)}")
+    add("--backend", metavar="NAME", help=f"fail unless this one runs: {', '.join(names())}")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--profile", action="store_true", help="show which kernels run each branch (CUDA)")
     add(
@@ -57,7 +57,7 @@ def _main(argv: Sequence[str] | None) -> int:
     add("--json", action="store_true", help="print JSON for programs instead of tables")
     arguments = parser.parse_strictly(argv)
     for flag, name, known in (
-        ("--backend", arguments.backend, BACKENDS),
+        ("--backend", arguments.backend, names()),
         ("--compile", arguments.compile, COMPILERS),
     ):
         if name is not None and name not in known:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nsa.backends import Resolution, left_by, resolve
+from nsa.backends import Resolution, resolve
+from nsa.backends.dispatch import delegated
 from nsa.backends.fa2.providers import describe
 from nsa.backends.protocol import Backend
 from nsa.errors import BackendUnavailable
+from nsa.registry import TABLE
 from nsa.settings import Settings
 from nsa.testing.inputs import Inputs
 from nsa.tools.common.problems import Trial, short
@@ -80,19 +82,19 @@ def resolved(trial: Trial, backend: str | None) -> Resolution:
 
 
 def _branches(resolution: Resolution, trial: Trial, settings: Settings) -> tuple[BranchChoice, ...]:
-    delegated = left_by(resolution.backend, trial.problem, settings)
-    if resolution.backend.startswith("fa2-"):
-        delegated = {"select": "FA-2 has no such step", **delegated}
+    reasons = delegated(resolution.backend, trial.problem, settings)
+    if not TABLE[resolution.backend].selects:
+        reasons = {"select": "FA-2 has no such step", **reasons}
     found = []
     for branch, backend in resolution.per_branch.items():
-        fa2 = backend.startswith("fa2-")
+        fa2 = TABLE[backend].fa2
         found.append(
             BranchChoice(
                 branch=branch,
                 backend=backend,
                 fa2=fa2 and settings.fa2_provider != "math",
                 provider=describe(settings.fa2_provider, trial.device) if fa2 else None,
-                why=delegated[branch] if backend != resolution.backend else "",
+                why=reasons[branch] if backend != resolution.backend else "",
             )
         )
     return tuple(found)

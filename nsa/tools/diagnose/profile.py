@@ -158,16 +158,13 @@ def _call(steps: Backend, branch: str, inputs: Inputs) -> Callable[[], object]:
 
 def _gated_call(gated: Gated, steps: Backend, inputs: Inputs) -> Callable[[], object]:
     """Forward and backward of the three branches at once; the compressed one's forward before."""
-    q, config, cu_seqlens, block_idx = inputs.q, inputs.config, inputs.cu_seqlens, inputs.block_idx
+    block_idx = inputs.block_idx
     assert block_idx is not None
     with torch.no_grad():
         out_cmp, lse = run_branch(steps, "compressed", inputs)
 
     def attend() -> object:
-        kvs = (inputs.compressed, inputs.selected, inputs.window)
-        out = gated.gated_attention(
-            q, *kvs, inputs.gates, out_cmp, lse, block_idx, config, cu_seqlens
-        )
+        out = gated.gated_attention(inputs.record, out_cmp, lse, block_idx, inputs.config)
         return torch.autograd.grad(out, inputs.leaves(), inputs.dout)
 
     return attend

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nsa.backends import TABLE, unavailable
+from nsa.backends import unavailable
 from nsa.backends.fa2.providers import Report, survey
+from nsa.registry import TABLE, fa2_names
 from nsa.settings import (
     FlagRow,
     Settings,
@@ -171,7 +172,7 @@ def _requested(settings: Settings, backend: str | None) -> frozenset[str]:
         return frozenset({backend})
     if settings.backend != "auto":
         return frozenset({settings.backend})
-    return frozenset({"fa2-dense", "fa2-varlen"} if settings.use_fa2 else ())
+    return frozenset(fa2_names() if settings.use_fa2 else ())
 
 
 def _way_out(trial: Trial, backend: str | None, settings: Settings) -> str | None:

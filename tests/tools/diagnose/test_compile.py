@@ -487,7 +487,7 @@ def test_a_branch_that_fails(capsys, no_parity, untried, monkeypatch):
     def fail(choice, branch, inputs):
         raise RuntimeError("no kernel\nimage")
 
-    resolution = Resolution("compiled", "", dict.fromkeys(STEPS, "compiled"))
+    resolution = Resolution("compiled", "", ("compiled",) * len(STEPS), ())
     monkeypatch.setattr(choices, "resolved", lambda trial, backend: resolution)
     monkeypatch.setattr(compile_kernels, "_operators", fail)
     monkeypatch.setattr(compile_report, "branch_kernels", branch_kernels)

@@ -248,13 +248,14 @@ def test_on_a_gpu(capsys, environment, fresh_probes, provider):
 def test_the_gated_sum_has_a_row_where_a_backend_runs_it_at_once(capsys, seen, monkeypatch):
     """With a stand-in for ``sdpa``, which has no such way."""
 
-    def at_once(q, compressed, selected, window, gates, out, lse, block_idx, config, cu_seqlens):
-        out, _ = sdpa.compressed_attention(q, *compressed, config, cu_seqlens)
-        others = (
-            sdpa.selected_attention(q, *selected, block_idx, config, cu_seqlens)[0],
-            sdpa.window_attention(q, *window, config, cu_seqlens)[0],
+    def at_once(inputs, out_cmp, lse, block_idx, config):
+        q, packing = inputs.q, inputs.cu_seqlens
+        outputs = (
+            sdpa.compressed_attention(q, *inputs.compressed, config, packing),
+            sdpa.selected_attention(q, *inputs.selected, block_idx, config, packing),
+            sdpa.window_attention(q, *inputs.window, config, packing),
         )
-        return combine(gates, out, *others)
+        return combine(inputs.gates, *(out for out, _ in outputs))
 
     monkeypatch.setattr(sdpa, "gated_attention", at_once, raising=False)
     seen["gated sum"] = [COPY]
