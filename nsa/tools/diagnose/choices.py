@@ -51,7 +51,7 @@ def choose(trial: Trial, backend: str | None, settings: Settings) -> Choice:
     name = None
     branches: tuple[BranchChoice, ...] = ()
     try:
-        resolution = resolved(trial, backend)
+        resolution = resolve(**trial.problem._asdict(), backend=backend)
         name, reason = resolution.backend, resolution.reason
         branches = _branches(resolution, trial, settings)
     except BackendUnavailable as error:
@@ -64,20 +64,6 @@ def choose(trial: Trial, backend: str | None, settings: Settings) -> Choice:
         backend=name,
         reason=reason,
         branches=branches,
-    )
-
-
-def resolved(trial: Trial, backend: str | None) -> Resolution:
-    """Resolve a trial; raises as the library does."""
-    problem = trial.problem
-    return resolve(
-        problem.config,
-        device=problem.device,
-        dtype=problem.dtype,
-        length=problem.length,
-        packed=problem.packed,
-        needs_grad=problem.needs_grad,
-        backend=backend,
     )
 
 

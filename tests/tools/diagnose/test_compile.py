@@ -488,7 +488,7 @@ def test_a_branch_that_fails(capsys, no_parity, untried, monkeypatch):
         raise RuntimeError("no kernel\nimage")
 
     resolution = Resolution("compiled", "", ("compiled",) * len(STEPS), ())
-    monkeypatch.setattr(choices, "resolved", lambda trial, backend: resolution)
+    monkeypatch.setattr(choices, "resolve", lambda backend, **problem: resolution)
     monkeypatch.setattr(compile_kernels, "_operators", fail)
     monkeypatch.setattr(compile_report, "branch_kernels", branch_kernels)
     code, found = run_json(capsys, "--compile", "--backend", "sdpa")
@@ -500,13 +500,13 @@ def test_a_branch_that_fails(capsys, no_parity, untried, monkeypatch):
 
 
 def test_no_branches_where_compiled_cannot_run(capsys, no_parity, untried, monkeypatch):
-    def refuse(trial, backend):
+    def refuse(backend, **problem):
         if backend == "compiled":
             raise BackendUnavailable("compiled needs a C++ compiler")
-        return real(trial, backend)
+        return real(backend=backend, **problem)
 
-    real = choices.resolved
-    monkeypatch.setattr(choices, "resolved", refuse)
+    real = choices.resolve
+    monkeypatch.setattr(choices, "resolve", refuse)
     monkeypatch.setattr(compile_report, "branch_kernels", branch_kernels)
     code, out, _ = run(capsys, "--compile", "--backend", "sdpa")
     assert code == 0  # nobody asked for it

@@ -6,8 +6,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nsa.settings import Settings
 from nsa.tools.diagnose.compile.branches import BACKEND, BranchKernel, branch_kernels
@@ -50,6 +48,9 @@ def collect_compile_report(
         variables: the environment before anything was compiled.
         triton: its version, or None.
     """
+    from rich.console import Console  # heavy: only who compiles needs them
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     toolchain = collect_toolchain(device, variables, triton)
     branches, refused = branch_kernels(device, settings)
     problems = [
