@@ -43,7 +43,7 @@ class BackendRow:
     """What it cannot run here, and why; empty if it can run everything that was tried."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ParityResult:
     """One output or gradient of a small problem beside the oracle's."""
 
@@ -213,16 +213,9 @@ def _parity(name: str, trials: Sequence[Trial]) -> tuple[list[ParityResult], lis
         except failures() as failure:
             problems.append(f"{name} failed, {trial}: {one_line(failure)}")
             continue
+        device, dtype = str(trial.device), short(trial.dtype)
         for tensor, error, bound in [*rows, ("selection", float(len(faults)), 0.0)]:
-            result = ParityResult(
-                backend=name,
-                device=str(trial.device),
-                dtype=short(trial.dtype),
-                packed=trial.packed,
-                tensor=tensor,
-                error=error,
-                bound=bound,
-            )
+            result = ParityResult(name, device, dtype, trial.packed, tensor, error, bound)
             results.append(result)
             if tensor != "selection" and not result.ok:
                 problems.append(f"{name}, {trial}: {tensor} is {error:.2e} off, above {bound:.2e}")

@@ -93,17 +93,13 @@ def _tokens(numbers: Iterable[int]) -> str:
 
 
 def _counts(trial: CompileTrial) -> Iterator[Text]:
-    breaks, recompiles = len(trial.breaks), len(trial.recompiles)
+    def number(count: int) -> Text:
+        return Text(str(count), style=BAD if count else GOOD)
+
     failed = trial.failure is not None
     yield Text(str(trial.graphs), style=BAD if failed else GOOD)
-    if failed and not breaks:
-        yield Text("failed", style=BAD)
-    else:
-        yield Text(str(breaks), style=BAD if breaks else GOOD)
-    if failed:
-        yield Text("-", style=DIM)
-    else:
-        yield Text(str(recompiles), style=BAD if recompiles else GOOD)
+    yield Text("failed", style=BAD) if failed and not trial.breaks else number(len(trial.breaks))
+    yield Text("-", style=DIM) if failed else number(len(trial.recompiles))
 
 
 def _branches(branches: Iterable[BranchKernel]) -> Table:

@@ -25,9 +25,22 @@ UNKNOWN = "not known to this version of torch"
 INDUCTOR_DIR, TRITON_DIR, TRITON_HOME = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"
 _SECONDS = 3.0
 """As long as a folder is measured."""
+_BREAKS = "graph_breaks,recompiles"
+_VARIABLES = (
+    ("TORCH_LOGS", _BREAKS, "print each graph break and recompile with its reason"),
+    ("TORCH_LOGS", "output_code", "print the code that Inductor makes"),
+    ("TORCH_COMPILE_DEBUG", "1", "write graphs and code to ./torch_compile_debug"),
+    (INDUCTOR_DIR, "DIR", "where Inductor keeps its code"),
+    (TRITON_DIR, "DIR", "where Triton keeps its kernels"),
+    (CACHE_SWITCHES[0], "1", "use no cache: compile anew in every process"),
+    (OFF_SWITCHES[0], "1", "compile nothing; torch.compile returns what it was given"),
+    (OFF_SWITCHES[1], "1", "the same"),
+    (INTERPRETER, "1", "run Triton kernels in Python, on the CPU: for tests"),
+)
+"""Variables that show or change more: the name, a value to give it, what that does."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Variable:
     """An environment variable that shows or changes what is compiled."""
 
@@ -71,29 +84,12 @@ class Toolchain:
     """None without triton."""
 
 
-_MEANINGS = (
-    ("TORCH_LOGS=graph_breaks,recompiles", "print each graph break and recompile with its reason"),
-    ("TORCH_LOGS=output_code", "print the code that Inductor makes"),
-    ("TORCH_COMPILE_DEBUG=1", "write graphs and code to ./torch_compile_debug"),
-    (f"{INDUCTOR_DIR}=DIR", "where Inductor keeps its code"),
-    (f"{TRITON_DIR}=DIR", "where Triton keeps its kernels"),
-    (f"{CACHE_SWITCHES[0]}=1", "use no cache: compile anew in every process"),
-    (f"{OFF_SWITCHES[0]}=1", "compile nothing; torch.compile returns what it was given"),
-    (f"{OFF_SWITCHES[1]}=1", "the same"),
-    (f"{INTERPRETER}=1", "run Triton kernels in Python, on the CPU: for tests"),
-)
-
-
 def read_variables() -> tuple[Variable, ...]:
     """Read every variable of interest; do it first: torch sets some itself when it compiles."""
     return tuple(
-        Variable(assignment=assignment, value=foreign_variable(_name(assignment)), meaning=meaning)
-        for assignment, meaning in _MEANINGS
+        Variable(f"{name}={value}", foreign_variable(name), meaning)
+        for name, value, meaning in _VARIABLES
     )
-
-
-def _name(assignment: str) -> str:
-    return assignment.partition("=")[0]
 
 
 def collect_toolchain(
@@ -106,7 +102,7 @@ def collect_toolchain(
         variables: of :func:`read_variables`.
         triton: its version, or None.
     """
-    values = {_name(variable.assignment): variable.value for variable in variables}
+    values = {variable.assignment.partition("=")[0]: variable.value for variable in variables}
     compiler, refusal = _cpp_compiler() if device.type == "cpu" else _triton_compiler(triton)
     home = Path(foreign_variable(TRITON_HOME) or Path.home())
     triton_cache = values[TRITON_DIR] or home / ".triton" / "cache"
