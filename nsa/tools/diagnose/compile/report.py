@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +47,7 @@ def collect_compile_report(
         variables: the environment before anything was compiled.
         triton: its version, or None.
     """
-    from rich.console import Console  # heavy: only who compiles needs them
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from nsa.tools.common.progress import progress  # heavy: only who compiles needs it
 
     toolchain = collect_toolchain(device, variables, triton)
     branches, refused = branch_kernels(device, settings)
@@ -68,26 +66,14 @@ def collect_compile_report(
         left_out |= {name: "not tried, for the reason at the end" for name, _ in planned}
         planned = []
     trials = []
-    with Progress(
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        task = bar.add_task("", total=len(planned))
+    with progress(len(planned)) as bar:
         for i, (name, trial) in enumerate(planned, start=1):
-            if bar.disable:
-                where = f"{name}, {trial.kind}, {compiler}"
-                print(f"compiling {i} of {len(planned)}: {where}", file=sys.stderr, flush=True)
-            found = compile_trial(
-                name, trial, compiler, lambda what: bar.update(task, description=what)
-            )
+            if not bar.drawn:
+                bar.line(f"compiling {i} of {len(planned)}: {name}, {trial.kind}, {compiler}")
+            found = compile_trial(name, trial, compiler, lambda what: bar.update(description=what))
             trials.append(found)
             problems += faults(found)
-            bar.advance(task)
+            bar.advance()
     report = CompileReport(
         toolchain=toolchain,
         variables=variables,
