@@ -32,7 +32,7 @@ def machine():
 
 
 def advise(machine, report=ABSENT, settings=None, mistake=None):
-    return advice(machine, (report,), settings or Settings(), mistake)
+    return list(advice(machine, (report,), settings or Settings(), mistake))
 
 
 def test_nothing_to_advise(machine):
@@ -121,7 +121,7 @@ def test_code_for_a_gpu(monkeypatch):
         )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built_for))
-        return machine._gpu(0)
+        return machine_module._gpu(0)
 
     assert gpu(9, 0, "sm_80", "sm_90").capability == "9.0"
     assert gpu(9, 0, "sm_80", "sm_90").has_kernels
