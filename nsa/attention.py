@@ -201,7 +201,7 @@ def needs_grad(*tensors: Tensor) -> bool:
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Autocast off; nothing where it is off, since a graph that sets it is not cached on the disk."""
+    """Autocast off; nothing where it is off: a graph that sets it is not cached on the disk."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
