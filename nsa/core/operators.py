@@ -17,6 +17,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from nsa.config import NSAConfig
+from nsa.core import flops
 
 _LIBRARY = torch.library.Library("nsa", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -44,7 +45,8 @@ def define(
         gradients: ``(kept, saved tensors, dout)`` to a gradient for every input. Of several
             outputs only the first carries one.
 
-    Without ``gradients`` a backward through the operator raises.
+    Without ``gradients`` a backward through the operator raises. Its floating-point operations, if
+    it has any, stand in :mod:`nsa.core.flops`.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=_TAGS)
@@ -77,6 +79,7 @@ def define(
 
     operator = getattr(torch.ops.nsa, name).default
     _LIBRARY.impl(name, _differentiable(operator, setup, backward), "Autograd", with_keyset=True)
+    flops.register(operator)
     return operator
 
 
@@ -119,6 +122,8 @@ def _differentiable(
             )
 
     def run(keys: Any, *args: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack():
+            flops.register(operator)
         reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if reverse or forward_ad._current_level >= 0:
             with enable_single_level_autograd_function():

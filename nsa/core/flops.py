@@ -1,0 +1,216 @@
+"""Floating-point operations of attention, and what torch's ``FlopCounterMode`` counts of ours.
+
+A program that counts sees the operators ``nsa::…`` as it sees ``aten::mm``::
+
+    with torch.utils.flop_counter.FlopCounterMode() as counter:
+        nsa_attention(...)
+    counter.get_total_flops()
+
+Counted are the matrix products over *visible* pairs of a query and a key, a multiplication and an
+addition being two: ``q·k`` and ``p·v`` forward; backward five products, for the scores are computed
+again. Softmax, gates and ranking are not. Counts follow from shapes alone, so nothing is read back
+from the device, and where the tensors' contents decide they are the most that the shapes allow:
+
+- packed: the longest sequence as often as it fits, where the operator knows it, else one sequence;
+- block lists: full, and with the query's own block, as a selection makes them;
+- ``sdpa`` and FA-2, compressed branch: folded, so that up to d−1 queries at an end do not exist;
+- FA-2: head sizes as padded to one multiple of 8.
+
+Where ``sdpa`` hands the compressed branch to a fused kernel of PyTorch, PyTorch's formula counts:
+every pair, causal or not, on CUDA; nothing on a CPU.
+
+B batch, T query tokens, R rows, S keys, N compressed blocks, H query heads, K key/value heads, M
+queries of a row and key head, D key size, V value size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from nsa.config import NSAConfig
+
+
+def forward_flops(pairs: int, D: int, V: int) -> int:
+    """``q·k`` and ``p·v`` for so many visible pairs."""
+    return 2 * (D + V) * pairs
+
+
+def backward_flops(pairs: int, D: int, V: int) -> int:
+    """``q·k`` again, ``dO·v``, and the products that make dV, dQ and dK."""
+    return 2 * (3 * D + 2 * V) * pairs
+
+
+def window_pairs(T: int, window: int, first: int = 0) -> int:
+    """Pairs of T queries from position ``first`` on, each seeing ``min(t + 1, window)`` tokens."""
+
+    def until(t: int) -> int:
+        short = min(t, window)
+        return short * (short + 1) // 2 + (t - short) * window
+
+    return until(first + T) - until(first)
+
+
+def compressed_pairs(T: int, block: int, stride: int, first: int = 0) -> int:
+    """The same for compressed blocks: one is seen once it has ended."""
+
+    def until(t: int) -> int:
+        N = (t - block) // stride + 1 if t >= block else 0
+        return N * (t - block + 1) - stride * N * (N - 1) // 2
+
+    return until(first + T) - until(first)
+
+
+def selected_pairs(T: int, block: int, n: int, first: int = 0) -> int:
+    """The same for selection: ``min(n, t // l' + 1)`` blocks, the own one up to t among them."""
+
+    def until(t: int) -> int:
+        full, rest = divmod(t, block)
+        few = min(n, full)
+        # the blocks that come on top of the own one, summed over the full blocks of queries
+        others = few * (few - 1) // 2 + (full - few) * (n - 1)
+        own = full * (block * (block + 1) // 2) + rest * (rest + 1) // 2
+        return block * block * others + rest * block * (min(n, full + 1) - 1) + own
+
+    return until(first + T) - until(first)
+
+
+def branch_pairs(branch: str, config: NSAConfig, lengths: Iterable[int]) -> int:
+    """Visible pairs per query head of "compressed", "selected", "window" or "dense".
+
+    Args:
+        lengths: tokens of each sequence.
+    """
+    l, d = config.compress_block, config.compress_stride  # noqa: E741 - the paper's name
+    per_sequence: dict[str, Callable[[int], int]] = {
+        "compressed": lambda T: compressed_pairs(T, l, d),
+        "selected": lambda T: selected_pairs(T, config.select_block, config.num_selected),
+        "window": lambda T: window_pairs(T, config.window),
+        "dense": lambda T: window_pairs(T, T),
+    }
+    if branch not in per_sequence:
+        raise ValueError(f"expected compressed, selected, window or dense, got {branch!r}")
+    return sum(map(per_sequence[branch], lengths))
+
+
+def _longest_first(total: int, longest: int) -> list[int]:
+    """The sequences of at most that length which see the most."""
+    longest = max(1, longest)
+    return [longest] * (total // longest) + [total % longest]
+
+
+# Visible pairs of each operator over batch and query heads, from its arguments by name.
+
+Arguments = dict[str, Any]
+
+
+def _band(x: Arguments) -> int:
+    B, R, K, M, _ = x["q"].shape
+    return B * K * M * window_pairs(R, x["width"], x["first_row"])
+
+
+def _flash(x: Arguments) -> int:
+    R, H, _ = x["q"].shape[-3:]
+    S, B = x["k"].shape[-3], x["q"].shape[:-3].numel()
+    assert x["causal"]
+    if x["cu_q"] is None:  # the last row sees the last key
+        return B * H * window_pairs(R, x["window"] or S, S - R)
+    return H * sum(window_pairs(n, x["window"] or n) for n in _longest_first(R, x["max_q"]))
+
+
+def _window(x: Arguments) -> int:
+    B, T, H, _ = x["q"].shape
+    return B * H * window_pairs(T, x["window"], x.get("q_start", 0))
+
+
+def _compressed(x: Arguments) -> int:
+    B, T, H, _ = x["q"].shape
+    return B * H * compressed_pairs(T, x["block"], x["stride"], x["q_start"])
+
+
+def _select(x: Arguments) -> int:
+    config, (B, T, H, _) = _config(x), x["q"].shape
+    block, stride = config.compress_block, config.compress_stride
+    if x["cu_seqlens"] is None:
+        return B * H * compressed_pairs(T, block, stride, x["q_start"])
+    lengths = _longest_first(T, x["longest"])
+    return H * sum(compressed_pairs(n, block, stride) for n in lengths)
+
+
+def _selected(x: Arguments) -> int:
+    B, T, H, _ = x["q"].shape
+    block = x["select_block"] if "select_block" in x else _config(x).select_block
+    return B * H * selected_pairs(T, block, x["block_idx"].shape[-1], x.get("q_start", 0))
+
+
+def _gated(x: Arguments) -> int:
+    return _selected(x) + _window(x)
+
+
+def _gated_backward(x: Arguments) -> int:
+    return _gated(x) + _compressed(
+        {"q_start": 0, "block": x["compress_block"], "stride": x["compress_stride"], **x}
+    )
+
+
+def _config(x: Arguments) -> NSAConfig:
+    from nsa.core.operators import config_of  # which registers these
+
+    return config_of(x["shape"], x["scale"])
+
+
+_ATTENTION = {
+    "band": _band,
+    "sdpa_selected": _selected,
+    "flash_attention_2": _flash,
+    "fa2_selected": _selected,
+    "window_attention": _window,
+    "compressed_attention": _compressed,
+    "selected_attention": _selected,
+    "gated_attention": _gated,
+}
+_BACKWARD = {f"{name}_backward": pairs for name, pairs in _ATTENTION.items()}
+_BACKWARD["gated_attention_backward"] = _gated_backward
+
+
+def operator_flops(name: str, x: Arguments) -> int | None:
+    """What a call of ``nsa::name`` counts; None if it computes no products.
+
+    Args:
+        x: its arguments by their names in the schema; tensors may be on the meta device.
+    """
+    if name == "select_blocks":  # scores alone
+        return 2 * x["q"].shape[-1] * _select(x)
+    D, V = x["q"].shape[-1], x["v" if "v" in x else "v_win"].shape[-1]
+    if name in _ATTENTION:
+        return forward_flops(_ATTENTION[name](x), D, V)
+    return backward_flops(_BACKWARD[name](x), D, V) if name in _BACKWARD else None
+
+
+def register(operator: Any) -> None:
+    """Gives torch's flop counter the formula of one of our operators, if it is there to be given.
+
+    Costs nothing in a program that does not count. Importing the counter imports triton, which
+    ``import nsa`` must not, so that this runs when an operator is defined and when one is called
+    under a dispatch mode; counters that are already counting have copied the table of formulas.
+    """
+    counting = sys.modules.get("torch.utils.flop_counter")
+    if counting is None:
+        return
+    name = operator._schema.name.partition("::")[2]
+    if name not in (*_ATTENTION, *_BACKWARD, "select_blocks"):
+        return
+    packet = operator.overloadpacket
+    if packet not in counting.flop_registry:
+        names = [argument.name for argument in operator._schema.arguments]
+
+        def formula(*args: Any, out_val: object = None, **kwargs: Any) -> int | None:
+            return operator_flops(name, dict(zip(names, args, strict=False)) | kwargs)
+
+        counting.register_flop_formula(packet, get_raw=True)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, counting._FlopCounterMode):
+            mode.counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
