@@ -30,7 +30,7 @@ class ModelConfig:
     attention: Attention = "nsa"
     """"nsa", or "dense": causal attention with one shared K/V projection, for comparison."""
     hidden_dim: int | None = None
-    """Width of the SwiGLU; None becomes 8/3 of ``dim``, rounded to a multiple of 64."""
+    """Width of the SwiGLU; by default 8/3 of ``dim``, rounded to a multiple of 64."""
     vocab_size: int = 256
     """Token ids; 256 for bytes."""
     tied_embeddings: bool = True

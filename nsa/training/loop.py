@@ -24,9 +24,6 @@ class Display(Protocol):
     def advance(self, step: int) -> None:
         """Note that a step is done."""
 
-    def restart(self, step: int) -> None:
-        """Estimate the time left from this step on."""
-
     def report(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Show the loss (nats per byte) and the speed."""
 
@@ -91,7 +88,6 @@ def fit(
                 display.report(step, loss=loss, tokens_per_second=speed)
             if step == first + 1:  # it compiled, and warmed caches up: no measure of the others
                 clock.restart()
-                display.restart(step)
             if step % train.eval_every == 0 or last:
                 validation_loss = trainer.validate()
                 metrics.write(step=step, validation_loss=validation_loss)

@@ -49,7 +49,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 _KILLED = """
 import os, signal, sys
-from nsa.tools import train
+from nsa.tools.train.__main__ import main
 from nsa.training.trainer import Trainer
 
 original = Trainer.train_step
@@ -62,7 +62,7 @@ def step(self):
 
 
 Trainer.train_step = step
-train.main(sys.argv[1:])
+main(sys.argv[1:])
 """
 
 

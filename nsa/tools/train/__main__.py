@@ -23,8 +23,8 @@ import torch
 
 from nsa.errors import CheckpointError
 from nsa.tools.common.cli import EXIT_INTERRUPTED, run
-from nsa.tools.common.progress import Display, print_result
-from nsa.tools.train.flags import continued_config, new_config, train_parser
+from nsa.tools.train.display import Display, print_result
+from nsa.tools.train.flags import run_config, train_parser
 from nsa.training.atomic_files import replace_atomically
 from nsa.training.baselines import baselines
 from nsa.training.checkpoint import CheckpointStore, load_checkpoint
@@ -41,15 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    arguments = train_parser().parse_strictly(argv)
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    given = vars(train_parser().parse_strictly(argv))
     out = Path(given.pop("out", "runs/train"))
-    resume = given.pop("resume")
+    resume = given.pop("resume", False)
     cache = given.pop("compile_cache", None)
     checkpoint = None
     if resume:
         stored = _stored_config(out)
-        config = continued_config(stored, given)
+        config = run_config(given, stored)
         _refuse_differences(out, stored, config)
         store = CheckpointStore(out / "checkpoints", keep=config.train.keep)
         latest = store.latest()
@@ -58,7 +57,7 @@ def _main(argv: Sequence[str] | None) -> int:
             _refuse_differences(out, RunConfig.from_dict(checkpoint.state["config"]), config)
     else:
         _refuse_existing(out)
-        config = new_config(given)
+        config = run_config(given)
         store = CheckpointStore(out / "checkpoints", keep=config.train.keep)
 
     compilation = Compilation(config.train.compile, torch.device(config.train.device), cache)
@@ -78,7 +77,8 @@ def _main(argv: Sequence[str] | None) -> int:
             print(f"note: going on with {difference}: results may differ in the last bits")
     out.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
     _describe(out, config, corpus, trainer)
-    with Display(step=trainer.step, steps=config.train.steps) as display:
+    display = Display(step=trainer.step, steps=config.train.steps)
+    with display.bar:
 
         def started() -> None:
             compilation.ready(display.line, "step" if steps_left else "validation")
