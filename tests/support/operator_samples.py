@@ -31,7 +31,7 @@ def _registered() -> set[str]:
     """The names of all operators, of every module that defines one."""
     package = Path(nsa.__file__).parent
     for path in sorted(package.rglob("*.py")):
-        if re.search(r"^from nsa\.core\.operators import .*\bdefine\b", path.read_text(), re.MULTILINE):
+        if re.search(r"^from nsa\.core\.operators import .*\bdefine\b", path.read_text(), re.M):
             parts = path.relative_to(package.parent).with_suffix("").parts
             importlib.import_module(".".join(parts))
     names = torch._C._dispatch_get_all_op_names()

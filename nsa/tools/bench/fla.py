@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from nsa.testing.inputs import Inputs
-from nsa.tools.bench.baselines import Refusal
+from nsa.tools.bench.baselines import Baseline, Unsupported
 from nsa.tools.bench.cases import Timed
 from nsa.tools.common.machine import version_of
 
@@ -37,67 +36,58 @@ def installed() -> str | None:
     return None
 
 
-def find_fla(device: torch.device) -> FlaSelected:
-    """The peer's kernels.
+def find_fla(device: torch.device) -> Baseline:
+    """The peer's selected branch.
 
     Raises:
-        Refusal: they are not there, or not for this machine.
+        Unsupported: it is not there, or not for this machine.
     """
     found = installed()
     if found is None:
-        raise Refusal("fla is not installed: pip install fla-core")
+        raise Unsupported("fla is not installed: pip install fla-core")
     if device.type != "cuda":
-        raise Refusal(f"{found} needs a CUDA device, got {device.type}")
+        raise Unsupported(f"{found} needs a CUDA device, got {device.type}")
     try:
         module = importlib.import_module("fla.ops.nsa.parallel")
         function = module.ParallelNSAFunction
     except _BROKEN as error:
         text = " ".join(str(error).split())
-        raise Refusal(f"{found} does not import ({type(error).__name__}: {text})") from error
-    return FlaSelected(module, function)
+        raise Unsupported(f"{found} does not import ({type(error).__name__}: {text})") from error
+    return fla_selected(module, function)
 
 
-class FlaSelected:
-    """Its selected branch alone: the function inside ``parallel_nsa``.
+def fla_selected(module: ModuleType, function: Any) -> Baseline:
+    """The function inside ``parallel_nsa``, which itself pools keys and values first, whether or
+    not anything uses that."""
 
-    ``parallel_nsa`` itself pools keys and values first, whether or not anything uses that.
-    """
-
-    name = NAME
-    branch = "selected"
-
-    def __init__(self, module: ModuleType, function: Any) -> None:
-        self._module, self._function = module, function
-
-    def tune(self) -> None:
-        """Makes its kernels choose their options anew.
-
-        They remember the choice for a head size, whatever the length, and keep it on disk: it would
-        be the one that was best for the small problem of the parity check.
-        """
-        for value in vars(self._module).values():
-            layer = value  # a kernel is wrapped in what picks its options, each inside the next
-            while layer is not None:
-                if hasattr(layer, "configs") and isinstance(getattr(layer, "cache", None), dict):
-                    layer.cache.clear()
-                    layer.cache_results = False
-                layer = getattr(layer, "fn", None)
-
-    def timed(self, inputs: Inputs) -> Timed:
-        """See :class:`nsa.tools.bench.baselines.Rival`."""
+    def timed(inputs: Inputs) -> Timed:
         config, listed = inputs.config, inputs.block_idx
         assert listed is not None
         group = config.group
         if group < _LEAST_GROUP or group & (group - 1):
-            raise Refusal(f"fla takes 16, 32, 64, … query heads on a key/value head, got {group}")
+            raise Unsupported(
+                f"fla takes 16, 32, 64, … query heads on a key/value head, got {group}"
+            )
         width = 1 << (listed.shape[-1] - 1).bit_length()
         lists = F.pad(listed, (0, width - listed.shape[-1]), value=-1)
         cu_seqlens = None if inputs.cu_seqlens is None else inputs.cu_seqlens.long()
-        q, (k, v) = inputs.q, inputs.selected
+        leaves = (inputs.q, *inputs.selected)
+        call = (lists, width, config.select_block, config.softmax_scale, cu_seqlens)
+        return Timed(lambda: function.apply(*leaves, *call), leaves, inputs.dout)
 
-        def call() -> Tensor:
-            return self._function.apply(
-                q, k, v, lists, width, config.select_block, config.softmax_scale, cu_seqlens
-            )
+    return Baseline(NAME, "selected", timed, lambda: forget_tuning(module))
 
-        return Timed(call, (q, k, v), inputs.dout)
+
+def forget_tuning(module: ModuleType) -> None:
+    """Makes its kernels choose their options anew.
+
+    They remember the choice for a head size, whatever the length, and keep it on disk: it would be
+    the one that was best for the small problem of the parity check.
+    """
+    for value in vars(module).values():
+        layer = value  # a kernel is wrapped in what picks its options, each inside the next
+        while layer is not None:
+            if hasattr(layer, "configs") and isinstance(getattr(layer, "cache", None), dict):
+                layer.cache.clear()
+                layer.cache_results = False
+            layer = getattr(layer, "fn", None)

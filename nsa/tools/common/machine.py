@@ -69,7 +69,7 @@ class Machine:
     """Variables of other libraries that matter here, where set."""
 
 
-def look_at_machine() -> Machine:
+def collect_machine() -> Machine:
     """Reads all of it."""
     driver, gpus_of_driver = _ask_driver()
     gpus, messages = _ask_torch()

@@ -30,10 +30,10 @@ from nsa.settings import (
 from nsa.testing.parity import attention_parity, selection_faults
 from nsa.tools.common.cli import Parser, choose_device, run
 from nsa.tools.common.failures import failures, one_line
-from nsa.tools.common.machine import look_at_machine
+from nsa.tools.common.machine import collect_machine
 from nsa.tools.common.problems import Trial, short, small_trials, typical_trials
 from nsa.tools.diagnose.advice import advice
-from nsa.tools.diagnose.choices import Choice, choose, resolved
+from nsa.tools.diagnose.choices import Choice, choose
 from nsa.tools.diagnose.compile.report import look_at_compiling
 from nsa.tools.diagnose.compile.toolchain import read_variables
 from nsa.tools.diagnose.compile.trials import COMPILERS
@@ -122,7 +122,7 @@ def diagnose(
         UsageError: nothing can be profiled on that device.
     """
     variables = read_variables()
-    machine = look_at_machine()
+    machine = collect_machine()
     device = choose_device("cpu" if device_name == "auto" and not machine.gpus else device_name)
     if profile:
         check_profile_device(device)
@@ -185,7 +185,7 @@ def _way_out(trial: Trial, backend: str | None, settings: Settings) -> str | Non
         flags = {"NSA_BACKEND": settings.backend != "auto", "NSA_USE_FA2": settings.use_fa2}
         asked, instead = " and ".join(flag for flag, is_set in flags.items() if is_set), "auto"
     try:
-        return f"Without {asked}, {resolved(trial, instead).backend} would run."
+        return f"Without {asked}, {trial.resolve(instead).backend} would run."
     except BackendUnavailable:
         return None
 

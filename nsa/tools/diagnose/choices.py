@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nsa.backends import Resolution, left_by, resolve
+from nsa.backends import Resolution, left_by
 from nsa.backends.fa2.providers import describe
 from nsa.errors import BackendUnavailable
 from nsa.settings import Settings
@@ -53,7 +53,7 @@ def choose(trial: Trial, backend: str | None, settings: Settings) -> Choice:
         branches=(),
     )
     try:
-        resolution = resolved(trial, backend)
+        resolution = trial.resolve(backend)
     except BackendUnavailable as error:
         return replace(refused, reason=str(error))
     return replace(
@@ -61,20 +61,6 @@ def choose(trial: Trial, backend: str | None, settings: Settings) -> Choice:
         backend=resolution.backend,
         reason=resolution.reason,
         branches=_branches(resolution, trial, settings),
-    )
-
-
-def resolved(trial: Trial, backend: str | None) -> Resolution:
-    """What the library decides for a trial; raises as it does."""
-    problem = trial.problem
-    return resolve(
-        problem.config,
-        device=problem.device,
-        dtype=problem.dtype,
-        length=problem.length,
-        packed=problem.packed,
-        needs_grad=problem.needs_grad,
-        backend=backend,
     )
 
 

@@ -18,7 +18,7 @@ from nsa.config import NSAConfig
 from nsa.errors import BackendUnavailable
 from nsa.settings import Settings, use_settings
 from nsa.tools.common import problems as trials
-from nsa.tools.common.machine import COMPILE_SWITCHES, look_at_machine
+from nsa.tools.common.machine import COMPILE_SWITCHES, collect_machine
 from nsa.tools.diagnose import __main__ as diagnose
 from nsa.tools.diagnose.advice import advice
 from nsa.tools.diagnose.compile import (
@@ -339,7 +339,7 @@ def test_switched_off(capsys, no_parity, untried, monkeypatch, switch):
 )
 def test_a_switch_is_advised_against_with_and_without_the_flag(monkeypatch, name, text):
     def advised():
-        return [line for line in advice(look_at_machine(), (), Settings(), None) if name in line]
+        return [line for line in advice(collect_machine(), (), Settings(), None) if name in line]
 
     assert advised() == []
     monkeypatch.setenv(name, "0")
@@ -493,7 +493,7 @@ def test_a_branch_that_fails(capsys, no_parity, untried, monkeypatch):
         raise RuntimeError("no kernel\nimage")
 
     resolution = Resolution("compiled", "", dict.fromkeys(STEPS, "compiled"))
-    monkeypatch.setattr(compile_kernels, "resolved", lambda trial, backend: resolution)
+    monkeypatch.setattr(trials.Trial, "resolve", lambda trial, backend: resolution)
     monkeypatch.setattr(compile_kernels, "_operators", fail)
     monkeypatch.setattr(compile_report, "branch_kernels", branch_kernels)
     code, found = run_json(capsys, "--compile", "--backend", "sdpa")
@@ -505,10 +505,14 @@ def test_a_branch_that_fails(capsys, no_parity, untried, monkeypatch):
 
 
 def test_no_branches_where_compiled_cannot_run(capsys, no_parity, untried, monkeypatch):
-    def refuse(trial, backend):
-        raise BackendUnavailable("compiled needs a C++ compiler")
+    honest = trials.Trial.resolve
 
-    monkeypatch.setattr(compile_kernels, "resolved", refuse)
+    def refuse(trial, backend):
+        if backend == "compiled":
+            raise BackendUnavailable("compiled needs a C++ compiler")
+        return honest(trial, backend)
+
+    monkeypatch.setattr(trials.Trial, "resolve", refuse)
     monkeypatch.setattr(compile_report, "branch_kernels", branch_kernels)
     code, out, _ = run(capsys, "--compile", "--backend", "sdpa")
     assert code == 0  # nobody asked for it

@@ -16,7 +16,6 @@ from nsa.settings import Settings
 from nsa.testing.inputs import Inputs
 from nsa.tools.common.failures import failures, one_line
 from nsa.tools.common.problems import Trial, typical_trials
-from nsa.tools.diagnose.choices import resolved
 
 BACKEND = "compiled"
 _ON_A_CPU = (500, 0, 12)
@@ -54,7 +53,7 @@ def branch_kernels(
     refusal = None
     for trial in _trials(device):
         try:
-            per_branch = resolved(trial, BACKEND).per_branch
+            per_branch = trial.resolve(BACKEND).per_branch
         except BackendUnavailable as error:
             refusal = str(error)
             continue

@@ -1,27 +1,121 @@
-"""A run of ``bench`` as tables for people: one for each head layout and dtype, grouped by T."""
+"""A run of ``bench`` for people: what it ran on, and a table for each head layout and dtype."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nsa.backends.fa2.providers import describe
+from nsa.errors import BackendUnavailable
+from nsa.settings import Settings
 from nsa.tools.bench.cases import BRANCHES, DENSE, WHOLE
-from nsa.tools.bench.rows import Row, groups, short
-from nsa.tools.bench.timing import Timing
+from nsa.tools.bench.fla import installed
+from nsa.tools.bench.rows import Row, groups
+from nsa.tools.bench.timing import Ceilings, Timing
 from nsa.tools.common.failures import OUT_OF_MEMORY
+from nsa.tools.common.machine import GIB, collect_machine
 
+_COMMAND = "python -m nsa.tools.bench"
+_OF_MACHINE = (
+    "os",
+    "cpu",
+    "cores",
+    "python",
+    "nsa",
+    "torch",
+    "torch_threads",
+    "cuda_runtime",
+    "cuda_driver",
+    "triton",
+)
 _ORDER = {branch: i for i, branch in enumerate((*BRANCHES, DENSE))}
-_GIB = 2**30
 _DIM, _BAD = "dim", "red"
-LEGEND = """\
+_LEGEND = """\
 Milliseconds: the median, ± half the distance of the 10th from the 90th percentile.
 both: forward with a graph and backward. × dense: how many times as fast as the fastest dense row.
 error/bound: the largest error of the parity check as a share of what is allowed."""
+
+
+def header(
+    device: torch.device, settings: Settings, ceilings: Ceilings, argv: Sequence[str] | None
+) -> dict[str, Any]:
+    """What rows were measured on, as plain values for JSON."""
+    machine = collect_machine()
+    on_cuda = device.type == "cuda"
+    arguments = sys.argv[1:] if argv is None else argv
+    return {
+        "kind": "header",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": f"{_COMMAND} {shlex.join(arguments)}".strip(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if on_cuda else machine.cpu,
+        **{name: getattr(machine, name) for name in _OF_MACHINE},
+        "python": machine.python.partition(",")[0],
+        "fla": installed(),
+        "fa2_provider": _provider(settings, device),
+        "settings": _changed(settings),
+        "ceilings": ceilings.to_dict(),
+    }
+
+
+def _changed(settings: Settings) -> dict[str, Any]:
+    """The flags that are not at their default."""
+    values, defaults = asdict(settings), asdict(Settings())
+    return {f"NSA_{name.upper()}": x for name, x in values.items() if x != defaults[name]}
+
+
+def _provider(settings: Settings, device: torch.device) -> str | None:
+    """What FA-2 runs on; None where there is none."""
+    try:
+        return describe(settings.fa2_provider, device)
+    except BackendUnavailable:
+        return None
+
+
+def heading(known: dict[str, Any]) -> str:
+    """The machine of a header in one line."""
+    text = f"{known['device_name']}, torch {known['torch']}"
+    threads = known["torch_threads"]
+    return f"{text}, threads: {threads}" if known["device"] == "cpu" else text
+
+
+def print_header(known: dict[str, Any], skipped: dict[str, str], console: Console) -> None:
+    """Prints what a reader of the tables has to know."""
+    ceilings = known["ceilings"]
+    rates = [f"{rate(x, 'FLOP/s')} {name}" for name, x in ceilings["flops_per_second"].items()]
+    products = f"{', '.join(rates)} ({ceilings['matmul_size']}³)"
+    copied = rate(ceilings["bytes_per_second"], "B/s")
+    table = Table.grid(padding=(0, 2, 0, 0))
+
+    def line(name: str, text: str, style: str = "") -> None:
+        table.add_row(Text(name, style=_DIM), Text(text, style=style))
+
+    line("device", heading(known))
+    line("ceilings", f"{products}, {copied} copied (read + written)")
+    line("inputs", "random, so that neighbours share few selected blocks")
+    if known["fa2_provider"] is not None:
+        line("FA-2", f"from {known['fa2_provider']}")
+    if known["settings"]:
+        values = {k: int(x) if isinstance(x, bool) else x for k, x in known["settings"].items()}
+        line("settings", " ".join(f"{flag}={x}" for flag, x in values.items()))
+    for why in dict.fromkeys(skipped.values()):
+        names = [name for name, reason in skipped.items() if reason == why]
+        line("skipped", f"{', '.join(names)}: {why}", _DIM)
+    console.print(table)
+    console.print()
+    console.print(Text(_LEGEND, style=_DIM))
+    console.print()
 
 
 def print_rows(rows: Iterable[Row], console: Console) -> None:
@@ -31,15 +125,6 @@ def print_rows(rows: Iterable[Row], console: Console) -> None:
         for i, note in enumerate(_notes(group), 1):
             console.print(Text(f"  [{i}] {note}", style=_DIM))
         console.print()
-
-
-def title(row: Row) -> str:
-    """What the rows of a table have in common."""
-    shape = row.shape
-    batch = f"batch {shape.batch}"
-    if shape.sequences:
-        batch = f"{shape.sequences} packed sequences"
-    return f"heads {shape.heads}, {short(shape.dtype)}, {batch}, on {shape.device}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -59,7 +144,7 @@ def rate(per_second: float, unit: str) -> str:
 
 def _table(group: list[Row]) -> Table:
     table = Table(
-        title=title(group[0]),
+        title=group[0].title,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -78,8 +163,8 @@ def _table(group: list[Row]) -> Table:
     if has_peak:
         table.add_column("peak GiB", justify="right", no_wrap=True)
     table.add_column("error/bound", justify="right", no_wrap=True)
-    for length in dict.fromkeys(row.shape.length for row in group):
-        rows = [row for row in group if row.shape.length == length]
+    for length in dict.fromkeys(row.trial.length for row in group):
+        rows = [row for row in group if row.trial.length == length]
         rows.sort(key=lambda row: _ORDER.get(row.branch, -1))
         dense = _fastest_dense(rows)
         table.add_section()
@@ -92,7 +177,7 @@ def _table(group: list[Row]) -> Table:
                 cells.append(_ratio(row, dense))
             if has_peak:
                 peak = row.measured.peak_bytes
-                cells.append(Text("-" if peak is None else f"{peak / _GIB:.2f}"))
+                cells.append(Text("-" if peak is None else f"{peak / GIB:.2f}"))
             known = row.parity is not None and math.isfinite(row.parity)
             cells.append(Text(f"{row.parity:.2f}" if known else "-"))
             table.add_row(*cells)
