@@ -28,7 +28,7 @@ ODD = NSAConfig(
     rope_theta=None,
 )
 CEILINGS = Ceilings(
-    flops_per_second={torch.float32: 1e11, torch.bfloat16: 2e11},
+    flops_per_second={"float32": 1e11, "bfloat16": 2e11},
     matmul_size=512,
     bytes_per_second=1e10,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from nsa.tools.bench.cases import DENSE, WHOLE
 from nsa.tools.bench.report import rate
 from nsa.tools.bench.rows import Row, groups
 from nsa.tools.bench.timing import Ceilings
-from nsa.tools.bench.work import Work, work
+from nsa.tools.bench.work import work
+from nsa.tools.common.problems import short
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 _STYLES: dict[str, dict[str, Any]] = {
@@ -70,8 +71,8 @@ def draw(rows: Iterable[Row], ceilings: Ceilings, heading: str, path: Path) -> b
     figure.suptitle(heading, fontsize=11)
     panels = figure.subplots(len(tables), 2, squeeze=False, sharex="row", sharey="row")
     for (left, right), group in zip(panels, tables, strict=True):
-        _panel(left, group, "forward", ceilings, lambda passes: passes[0])
-        _panel(right, group, "both", ceilings, _sum)
+        _panel(left, group, "forward", ceilings)
+        _panel(right, group, "both", ceilings)
         left.set_title(f"{group[0].title}: forward", fontsize=10, loc="left")
         right.set_title("forward + backward", fontsize=10, loc="left")
         left.set_ylabel("time (ms)")
@@ -97,13 +98,7 @@ def _drawn(group: list[Row]) -> list[Row]:
     return [row for row in found if row.branch in (branches[0], DENSE)]
 
 
-def _panel(
-    panel: Any,
-    group: list[Row],
-    name: str,
-    ceilings: Ceilings,
-    pick: Callable[[tuple[Work, Work]], Work],
-) -> None:
+def _panel(panel: Any, group: list[Row], name: str, ceilings: Ceilings) -> None:
     for backend in dict.fromkeys(row.backend for row in group):
         mine = [row for row in group if row.backend == backend]
         points = [(row.trial.length, getattr(row.measured, name)) for row in mine]
@@ -115,18 +110,16 @@ def _panel(
     lengths = sorted({row.trial.length for row in group})
     whole = next((row for row in group if row.branch != DENSE), group[0])
     grid = _grid(lengths)
-    works = [pick(work(whole.branch, whole.trial.with_length(length))) for length in grid]
-    flops = ceilings.flops_per_second[whole.trial.dtype]
+    works = [work(whole.branch, whole.trial.with_length(length)) for length in grid]
+    passes = [both[:1] if name == "forward" else both for both in works]
+    flops = ceilings.flops_per_second[short(whole.trial.dtype)]
     moved = ceilings.bytes_per_second
-    for label, style, seconds in (
-        (
-            f"NSA's floor: arithmetic at {rate(flops, 'FLOP/s')}",
-            _ARITHMETIC,
-            [w.flops / flops for w in works],
-        ),
-        (f"NSA's floor: bytes at {rate(moved, 'B/s')}", _BYTES, [w.bytes / moved for w in works]),
-    ):
-        panel.plot(grid, [1e3 * x for x in seconds], label=label, linewidth=1.8, **style)
+    label = f"NSA's floor: arithmetic at {rate(flops, 'FLOP/s')}"
+    floor = [1e3 * sum(one.flops for one in of) / flops for of in passes]
+    panel.plot(grid, floor, label=label, linewidth=1.8, **_ARITHMETIC)
+    label = f"NSA's floor: bytes at {rate(moved, 'B/s')}"
+    floor = [1e3 * sum(one.bytes for one in of) / moved for of in passes]
+    panel.plot(grid, floor, label=label, linewidth=1.8, **_BYTES)
     _axes(panel, lengths)
 
 
@@ -135,11 +128,6 @@ def _grid(lengths: list[int]) -> list[int]:
     low, high = lengths[0], lengths[-1]
     ratio = high / low
     return sorted({round(low * ratio ** (i / _POINTS)) for i in range(_POINTS + 1)})
-
-
-def _sum(passes: tuple[Work, Work]) -> Work:
-    forward, backward = passes
-    return Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
 
 
 def _axes(panel: Any, lengths: list[int]) -> None:

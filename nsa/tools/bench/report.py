@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from nsa.settings import Settings
 from nsa.tools.bench.cases import BRANCHES, DENSE, WHOLE
 from nsa.tools.bench.fla import installed
 from nsa.tools.bench.rows import Row, groups
-from nsa.tools.bench.timing import Ceilings, Timing
+from nsa.tools.bench.timing import PASSES, Ceilings
 from nsa.tools.common.failures import OUT_OF_MEMORY
 from nsa.tools.common.machine import GIB, collect_machine
 
@@ -65,7 +66,7 @@ def header(
         "fla": installed(),
         "fa2_provider": _provider(settings, device),
         "settings": _changed(settings),
-        "ceilings": ceilings.to_dict(),
+        "ceilings": asdict(ceilings),
     }
 
 
@@ -151,61 +152,58 @@ def _table(group: list[Row]) -> Table:
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
+    columns: dict[str, Callable[[Row], Text]] = {"computed by": _computed_by}
     notes = _notes(group)
-    has_peak = any(row.measured.peak_bytes is not None for row in group)
-    has_dense = any(row.branch == DENSE and row.measured.both is not None for row in group)
+    for name in PASSES:
+        columns[name] = partial(_time, name=name, notes=notes)
+    dense = _fastest_dense(group)
+    if dense:
+        columns["× dense"] = partial(_ratio, dense=dense)
+    if any(row.measured.peak_bytes is not None for row in group):
+        columns["peak GiB"] = _peak
+    columns["error/bound"] = _share
     table.add_column("branch", no_wrap=True)
-    table.add_column("computed by", no_wrap=True)
-    for name in ("forward", "backward", "both"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if has_dense:
-        table.add_column("× dense", justify="right", no_wrap=True)
-    if has_peak:
-        table.add_column("peak GiB", justify="right", no_wrap=True)
-    table.add_column("error/bound", justify="right", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="left" if name == "computed by" else "right", no_wrap=True)
     for length in dict.fromkeys(row.trial.length for row in group):
         rows = [row for row in group if row.trial.length == length]
         rows.sort(key=lambda row: _ORDER.get(row.branch, -1))
-        dense = _fastest_dense(rows)
         table.add_section()
         table.add_row(Text(f"T = {length}", style="bold"))
-        previous = None
-        for row in rows:
-            cells = [Text("" if row.branch == previous else row.branch), _name(row)]
-            cells += _times(row, notes)
-            if has_dense:
-                cells.append(_ratio(row, dense))
-            if has_peak:
-                peak = row.measured.peak_bytes
-                cells.append(Text("-" if peak is None else f"{peak / GIB:.2f}"))
-            known = row.parity is not None and math.isfinite(row.parity)
-            cells.append(Text(f"{row.parity:.2f}" if known else "-"))
-            table.add_row(*cells)
-            previous = row.branch
+        for branch, row in zip([None, *(row.branch for row in rows)], rows, strict=False):
+            first = Text("" if row.branch == branch else row.branch)
+            table.add_row(first, *(cell(row) for cell in columns.values()))
     return table
 
 
-def _name(row: Row) -> Text:
+def _computed_by(row: Row) -> Text:
     if row.runs_on == row.backend:
         return Text(row.backend)
     return Text.assemble(row.backend, (f" → {row.runs_on}", _DIM))
 
 
-def _times(row: Row, notes: list[str]) -> list[Text]:
-    if row.note == OUT_OF_MEMORY:
-        return [Text(OUT_OF_MEMORY, style=_BAD), Text(), Text()]
+def _time(row: Row, *, name: str, notes: list[str]) -> Text:
+    """The time of a pass; in the first column also why there is none."""
+    timing = getattr(row.measured, name)
     if row.note:
-        return [Text(f"no [{notes.index(row.note) + 1}]", style=_BAD), Text(), Text()]
-    found = row.measured
-    return [
-        Text("-", style=_DIM) if timing is None else _timing(timing)
-        for timing in (found.forward, found.backward, found.both)
-    ]
-
-
-def _timing(timing: Timing) -> Text:
+        text = OUT_OF_MEMORY
+        if row.note != OUT_OF_MEMORY:
+            text = f"no [{notes.index(row.note) + 1}]"
+        return Text(text if name == PASSES[0] else "", style=_BAD)
+    if timing is None:
+        return Text("-", style=_DIM)
     spread = f"±{timing.spread:.0%}" if timing.spread < 10 else "±>999%"
     return Text.assemble(milliseconds(timing.median), (f" {spread:>4}", _DIM))
+
+
+def _peak(row: Row) -> Text:
+    peak = row.measured.peak_bytes
+    return Text("-" if peak is None else f"{peak / GIB:.2f}")
+
+
+def _share(row: Row) -> Text:
+    known = row.parity is not None and math.isfinite(row.parity)
+    return Text(f"{row.parity:.2f}" if known else "-")
 
 
 def _notes(group: list[Row]) -> list[str]:
@@ -213,19 +211,20 @@ def _notes(group: list[Row]) -> list[str]:
     return list(dict.fromkeys(row.note for row in group if row.note not in ("", OUT_OF_MEMORY)))
 
 
-def _fastest_dense(rows: list[Row]) -> float | None:
-    seconds = [
-        row.measured.both.median
-        for row in rows
-        if row.branch == DENSE and row.measured.both is not None
-    ]
-    return min(seconds, default=None)
+def _fastest_dense(group: list[Row]) -> dict[int, float]:
+    """Seconds of forward and backward, by T."""
+    found: dict[int, float] = {}
+    for row in group:
+        both, T = row.measured.both, row.trial.length
+        if row.branch == DENSE and both is not None:
+            found[T] = min(both.median, found.get(T, math.inf))
+    return found
 
 
-def _ratio(row: Row, dense: float | None) -> Text:
+def _ratio(row: Row, *, dense: dict[int, float]) -> Text:
     """How many times as fast as the fastest dense one, forward and backward together."""
-    both = row.measured.both
-    if dense is None or both is None or row.branch not in (*WHOLE, DENSE):
+    both, fastest = row.measured.both, dense.get(row.trial.length)
+    if fastest is None or both is None or row.branch not in (*WHOLE, DENSE):
         return Text("")
-    ratio = dense / both.median
+    ratio = fastest / both.median
     return Text(f"{ratio:.2f}", style="green" if ratio > 1 else "")
