@@ -26,6 +26,7 @@ PIECES = ("tests/core/test_compress_rope.py",)
 LAYER = ("tests/api/test_module.py",)
 OPERATORS = ("tests/core/test_operators.py",)
 FUNC = ("tests/api/test_torch_func.py",)
+FLOPS = ("tests/core/test_flops.py",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,11 @@ MUTATIONS = (
     Mutation("torch.func: second derivatives are zero", "nsa/core/operators.py", "torch.set_grad_enabled(nested)", "torch.set_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents end at vmap", "nsa/core/operators.py", "forward_ad._set_fwd_grad_enabled(nested)", "forward_ad._set_fwd_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents are dropped", "nsa/core/operators.py", "if reverse or forward_ad._current_level >= 0:", "if reverse:", FUNC),
+    Mutation("flops: D and V exchanged", "nsa/core/flops.py", "3 * D + 2 * V", "2 * D + 3 * V", FLOPS),
+    Mutation("flops: the first position forgotten", "nsa/core/flops.py", 'x["block"], x["stride"], x["q_start"])', 'x["block"], x["stride"], 0)', FLOPS),
+    Mutation("flops: the gated backward without a branch", "nsa/core/flops.py", "return _gated(x) + _compressed(", "return _gated(x) + 0 * _compressed(", FLOPS),
+    Mutation("flops: counters that count already", "nsa/core/flops.py", "mode.counter.flop_registry.setdefault(packet,", "dict().setdefault(packet,", FLOPS),
+    Mutation("flops: a counter imported later", "nsa/core/operators.py", "if torch._C._len_torch_dispatch_stack():", "if False:", FLOPS),
 )  # fmt: skip
 
 

@@ -132,19 +132,37 @@ def test_without_gradients():
     assert set(found) == {"select_blocks", "sdpa_selected", "band"}
 
 
-def test_in_inference_mode_of_a_fresh_process():
-    code = """
+FRESH = """
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from nsa import NSAConfig, nsa_attention
 from nsa.testing.inputs import make_inputs
 config = NSAConfig.preset("tiny")
 x = make_inputs(config, length=100)
-with FlopCounterMode(display=False) as counter, torch.inference_mode():
+def call():
     nsa_attention(x.q, x.compressed, x.selected, x.window, x.gates, config, backend="sdpa")
-print(len(counter.get_flop_counts()["Global"]))
 """
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        """
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    call()  # defines the operators, which the counter has not heard of
+""",
+        """
+call()
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    call()
+""",
+    ],
+    ids=["counter first", "operators first"],
+)
+def test_in_a_fresh_process(code):
     root = Path(__file__).resolve().parents[2]
+    code = FRESH + code + 'print(len(counter.get_flop_counts()["Global"]))'
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "3"
@@ -220,6 +238,12 @@ def test_the_gated_sum_of_the_kernels(qkv):
         "gated_attention": forward_flops(pairs["selected"] + pairs["window"], D, V),
         "gated_attention_backward": backward_flops(sum(pairs.values()), D, V),
     }
+
+
+def test_products_counted_by_hand():
+    """Ten pairs, D 3, V 5: q·k and p·v; then q·k, dQ and dK, and dO·v and dV."""
+    assert forward_flops(10, 3, 5) == 10 * (6 + 10)
+    assert backward_flops(10, 3, 5) == 10 * (3 * 6 + 2 * 10)
 
 
 def test_pairs_of_a_part_of_the_queries():
