@@ -27,8 +27,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from nsa.config import NSAConfig
@@ -102,19 +105,20 @@ def _longest_first(total: int, longest: int) -> list[int]:
     return [longest] * (total // longest) + [total % longest]
 
 
-# Visible pairs of each operator over batch and query heads, from its arguments by name.
+# Visible pairs of each operator over batch and query heads, from its arguments by name: of a tensor
+# the shape.
 
 Arguments = dict[str, Any]
 
 
 def _band(x: Arguments) -> int:
-    B, R, K, M, _ = x["q"].shape
+    B, R, K, M, _ = x["q"]
     return B * K * M * window_pairs(R, x["width"], x["first_row"])
 
 
 def _flash(x: Arguments) -> int:
-    R, H, _ = x["q"].shape[-3:]
-    S, B = x["k"].shape[-3], x["q"].shape[:-3].numel()
+    R, H, _ = x["q"][-3:]
+    S, B = x["k"][-3], prod(x["q"][:-3])
     assert x["causal"]
     if x["cu_q"] is None:  # the last row sees the last key
         return B * H * window_pairs(R, x["window"] or S, S - R)
@@ -122,17 +126,17 @@ def _flash(x: Arguments) -> int:
 
 
 def _window(x: Arguments) -> int:
-    B, T, H, _ = x["q"].shape
+    B, T, H, _ = x["q"]
     return B * H * window_pairs(T, x["window"], x.get("q_start", 0))
 
 
 def _compressed(x: Arguments) -> int:
-    B, T, H, _ = x["q"].shape
+    B, T, H, _ = x["q"]
     return B * H * compressed_pairs(T, x["block"], x["stride"], x["q_start"])
 
 
 def _select(x: Arguments) -> int:
-    config, (B, T, H, _) = _config(x), x["q"].shape
+    config, (B, T, H, _) = _config(x), x["q"]
     block, stride = config.compress_block, config.compress_stride
     if x["cu_seqlens"] is None:
         return B * H * compressed_pairs(T, block, stride, x["q_start"])
@@ -141,9 +145,9 @@ def _select(x: Arguments) -> int:
 
 
 def _selected(x: Arguments) -> int:
-    B, T, H, _ = x["q"].shape
+    B, T, H, _ = x["q"]
     block = x["select_block"] if "select_block" in x else _config(x).select_block
-    return B * H * selected_pairs(T, block, x["block_idx"].shape[-1], x.get("q_start", 0))
+    return B * H * selected_pairs(T, block, x["block_idx"][-1], x.get("q_start", 0))
 
 
 def _gated(x: Arguments) -> int:
@@ -180,14 +184,23 @@ def operator_flops(name: str, x: Arguments) -> int | None:
     """What a call of ``nsa::name`` counts; None if it computes no products.
 
     Args:
-        x: its arguments by their names in the schema; tensors may be on the meta device.
+        x: its arguments by their names in the schema; of a tensor the shape.
     """
     if name == "select_blocks":  # scores alone
-        return 2 * x["q"].shape[-1] * _select(x)
-    D, V = x["q"].shape[-1], x["v" if "v" in x else "v_win"].shape[-1]
+        return 2 * x["q"][-1] * _select(x)
+    D, V = x["q"][-1], x["v" if "v" in x else "v_win"][-1]
     if name in _ATTENTION:
         return forward_flops(_ATTENTION[name](x), D, V)
     return backward_flops(_BACKWARD[name](x), D, V) if name in _BACKWARD else None
+
+
+def _sizes(x: Any) -> Any:
+    """The shape of a tensor; of a symbolic size its hint, if any: a comparison would be a guard."""
+    if isinstance(x, Tensor):
+        return tuple(_sizes(size) for size in x.shape)
+    if isinstance(x, torch.SymInt):
+        return x.node.hint if x.node.has_hint() else 0
+    return x
 
 
 def register(operator: Any) -> None:
@@ -208,7 +221,8 @@ def register(operator: Any) -> None:
         names = [argument.name for argument in operator._schema.arguments]
 
         def formula(*args: Any, out_val: object = None, **kwargs: Any) -> int | None:
-            return operator_flops(name, dict(zip(names, args, strict=False)) | kwargs)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            return operator_flops(name, {key: _sizes(x) for key, x in given.items()})
 
         counting.register_flop_formula(packet, get_raw=True)(formula)
     for mode in _get_current_dispatch_mode_stack():

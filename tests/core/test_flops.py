@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsa import NSAConfig, nsa_attention
@@ -147,12 +153,24 @@ def call():
     "code",
     [
         """
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter, torch.inference_mode():
     call()  # defines the operators, which the counter has not heard of
 """,
         """
 call()
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
     call()
@@ -238,6 +256,23 @@ def test_the_gated_sum_of_the_kernels(qkv):
         "gated_attention": forward_flops(pairs["selected"] + pairs["window"], D, V),
         "gated_attention_backward": backward_flops(sum(pairs.values()), D, V),
     }
+
+
+def test_symbolic_sizes_get_no_guard():
+    """Inductor asks the formulas, too, while it traces."""
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC] * 4)
+    q, k = (
+        mode.from_tensor(torch.empty(B, T, heads, D), symbolic_context=dynamic) for heads in (H, K)
+    )
+    before = len(env.guards)
+    with FlopCounterMode(display=False) as counter:
+        formula = counter.flop_registry[torch.ops.nsa.window_attention]
+        found = formula(q, k, k, None, q.shape[1] - 76, 1.0, 0)
+    assert isinstance(q.shape[1], torch.SymInt)
+    assert found == forward_flops(B * H * window_pairs(T, T - 76), D, D)
+    assert len(env.guards) == before
 
 
 def test_products_counted_by_hand():
