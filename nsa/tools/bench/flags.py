@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -78,36 +78,41 @@ def bench_parser() -> Parser:
         description="Time NSA's backends beside dense causal attention, each after a parity check.",
     )
     parser.epilog = _EXAMPLES
-    group = parser.add_argument_group("what is timed (lists are separated by commas)")
-
-    def add(flag: str, metavar: str | None, text: str, **options: Any) -> None:
-        group.add_argument(flag, metavar=metavar, help=text, **options)
+    what = parser.add_argument_group("what is timed (lists are separated by commas)")
+    add = what.add_argument
 
     def names(flag: str, known: Iterable[str], default: str) -> None:
-        parse = partial(_names, flag, tuple(known))
-        add(flag, "NAMES", f"of {', '.join(known)} (default: {default})", type=parse)
+        text = f"of {', '.join(known)} (default: {default})"
+        add(flag, type=partial(_names, flag, tuple(known)), metavar="NAMES", help=text)
 
     names("--backends", _BACKENDS, "those that run")
     names("--branches", BRANCHES, "all")
-    add("--lengths", "T", "tokens (default: 2048,8192,32768; CPU: 512 to 4096)", type=_lengths)
-    add("--heads", "LAYOUTS", "Hq/Hkv[:Dk[/Dv]] (default: 64/4:128; CPU: 4/2:32)")
-    add("--dtypes", "NAMES", f"of {', '.join(_DTYPES)} (default: bf16; CPU: fp32)", type=_dtypes)
+    text = "tokens (default: 2048,8192,32768; CPU: 512 to 4096)"
+    add("--lengths", type=_lengths, metavar="T", help=text)
+    add("--heads", metavar="LAYOUTS", help="Hq/Hkv[:Dk[/Dv]] (default: 64/4:128; CPU: 4/2:32)")
+    text = f"of {', '.join(_DTYPES)} (default: bf16; CPU: fp32)"
+    add("--dtypes", type=_dtypes, metavar="NAMES", help=text)
     text = f"geometry and heads: {', '.join(_PRESETS)} (CPU: tiny)"
-    add("--preset", "NAME", text, type=partial(_name, "--preset", _PRESETS))
+    add("--preset", type=partial(_name, "--preset", _PRESETS), metavar="NAME", help=text)
     text = "sequences in a regular batch (default: 1)"
-    add("--batch", "B", text, type=_count("--batch"), default=1)
-    add("--packed", "N", "pack T tokens as N sequences, 1 : 2 : … : N", type=_count("--packed"))
-    add("--device", None, "auto, cpu, cuda or cuda:N (default: auto)", default="auto")
+    add("--batch", type=_count("--batch"), default=1, metavar="B", help=text)
+    text = "pack T tokens as N sequences, 1 : 2 : … : N"
+    add("--packed", type=_count("--packed"), metavar="N", help=text)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     text = f"where FA-2 comes from: {', '.join(PROVIDERS)}"
-    add("--provider", "NAME", text, type=partial(_name, "--provider", PROVIDERS))
+    add("--provider", type=partial(_name, "--provider", PROVIDERS), metavar="NAME", help=text)
     text = "time only what decides NSA_FA2_MIN_LEN_WIN and _CMP, and print both"
-    group.add_argument("--find-fa2-min-len", action="store_true", help=text, dest="find_min_len")
-    group = parser.add_argument_group("how")
-    add("--seconds", "S", "about, of each timing (default: 0.2)", type=number, default=0.2)
-    add("--runs", "N", "of each, at least (default: 5)", type=_count("--runs"), default=5)
-    group = parser.add_argument_group("output")
-    add("--jsonl", "FILE", "write a line for each row as it comes; replaces FILE", type=Path)
-    add("--plot", "FILE", f"draw time over T: {', '.join(_PLOT_SUFFIXES)}", type=Path)
+    add("--find-fa2-min-len", action="store_true", help=text, dest="find_min_len")
+    how = parser.add_argument_group("how")
+    text = "about, of each timing (default: 0.2)"
+    how.add_argument("--seconds", type=number, default=0.2, metavar="S", help=text)
+    text = "of each, at least (default: 5)"
+    how.add_argument("--runs", type=_count("--runs"), default=5, metavar="N", help=text)
+    output = parser.add_argument_group("output")
+    text = "write a line for each row as it comes; replaces FILE"
+    output.add_argument("--jsonl", type=Path, metavar="FILE", help=text)
+    text = f"draw time over T: {', '.join(_PLOT_SUFFIXES)}"
+    output.add_argument("--plot", type=Path, metavar="FILE", help=text)
     return parser
 
 
