@@ -16,8 +16,8 @@ from nsa.backends import TABLE
 from nsa.config import NSAConfig, nearest
 from nsa.errors import ConfigError, UsageError
 from nsa.settings import PROVIDERS
+from nsa.tools.bench.baselines import FLA
 from nsa.tools.bench.cases import BRANCHES, WHOLE
-from nsa.tools.bench.fla import NAME as FLA
 from nsa.tools.common.cli import Parser, choose_device, integer, number
 from nsa.tools.common.problems import Trial, short
 

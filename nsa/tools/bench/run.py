@@ -6,21 +6,30 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from nsa.backends import TABLE, unavailable
 from nsa.settings import Settings
-from nsa.tools.bench.baselines import Baseline, Unsupported, dense_baselines, unsupported
+from nsa.tools.bench.baselines import (
+    FLA,
+    Baseline,
+    Unsupported,
+    dense_baselines,
+    find_fla,
+    installed_fla,
+    unsupported,
+)
 from nsa.tools.bench.cases import WHOLE, Data, Timed, make_data, timed_branch
-from nsa.tools.bench.fla import NAME as FLA
-from nsa.tools.bench.fla import find_fla, installed
 from nsa.tools.bench.flags import Plan
 from nsa.tools.bench.parity import Parity, backend_parity, baseline_parity
 from nsa.tools.bench.rows import ANY, Row
 from nsa.tools.bench.timing import PASSES, Clock, Measurement, measure_passes
 from nsa.tools.common.failures import OUT_OF_MEMORY, failures, one_line
 from nsa.tools.common.problems import Trial
+
+_Result = TypeVar("_Result")
 
 
 class Runner:
@@ -51,7 +60,7 @@ class Runner:
         for trial, names in self._backends.items():
             say = partial(_say, doing, trial)
             say("inputs")
-            data = self._make_data(trial)
+            data = self._try(trial, "inputs", partial(make_data, trial))
             measured: dict[tuple[str, str], Measurement] = {}
             for name in names:
                 if isinstance(data, str):
@@ -93,7 +102,7 @@ class Runner:
         found: list[Baseline] = []
         wanted = plan.device.type == "cuda" and "selected" in plan.branches
         if FLA in plan.backends or (not plan.backends and wanted):
-            if FLA not in plan.backends and installed() is None:
+            if FLA not in plan.backends and installed_fla() is None:
                 self.skipped[FLA] = "not installed: pip install fla-core"
             else:
                 try:
@@ -103,18 +112,6 @@ class Runner:
         if not plan.find_min_len:
             found += dense_baselines(plan.device, plan.trials[0].packed, self._settings)
         return found
-
-    def _make_data(self, trial: Trial) -> Data | str:
-        """The inputs and their block list, or why there are none."""
-        try:
-            return make_data(trial)
-        except failures() as error:
-            note = one_line(error)
-        _free_memory()  # not before the traceback is gone, which holds on to tensors
-        if note != OUT_OF_MEMORY:
-            note = f"inputs: {note}"
-            self.faults.append(f"T = {trial.length}: {note}")
-        return note
 
     def _backend_rows(
         self,
@@ -150,7 +147,7 @@ class Runner:
                 row = replace(row, measured=measured[branch, runs_on])
             else:
                 make = partial(timed_branch, branch, data, resolution, self._settings)
-                row = self._attempt(row, make)
+                row = self._measured(row, make)
                 if not row.note:
                     measured[branch, runs_on] = row.measured
             yield row
@@ -164,7 +161,7 @@ class Runner:
             if parity.fault is not None:
                 return replace(row, note=self._fault(name, parity))
             baseline.tune()
-            return self._attempt(row, partial(baseline.timed, data.inputs))
+            return self._measured(row, partial(baseline.timed, data.inputs))
         except Unsupported as reason:
             if name in self._plan.backends:
                 self.faults.append(str(reason))
@@ -181,11 +178,12 @@ class Runner:
         self.faults.append(f"{name}: {parity.fault}")
         return self.faults[-1]
 
-    def _attempt(self, row: Row, make: Callable[[], Timed]) -> Row:
+    def _measured(self, row: Row, make: Callable[[], Timed]) -> Row:
         """The row with its numbers, or with what went wrong."""
         plan = self._plan
-        try:
-            measured = measure_passes(
+
+        def measure() -> Measurement:
+            return measure_passes(
                 make(),
                 self._clock,
                 plan.device,
@@ -193,17 +191,23 @@ class Runner:
                 runs=plan.runs,
                 passes=("both",) if plan.find_min_len else PASSES,
             )
+
+        found = self._try(row.trial, f"{row.backend}, {row.branch}", measure)
+        return replace(row, note=found) if isinstance(found, str) else replace(row, measured=found)
+
+    def _try(self, trial: Trial, what: str, call: Callable[[], _Result]) -> _Result | str:
+        """What the call returns, or why it fails; a lack of memory is no fault."""
+        try:
+            return call()
         except Unsupported:
             raise
         except failures() as error:
             note = one_line(error)
-        else:
-            return replace(row, measured=measured)
-        _free_memory()
+        _free_memory()  # not before the traceback is gone, which holds on to tensors
         if note != OUT_OF_MEMORY:
-            note = f"{row.backend}, {row.branch}: {note}"
-            self.faults.append(f"T = {row.trial.length}: {note}")
-        return replace(row, note=note)
+            note = f"{what}: {note}"
+            self.faults.append(f"T = {trial.length}: {note}")
+        return note
 
 
 def _say(doing: Callable[[str], None], trial: Trial, text: str) -> None:

@@ -13,7 +13,7 @@ from nsa import NSAConfig, reference
 from nsa.backends import load
 from nsa.settings import Settings
 from nsa.testing.parity import ParityRow
-from nsa.tools.bench import fla as bench_fla
+from nsa.tools.bench import baselines
 from nsa.tools.bench import parity as bench_parity
 from nsa.tools.bench import run as bench_run
 from nsa.tools.bench.baselines import (
@@ -22,10 +22,11 @@ from nsa.tools.bench.baselines import (
     dense_baselines,
     dense_flash,
     dense_kernel,
+    find_fla,
+    fla_selected,
     unsupported,
 )
 from nsa.tools.bench.cases import heads_label
-from nsa.tools.bench.fla import find_fla, fla_selected
 from nsa.tools.bench.parity import Parity, backend_parity, baseline_parity
 from tests.support import benching
 from tests.support.benching import CPU, ODD, TINY, problem, run_jsonl
@@ -256,10 +257,10 @@ def test_the_peer_tunes_anew():
 
 def test_a_peer_that_is_not_there(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(bench_fla, "version_of", lambda name: None)
+    monkeypatch.setattr(baselines, "version_of", lambda name: None)
     with pytest.raises(Unsupported, match="pip install fla-core"):
         find_fla(cuda)
-    monkeypatch.setattr(bench_fla, "version_of", {"fla-core": "0.6.0"}.get)
+    monkeypatch.setattr(baselines, "version_of", {"fla-core": "0.6.0"}.get)
     with pytest.raises(Unsupported, match="fla-core 0.6.0 needs a CUDA device, got cpu"):
         find_fla(CPU)
     monkeypatch.setitem(sys.modules, "fla", None)
@@ -268,7 +269,7 @@ def test_a_peer_that_is_not_there(monkeypatch):
 
 
 def test_an_installed_peer_is_found(monkeypatch):
-    monkeypatch.setattr(bench_fla, "version_of", {"flash-linear-attention": "0.6.0"}.get)
+    monkeypatch.setattr(baselines, "version_of", {"flash-linear-attention": "0.6.0"}.get)
     for name in ("fla", "fla.ops", "fla.ops.nsa", "fla.ops.nsa.parallel"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     with pytest.raises(Unsupported, match="does not import .AttributeError"):
