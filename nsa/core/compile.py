@@ -28,8 +28,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, compiled when it is called outside a trace.
+def compile_glue(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap ``function``: compiled when it is called outside a trace, inlined within one.
 
     Under a dispatch mode, such as that of ``FlopCounterMode``, it runs as it is written, for the
     mode to see its operators: torch compiles nothing there.

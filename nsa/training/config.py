@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from nsa.config import nearest
 from nsa.errors import ConfigError
 from nsa.models import ModelConfig
+from nsa.models.config import require_known
 
 Precision = Literal["fp32", "bf16"]
 CompileMode = Literal["none", "blocks", "model"]
@@ -91,13 +91,8 @@ class TrainConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or not holds(value):
                 raise ConfigError(f"{flag(name)}: expected a number {expected}, got {value!r}")
-        for name, kind in (("precision", Precision), ("compile", CompileMode)):
-            value, known = getattr(self, name), get_args(kind)
-            if value not in known:
-                raise ConfigError(
-                    f"{flag(name)}: expected one of the known names, got {value!r}; "
-                    f"{nearest(value, known)}"
-                )
+        require_known("--precision", self.precision, get_args(Precision))
+        require_known("--compile", self.compile, get_args(CompileMode))
 
     def learning_rate(self, step: int) -> float:
         """Compute the rate of a step, counted from 0: linear warm-up, then half a cosine."""

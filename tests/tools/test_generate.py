@@ -16,7 +16,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def test_it_goes_on_from_a_prompt(run, capsys):
+def test_it_continues_a_prompt(run, capsys):
     texts = []
     for seed in ("1", "1", "2"):
         argv = [str(run), "--prompt", "attention ", "--max-new-tokens", "40", "--seed", seed]

@@ -189,7 +189,7 @@ def test_an_existing_run_is_not_overwritten(finished, data, capsys):
     before = (finished / "config.json").stat().st_mtime_ns
     error = error_of(capsys, [*flags(data=data), "--out", str(finished)])
     assert error == (
-        f"{finished} already holds a run: expected --resume to go on with it, or another --out"
+        f"{finished} already holds a run: expected --resume to continue it, or another --out"
     )
     assert (finished / "config.json").stat().st_mtime_ns == before
 

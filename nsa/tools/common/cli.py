@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import torch
 
 from nsa.errors import ConfigError, NSAError, UsageError
-from nsa.settings import BACKENDS
+from nsa.registry import names
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
@@ -149,7 +149,7 @@ def _docs_of_fields(config: type) -> dict[str, str]:
 def add_backend_and_device(parser: argparse.ArgumentParser) -> None:
     """Add the flags ``--backend`` and ``--device``."""
     parser.add_argument(
-        "--backend", choices=BACKENDS, help="what computes NSA (default: the settings decide)"
+        "--backend", choices=names(), help="what computes NSA (default: the settings decide)"
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from nsa.tools.common.progress import Bar, progress
-from nsa.training.baselines import Baselines
+from nsa.training.data import Baselines
+from nsa.training.run import Run
 
 
 class Display:
@@ -65,6 +68,28 @@ def _clock(seconds: float | None) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def print_header(run: Run) -> None:
+    """Print the resolved configuration, every value of it."""
+
+    def line(values: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+
+    trainer, corpus, parts = run.trainer, run.corpus, run.config.to_dict()
+    nsa = parts["model"].pop("nsa")
+    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    resumed = f", resuming from step {trainer.step}" if trainer.step else ""
+    print(f"run          {run.folder}{resumed}")
+    print(
+        f"data         {corpus.source}: {len(corpus.train):,} bytes to train on "
+        f"({corpus.train_files} files), {len(corpus.validation):,} to validate "
+        f"({corpus.validation_files}), {corpus.skipped} files skipped"
+    )
+    print(f"model        {line(parts['model'])}, {trainer.model.num_parameters():,} parameters")
+    print(f"attention    {line(nsa)}")
+    print(f"training     {line(parts['train'])}")
+    print(f"device       {trainer.device}{threads}", flush=True)
 
 
 def print_result(validation_loss: float, counted: Baselines) -> None:
