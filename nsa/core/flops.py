@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from math import prod
 from typing import Any
 
 import torch
@@ -99,111 +98,52 @@ def branch_pairs(branch: str, config: NSAConfig, lengths: Iterable[int]) -> int:
     return sum(map(per_sequence[branch], lengths))
 
 
-def _longest_first(total: int, longest: int) -> list[int]:
-    """The sequences of at most that length which see the most."""
+def longest_first(total: int, longest: int) -> list[int]:
+    """The packed sequences of at most that length which see the most."""
     longest = max(1, longest)
     return [longest] * (total // longest) + [total % longest]
 
 
-# Visible pairs of each operator over batch and query heads, from its arguments by name: of a tensor
-# the shape.
-
 Arguments = dict[str, Any]
+"""Of an operator's call, by their names in the schema; of a tensor the shape."""
+Count = Callable[[Arguments], int]
 
 
-def _band(x: Arguments) -> int:
-    B, R, K, M, _ = x["q"]
-    return B * K * M * window_pairs(R, x["width"], x["first_row"])
-
-
-def _flash(x: Arguments) -> int:
-    R, H, _ = x["q"][-3:]
-    S, B = x["k"][-3], prod(x["q"][:-3])
-    assert x["causal"]
-    if x["cu_q"] is None:  # the last row sees the last key
-        return B * H * window_pairs(R, x["window"] or S, S - R)
-    return H * sum(window_pairs(n, x["window"] or n) for n in _longest_first(R, x["max_q"]))
-
-
-def _window(x: Arguments) -> int:
+def window(x: Arguments) -> int:
+    """Visible pairs of a call, as ``compressed`` and ``selected``; q ``[B, T, H, D]``."""
     B, T, H, _ = x["q"]
-    return B * H * window_pairs(T, x["window"], x.get("q_start", 0))
+    return B * H * window_pairs(T, _config(x).window, x.get("q_start", 0))
 
 
-def _compressed(x: Arguments) -> int:
+def compressed(x: Arguments) -> int:
+    """See :func:`window`."""
     B, T, H, _ = x["q"]
-    return B * H * compressed_pairs(T, x["block"], x["stride"], x["q_start"])
+    block, stride = _config(x).compress_block, _config(x).compress_stride
+    return B * H * compressed_pairs(T, block, stride, x.get("q_start", 0))
 
 
-def _select(x: Arguments) -> int:
-    config, (B, T, H, _) = _config(x), x["q"]
-    block, stride = config.compress_block, config.compress_stride
-    if x["cu_seqlens"] is None:
-        return B * H * compressed_pairs(T, block, stride, x["q_start"])
-    lengths = _longest_first(T, x["longest"])
-    return H * sum(compressed_pairs(n, block, stride) for n in lengths)
-
-
-def _selected(x: Arguments) -> int:
+def selected(x: Arguments) -> int:
+    """See :func:`window`."""
     B, T, H, _ = x["q"]
-    block = x["select_block"] if "select_block" in x else _config(x).select_block
-    return B * H * selected_pairs(T, block, x["block_idx"][-1], x.get("q_start", 0))
-
-
-def _gated(x: Arguments) -> int:
-    return _selected(x) + _window(x)
-
-
-def _gated_backward(x: Arguments) -> int:
-    return _gated(x) + _compressed(
-        {"q_start": 0, "block": x["compress_block"], "stride": x["compress_stride"], **x}
-    )
+    n = x["block_idx"][-1]
+    return B * H * selected_pairs(T, _config(x).select_block, n, x.get("q_start", 0))
 
 
 def _config(x: Arguments) -> NSAConfig:
-    from nsa.core.operators import config_of  # which registers these
-
-    return config_of(x["shape"], x["scale"])
+    return NSAConfig.from_key(x["config"])
 
 
-_ATTENTION = {
-    "band": _band,
-    "sdpa_selected": _selected,
-    "flash_attention_2": _flash,
-    "fa2_selected": _selected,
-    "window_attention": _window,
-    "compressed_attention": _compressed,
-    "selected_attention": _selected,
-    "gated_attention": _gated,
-}
-_BACKWARD = {f"{name}_backward": pairs for name, pairs in _ATTENTION.items()}
-_BACKWARD["gated_attention_backward"] = _gated_backward
+def of_forward(pairs: Count, v: str = "v") -> Count:
+    """Operations of attention over so many pairs; ``v`` names the values' argument."""
+    return lambda x: forward_flops(pairs(x), x["q"][-1], x[v][-1])
 
 
-def operator_flops(name: str, x: Arguments) -> int | None:
-    """What a call of ``nsa::name`` counts; None if it computes no products.
-
-    Args:
-        x: its arguments by their names in the schema; of a tensor the shape.
-    """
-    if name == "select_blocks":  # scores alone
-        return 2 * x["q"][-1] * _select(x)
-    D, V = x["q"][-1], x["v" if "v" in x else "v_win"][-1]
-    if name in _ATTENTION:
-        return forward_flops(_ATTENTION[name](x), D, V)
-    return backward_flops(_BACKWARD[name](x), D, V) if name in _BACKWARD else None
+def of_backward(pairs: Count, v: str = "v") -> Count:
+    """The same of its backward."""
+    return lambda x: backward_flops(pairs(x), x["q"][-1], x[v][-1])
 
 
-def _sizes(x: Any) -> Any:
-    """The shape of a tensor; of a symbolic size its hint, if any: a comparison would be a guard."""
-    if isinstance(x, Tensor):
-        return tuple(_sizes(size) for size in x.shape)
-    if isinstance(x, torch.SymInt):
-        return x.node.hint if x.node.has_hint() else 0
-    return x
-
-
-def register(operator: Any) -> None:
+def register(operator: Any, flops: Count) -> None:
     """Gives torch's flop counter the formula of one of our operators, if it is there to be given.
 
     Costs nothing in a program that does not count. Importing the counter imports triton, which
@@ -213,18 +153,24 @@ def register(operator: Any) -> None:
     counting = sys.modules.get("torch.utils.flop_counter")
     if counting is None:
         return
-    name = operator._schema.name.partition("::")[2]
-    if name not in (*_ATTENTION, *_BACKWARD, "select_blocks"):
-        return
     packet = operator.overloadpacket
     if packet not in counting.flop_registry:
         names = [argument.name for argument in operator._schema.arguments]
 
-        def formula(*args: Any, out_val: object = None, **kwargs: Any) -> int | None:
+        def formula(*args: Any, out_val: object = None, **kwargs: Any) -> int:
             given = dict(zip(names, args, strict=False)) | kwargs
-            return operator_flops(name, {key: _sizes(x) for key, x in given.items()})
+            return flops({name: _sizes(x) for name, x in given.items()})
 
         counting.register_flop_formula(packet, get_raw=True)(formula)
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, counting._FlopCounterMode):
             mode.counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
+
+
+def _sizes(x: Any) -> Any:
+    """The shape of a tensor; of a symbolic size its hint, if any: a comparison would be a guard."""
+    if isinstance(x, Tensor):
+        return tuple(_sizes(size) for size in x.shape)
+    if isinstance(x, torch.SymInt):
+        return x.node.hint if x.node.has_hint() else 0
+    return x

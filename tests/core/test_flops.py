@@ -202,6 +202,7 @@ def counted(call, leaves):
 
 B, T, K, V = 2, 100, 2, 24
 N = CONFIG.num_compressed(T)
+KEY = CONFIG.key
 
 
 @pytest.fixture
@@ -218,16 +219,15 @@ def both(name, pairs):
 @pytest.mark.parametrize("first", [0, 37])
 def test_the_branches_of_the_kernels(qkv, first):
     q, k, v = qkv
-    found = counted(lambda: ops.window_attention(q, k, v, None, 24, 1.0, first), qkv)
-    assert found == both("window_attention", window_pairs(T, 24, first))
-    blocks = meta(B, T, K, 4, dtype=torch.int32)
-    call = (blocks, None, 1, CONFIG.select_block, 1.0, first)
+    found = counted(lambda: ops.window_attention(q, k, v, None, KEY, first), qkv)
+    assert found == both("window_attention", window_pairs(T, CONFIG.window, first))
+    call = (meta(B, T, K, 4, dtype=torch.int32), None, 1, KEY, first)
     found = counted(lambda: ops.selected_attention(q, k, v, *call), qkv)
     assert found == both("selected_attention", selected_pairs(T, CONFIG.select_block, 4, first))
-    l, d = CONFIG.compress_block, CONFIG.compress_stride  # noqa: E741 - the paper's name
-    call = (None, None, None, None, l, d, 1.0, first)
+    call = (*(None,) * 4, KEY, first)
     found = counted(lambda: ops.compressed_attention(q, k, v, *call), qkv)
-    assert found == both("compressed_attention", compressed_pairs(T, l, d, first))
+    pairs = compressed_pairs(T, CONFIG.compress_block, CONFIG.compress_stride, first)
+    assert found == both("compressed_attention", pairs)
 
 
 def test_the_gated_sum_of_the_kernels(qkv):
@@ -240,13 +240,9 @@ def test_the_gated_sum_of_the_kernels(qkv):
         meta(B, T, H, V),
         meta(B, T, H),
         meta(B, T, K, 4, dtype=torch.int32),
-        *(None,) * 5,
+        *(None,) * 4,
         1,
-        config.compress_block,
-        config.compress_stride,
-        config.select_block,
-        config.window,
-        1.0,
+        config.key,
         True,
     )
     leaves = (q, k_cmp, v_cmp, k, v, gates)
@@ -269,9 +265,9 @@ def test_symbolic_sizes_get_no_guard():
     before = len(env.guards)
     with FlopCounterMode(display=False) as counter:
         formula = counter.flop_registry[torch.ops.nsa.window_attention]
-        found = formula(q, k, k, None, q.shape[1] - 76, 1.0, 0)
+        found = formula(q, k, k, None, KEY, q.shape[1] - 76)
     assert isinstance(q.shape[1], torch.SymInt)
-    assert found == forward_flops(B * H * window_pairs(T, T - 76), D, D)
+    assert found == forward_flops(B * H * window_pairs(T, CONFIG.window, T - 76), D, D)
     assert len(env.guards) == before
 
 
