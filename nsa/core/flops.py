@@ -17,7 +17,8 @@ from the device, and where the tensors' contents decide they are the most that t
 - FA-2: head sizes as padded to one multiple of 8.
 
 Where ``sdpa`` hands the compressed branch to a fused kernel of PyTorch, PyTorch's formula counts:
-every pair, causal or not, on CUDA; nothing on a CPU.
+every pair, causal or not, on CUDA; nothing on a CPU. An operator's own formula is an argument of
+:func:`nsa.core.operators.define`.
 
 B batch, T query tokens, R rows, S keys, N compressed blocks, H query heads, K key/value heads, M
 queries of a row and key head, D key size, V value size.
