@@ -185,8 +185,11 @@ def combine(gates: Tensor, *outputs: Tensor) -> Tensor:
     gates ``[B, T, H, 3]``, outputs ``[B, T, H, V]`` each.
     """
     wide = accumulation_dtype(outputs[0])
+    # Copies: AOTAutograd would save slices beside the gates that their activation saves, and take
+    # each for a buffer of its own. Inductor's backward may then overwrite one while the other is
+    # still needed (torch 2.11 and 2.13): wrong gradients, in silence.
     terms = [
-        gate[..., None].to(wide) * out.to(wide)
+        gate.to(wide, copy=True)[..., None] * out.to(wide)
         for gate, out in zip(gates.unbind(-1), outputs, strict=True)
     ]
     return (terms[0] + terms[1] + terms[2]).to(outputs[0].dtype)

@@ -116,6 +116,7 @@ MUTATIONS = (
     Mutation("fa2: a resolution outlives the implementation", "nsa/backends/dispatch.py", "return _resolve(problem, backend, settings, fa2_providers.active_impl())", "return _resolve(problem, backend, settings, None)", ("tests/backends/fa2/test_aten.py",)),
     Mutation("workspace: a buffer for every call", "nsa/backends/shared/workspace.py", "buffer = self._buffers.get((name, dtype))", "buffer = None", ("tests/backends/fa2/test_workspace.py",)),
     Mutation("φ: a token's blocks are not summed", "nsa/core/block_tokens/op.py", "total[:, m * stride : (m + N) * stride] += tokens", "total[:, m * stride : (m + N) * stride] = tokens", LAYER),
+    Mutation("combine: views of gates are saved", "nsa/attention.py", "gate.to(wide, copy=True)[..., None]", "gate.to(wide)[..., None]", ("tests/compile/test_saved_tensors.py",)),
     Mutation("combine: gate order swapped", "nsa/attention.py", "zip(gates.unbind(-1), outputs, strict=True)", "zip(gates.flip(-1).unbind(-1), outputs, strict=True)", BACKENDS),
     Mutation("operators: an empty lse of another dtype", "nsa/core/operators.py", "q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q)),", "q.new_empty(q.shape[:-1]),", OPERATORS),
     Mutation("operators: strides that are not the fake's", "nsa/backends/sdpa/selected.py", "from_blocks(dv[:, : blocks.size], blocks, v).contiguous(),", "from_blocks(dv[:, : blocks.size], blocks, v).mT.contiguous().mT,", OPERATORS),
