@@ -26,6 +26,7 @@ PIECES = ("tests/core/test_compress_rope.py",)
 LAYER = ("tests/api/test_module.py",)
 OPERATORS = ("tests/core/test_operators.py",)
 FUNC = ("tests/api/test_torch_func.py",)
+FLOPS = ("tests/core/test_flops.py",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,11 @@ MUTATIONS = (
     Mutation("torch.func: second derivatives are zero", "nsa/core/operators.py", "torch.set_grad_enabled(nested)", "torch.set_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents end at vmap", "nsa/core/operators.py", "forward_ad._set_fwd_grad_enabled(nested)", "forward_ad._set_fwd_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents are dropped", "nsa/core/operators.py", "if reverse or forward_ad._current_level >= 0:", "if reverse:", FUNC),
+    Mutation("flops: D and V exchanged", "nsa/core/flops.py", "3 * D + 2 * V", "2 * D + 3 * V", FLOPS),
+    Mutation("flops: the first position forgotten", "nsa/core/flops.py", 'compressed_pairs(T, block, stride, x.get("q_start", 0))', "compressed_pairs(T, block, stride)", FLOPS),
+    Mutation("flops: the gated backward without a branch", "nsa/backends/compiled/gated/op.py", "return _two(x) + flops.compressed(x)", "return _two(x)", FLOPS),
+    Mutation("flops: counters that count already", "nsa/core/flops.py", "mode.counter.flop_registry.setdefault(packet,", "dict().setdefault(packet,", FLOPS),
+    Mutation("flops: a counter imported later", "nsa/core/operators.py", "if count is not None and torch._C._len_torch_dispatch_stack():", "if False:", FLOPS),
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from nsa.settings import (
 from nsa.testing.parity import attention_parity, selection_faults
 from nsa.tools.common.cli import choose_device
 from nsa.tools.common.failures import failures, one_line
-from nsa.tools.common.machine import Machine, look_at_machine
+from nsa.tools.common.machine import Machine, collect_machine
 from nsa.tools.common.problems import Trial, short, small_trials, typical_trials
 from nsa.tools.diagnose.advice import advice
 from nsa.tools.diagnose.choices import Choice, choose
@@ -114,7 +114,7 @@ def collect_diagnosis(
         UsageError: nothing can be profiled on that device.
     """
     variables = read_variables()
-    machine = look_at_machine()
+    machine = collect_machine()
     device = choose_device("cpu" if device_name == "auto" and not machine.gpus else device_name)
     if profile:
         check_profile_device(device)

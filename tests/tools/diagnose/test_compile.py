@@ -18,7 +18,7 @@ from nsa.config import NSAConfig
 from nsa.errors import BackendUnavailable
 from nsa.settings import Settings, use_settings
 from nsa.tools.common import problems as trials
-from nsa.tools.common.machine import COMPILE_SWITCHES, look_at_machine
+from nsa.tools.common.machine import COMPILE_SWITCHES, collect_machine
 from nsa.tools.diagnose import __main__ as diagnose
 from nsa.tools.diagnose import choices
 from nsa.tools.diagnose.advice import advice
@@ -335,7 +335,7 @@ def test_switched_off(capsys, no_parity, untried, monkeypatch, switch):
 )
 def test_a_switch_is_advised_against_with_and_without_the_flag(monkeypatch, name, text):
     def advised():
-        return [line for line in advice(look_at_machine(), (), Settings(), None) if name in line]
+        return [line for line in advice(collect_machine(), (), Settings(), None) if name in line]
 
     assert advised() == []
     monkeypatch.setenv(name, "0")
