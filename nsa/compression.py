@@ -9,6 +9,7 @@ B batch, T tokens, N compressed blocks, K key/value heads, D head size, L tokens
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +41,7 @@ class Compress(nn.Module):
         self.build(config.compress_block, head_dim, device=device, dtype=dtype)
         self.reset_parameters()
 
-    def build(
-        self,
-        block: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def build(self, block: int, head_dim: int, **factory: Any) -> None:
         """Make the parameters for blocks of so many tokens; none here."""
 
     def reset_parameters(self) -> None:
@@ -80,16 +74,9 @@ class MeanCompress(Compress):
 class LinearCompress(Compress):
     """One linear layer over a block's tokens."""
 
-    def build(
-        self,
-        block: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def build(self, block: int, head_dim: int, **factory: Any) -> None:
         """Make the layer."""
-        self.proj = nn.Linear(block * head_dim, head_dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(block * head_dim, head_dim, **factory)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """See :meth:`Compress.forward`."""
@@ -100,18 +87,11 @@ class LinearCompress(Compress):
 class MLPCompress(Compress):
     """The paper's: a learned intra-block position embedding, then two layers with GELU."""
 
-    def build(
-        self,
-        block: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def build(self, block: int, head_dim: int, **factory: Any) -> None:
         """Make the embedding and the layers."""
-        self.position = nn.Parameter(torch.empty(block, head_dim, device=device, dtype=dtype))
-        self.up = nn.Linear(block * head_dim, 2 * head_dim, device=device, dtype=dtype)
-        self.down = nn.Linear(2 * head_dim, head_dim, device=device, dtype=dtype)
+        self.position = nn.Parameter(torch.empty(block, head_dim, **factory))
+        self.up = nn.Linear(block * head_dim, 2 * head_dim, **factory)
+        self.down = nn.Linear(2 * head_dim, head_dim, **factory)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""

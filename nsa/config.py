@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from dataclasses import dataclass, fields, replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from nsa.errors import ConfigError
+from nsa.errors import ConfigError, require_fields, require_known
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,14 +26,6 @@ class KV(NamedTuple):
     """``[B, S, Hkv, Dk]``"""
     v: Tensor
     """``[B, S, Hkv, Dv]``"""
-
-
-def nearest(name: object, known: list[str] | tuple[str, ...]) -> str:
-    """A hint that lists the known names, the closest one first if there is one."""
-    folded = {option.lower(): option for option in known}
-    close = difflib.get_close_matches(str(name).lower(), folded, n=1)
-    hint = f"did you mean {folded[close[0]]!r}? " if close else ""
-    return f"{hint}(known: {', '.join(known)})"
 
 
 class Keyed:
@@ -107,77 +98,34 @@ class NSAConfig(Keyed):
 
     def _check(self) -> None:
         for field in fields(self):
-            if field.type == "int":
-                _require_int(field.name, getattr(self, field.name))
-        for name in (
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "compress_block",
-            "compress_stride",
-            "select_block",
-            "num_selected",
-            "window",
-        ):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("num_initial", "num_local"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        if self.value_dim is not None:
-            _require_int("value_dim", self.value_dim)
-            _require(self.value_dim >= 1, "value_dim", "at least 1, or None", self.value_dim)
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_heads",
-            f"a multiple of num_kv_heads={self.num_kv_heads}",
-            self.num_heads,
-        )
-        stride = self.compress_stride
-        for name in ("compress_block", "select_block"):
-            _require(
-                getattr(self, name) % stride == 0,
-                name,
-                f"a multiple of compress_stride={stride}",
-                getattr(self, name),
-            )
-        _require(
-            self.compress_block <= self.select_block,
-            "compress_block",
-            f"at most select_block={self.select_block}",
-            self.compress_block,
-        )
-        forced = self.num_initial + self.num_local
-        _require(
-            forced <= self.num_selected,
-            "num_initial + num_local",
-            f"at most num_selected={self.num_selected}",
-            forced,
-        )
-        if self.scale is not None:
-            ok = _is_number(self.scale) and math.isfinite(self.scale)
-            _require(ok, "scale", "a finite number, or None", self.scale)
-        for name, kind in (("compression", Compression), ("gate", Gate)):
-            value, known = getattr(self, name), get_args(kind)
-            if value not in known:
-                raise ConfigError(
-                    f"{name}: expected one of the known names, got {value!r}; "
-                    f"{nearest(value, known)}"
-                )
-        _require(
-            isinstance(self.independent_kv, bool),
-            "independent_kv",
-            "True or False",
-            self.independent_kv,
-        )
-        if self.rope_theta is not None:
-            ok = _is_number(self.rope_theta) and math.isfinite(self.rope_theta)
-            ok = ok and self.rope_theta > 0
-            _require(ok, "rope_theta", "a finite number > 0, or None", self.rope_theta)
-            _require(
-                self.head_dim % 2 == 0,
+            value = getattr(self, field.name)
+            if field.type == "int" or (field.name == "value_dim" and value is not None):
+                _require_int(field.name, value)
+                least = 0 if field.name in ("num_initial", "num_local") else 1
+                hint = ", or None" if field.name == "value_dim" else ""
+                _require(value >= least, field.name, f"at least {least}{hint}", value)
+        d, forced = self.compress_stride, self.num_initial + self.num_local
+        K, theta, l_max = self.num_kv_heads, self.rope_theta, self.select_block
+        positive = theta is None or (_is_finite(theta) and theta > 0)
+        for name, good, expected in (
+            ("num_heads", self.num_heads % K == 0, f"a multiple of num_kv_heads={K}"),
+            ("compress_block", self.compress_block % d == 0, f"a multiple of compress_stride={d}"),
+            ("select_block", self.select_block % d == 0, f"a multiple of compress_stride={d}"),
+            ("compress_block", self.compress_block <= l_max, f"at most select_block={l_max}"),
+            ("scale", self.scale is None or _is_finite(self.scale), "a finite number, or None"),
+            ("independent_kv", isinstance(self.independent_kv, bool), "True or False"),
+            ("rope_theta", positive, "a finite number > 0, or None"),
+            (
                 "head_dim",
+                theta is None or self.head_dim % 2 == 0,
                 "even under RoPE (or rope_theta=None)",
-                self.head_dim,
-            )
+            ),
+        ):
+            _require(good, name, expected, getattr(self, name))
+        limit = f"at most num_selected={self.num_selected}"
+        _require(forced <= self.num_selected, "num_initial + num_local", limit, forced)
+        for name, kind in (("compression", Compression), ("gate", Gate)):
+            require_known(name, getattr(self, name), get_args(kind))
 
     @property
     def group(self) -> int:
@@ -203,17 +151,8 @@ class NSAConfig(Keyed):
     @classmethod
     def preset(cls, name: str, **changes: Any) -> NSAConfig:
         """A named configuration, with ``changes`` applied: "paper", "small" or "tiny"."""
-        if name not in _PRESETS:
-            raise ConfigError(
-                f"preset: expected one of the known names, got {name!r}; "
-                f"{nearest(name, tuple(_PRESETS))}"
-            )
-        unknown = [key for key in changes if key not in {f.name for f in fields(cls)}]
-        if unknown:
-            names = tuple(f.name for f in fields(cls))
-            raise ConfigError(
-                f"expected names of NSAConfig, got {unknown[0]!r}; {nearest(unknown[0], names)}"
-            )
+        require_known("preset", name, tuple(_PRESETS))
+        require_fields(cls, changes)
         return replace(cls(**_PRESETS[name]), **changes)
 
 
@@ -235,8 +174,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _require_int(name: str, value: object) -> None:

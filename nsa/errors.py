@@ -1,5 +1,11 @@
 """One exception class per kind of mistake; what the library raises on purpose is an NSAError."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+
 
 class NSAError(Exception):
     """Base class of every error this library raises on purpose."""
@@ -31,3 +37,32 @@ class UsageError(NSAError):
 
 class DataError(NSAError):
     """Data that cannot be used: an unreadable or empty path, or values that are not finite."""
+
+
+def nearest(name: object, known: Sequence[str]) -> str:
+    """List the known names, the closest one first if there is one."""
+    folded = {option.lower(): option for option in known}
+    close = difflib.get_close_matches(str(name).lower(), folded, n=1)
+    hint = f"did you mean {folded[close[0]]!r}? " if close else ""
+    return f"{hint}(known: {', '.join(known)})"
+
+
+def require_known(
+    what: str, value: object, known: Sequence[str], error: type[NSAError] = ConfigError
+) -> None:
+    """Refuse a value that is none of the known ones, and name the nearest."""
+    if value not in known:
+        raise error(
+            f"{what}: expected one of the known names, got {value!r}; {nearest(value, known)}"
+        )
+
+
+def require_fields(
+    cls: type, given: Iterable[str], what: str = "", error: type[NSAError] = ConfigError
+) -> None:
+    """Refuse a name that is no field of a dataclass, and name the nearest."""
+    names = tuple(entry.name for entry in fields(cls))
+    for name in given:
+        if name not in names:
+            what = what or f"names of {cls.__name__}"
+            raise error(f"expected {what}, got {name!r}; {nearest(name, names)}")

@@ -14,8 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
-from nsa.config import Keyed, nearest
-from nsa.errors import SettingsError
+from nsa.config import Keyed
+from nsa.errors import SettingsError, nearest, require_fields
 from nsa.registry import TABLE, fa2_names
 from nsa.registry import names as backend_names
 
@@ -210,12 +210,7 @@ def use_settings(settings: Settings | None = None, **changes: Any) -> Iterator[S
     Raises:
         SettingsError: an unknown field or a value that the field does not take.
     """
-    names = tuple(entry.name for entry in fields(Settings))
-    for name in changes:
-        if name not in names:
-            raise SettingsError(
-                f"expected a field of Settings, got {name!r}; {nearest(name, names)}"
-            )
+    require_fields(Settings, changes, "a field of Settings", SettingsError)
     before = _override.get() or _from_environment
     chosen = replace(settings if settings is not None else current_settings(), **changes)
     token = _override.set(chosen)

@@ -22,9 +22,9 @@ import torch
 from nsa import registry
 from nsa.backends.fa2 import providers as fa2_providers
 from nsa.backends.protocol import STEPS, Backend, Gated, Problem
-from nsa.config import NSAConfig, nearest
+from nsa.config import NSAConfig
 from nsa.core.compile import keep_saved_tensors
-from nsa.errors import BackendUnavailable, SettingsError
+from nsa.errors import BackendUnavailable, SettingsError, require_known
 from nsa.registry import TABLE
 from nsa.settings import LENGTH_FLAGS, Settings, current_settings
 
@@ -230,11 +230,7 @@ def _resolve(
 def _requested(problem: Problem, backend: str | None, settings: Settings) -> tuple[str, str]:
     """The name requested, and what requests it."""
     if backend is not None:
-        if backend not in registry.names():
-            raise SettingsError(
-                f"backend: expected one of the known names, got {backend!r}; "
-                f"{nearest(backend, registry.names())}"
-            )
+        require_known("backend", backend, registry.names(), SettingsError)
         return backend, f"backend={backend!r}"
     if settings.backend != "auto":
         return settings.backend, f"NSA_BACKEND={settings.backend}"

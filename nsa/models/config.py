@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from nsa.config import NSAConfig, nearest
-from nsa.errors import ConfigError
+from nsa.config import NSAConfig
+from nsa.errors import ConfigError, require_fields, require_known
 
 Attention = Literal["nsa", "dense"]
 
@@ -60,7 +60,7 @@ class ModelConfig:
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
         """Name a model, ``changes`` applied: "small" (GPT-2's size) or "tiny" (for a CPU)."""
         require_known("preset", name, tuple(PRESETS))
-        _refuse_unknown(cls, changes)
+        require_fields(cls, changes)
         return cls(**{**PRESETS[name], "nsa": NSAConfig.preset(name), **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,18 +70,18 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Invert :meth:`to_dict`; unknown or missing names raise ConfigError."""
-        _refuse_unknown(cls, values)
+        require_fields(cls, values)
         missing = [name for name in ("dim", "num_layers", "nsa") if name not in values]
         if missing:
             raise ConfigError(f"expected a value for {missing[0]!r}, got none")
         if not isinstance(values["nsa"], Mapping):
             raise ConfigError(f"nsa: expected a table of values, got {values['nsa']!r}")
-        _refuse_unknown(NSAConfig, values["nsa"])
+        require_fields(NSAConfig, values["nsa"])
         return cls(**{**values, "nsa": NSAConfig(**values["nsa"])})
 
     def replace(self, **changes: Any) -> ModelConfig:
         """Copy with ``changes`` applied and checked."""
-        _refuse_unknown(type(self), changes)
+        require_fields(type(self), changes)
         if "dim" in changes and "hidden_dim" not in changes:
             changes["hidden_dim"] = None  # follows the new width, not the old one
         return replace(self, **changes)
@@ -91,23 +91,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"dim": 768, "num_layers": 12},
     "tiny": {"dim": 128, "num_layers": 4},
 }
-
-
-def require_known(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a value that is none of the known ones, and name the nearest."""
-    if value not in known:
-        raise ConfigError(
-            f"{name}: expected one of the known names, got {value!r}; {nearest(value, known)}"
-        )
-
-
-def _refuse_unknown(cls: type, values: Mapping[str, Any]) -> None:
-    names = tuple(field.name for field in fields(cls))
-    unknown = [name for name in values if name not in names]
-    if unknown:
-        raise ConfigError(
-            f"expected names of {cls.__name__}, got {unknown[0]!r}; {nearest(unknown[0], names)}"
-        )
 
 
 def _require_positive_int(name: str, value: object) -> None:

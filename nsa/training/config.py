@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from nsa.errors import ConfigError
+from nsa.errors import ConfigError, require_known
 from nsa.models import ModelConfig
-from nsa.models.config import require_known
 
 Precision = Literal["fp32", "bf16"]
 CompileMode = Literal["none", "blocks", "model"]

@@ -7,8 +7,8 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from nsa.config import NSAConfig, nearest
-from nsa.errors import ConfigError, NSAError
+from nsa.config import NSAConfig
+from nsa.errors import ConfigError, NSAError, nearest
 
 PRESETS = ("paper", "small", "tiny")
 INTS = [field.name for field in fields(NSAConfig) if field.type == "int"]

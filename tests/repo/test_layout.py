@@ -169,7 +169,7 @@ def test_a_wrong_import_is_seen(name, source, wrong):
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("nsa.settings", "from nsa.config import nearest"),
+        ("nsa.settings", "from nsa.errors import nearest"),
         ("nsa.reference.masks", "from nsa.config import NSAConfig\nfrom .packing import spans"),
         ("nsa.backends.sdpa.steps", "from nsa.backends import protocol\nfrom . import window"),
         ("nsa.backends.fa2.dense", "from nsa.backends import load\nfrom . import providers"),

@@ -125,6 +125,19 @@ class Aten:
         )
 
 
+def _options(call: Call) -> dict[str, Any]:
+    """What forward and backward of ``flash_attn`` are told alike."""
+    return {
+        "dropout_p": 0.0,
+        "softmax_scale": call.scale,
+        "causal": call.causal,
+        "window_size_left": call.left,
+        "window_size_right": call.right,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
+
+
 class FlashAttn:
     """The ``flash_attn`` package, version 2."""
 
@@ -135,16 +148,7 @@ class FlashAttn:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """See :class:`Provider`."""
-        options = {
-            "dropout_p": 0.0,
-            "softmax_scale": call.scale,
-            "causal": call.causal,
-            "window_size_left": call.left,
-            "window_size_right": call.right,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-            "return_softmax": False,
-        }
+        options = {**_options(call), "return_softmax": False}
         if call.cu_q is None:
             out, lse, *_ = self._interface._flash_attn_forward(q, k, v, **options)
         else:
@@ -158,16 +162,7 @@ class FlashAttn:
         """See :class:`Provider`."""
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         given = (dout.contiguous(), q, k, v, out, _heads_first(lse), dq, dk, dv)
-        options = {
-            "dropout_p": 0.0,
-            "softmax_scale": call.scale,
-            "causal": call.causal,
-            "window_size_left": call.left,
-            "window_size_right": call.right,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-            "deterministic": False,
-        }
+        options = {**_options(call), "deterministic": False}
         if call.cu_q is None:
             self._interface._flash_attn_backward(*given, **options)
         else:

@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 
 from nsa.backends import TABLE
-from nsa.config import NSAConfig, nearest
-from nsa.errors import ConfigError, UsageError
+from nsa.config import NSAConfig
+from nsa.errors import ConfigError, UsageError, nearest
 from nsa.settings import PROVIDERS
 from nsa.tools.bench.baselines import FLA
 from nsa.tools.bench.cases import BRANCHES, WHOLE

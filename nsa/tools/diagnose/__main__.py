@@ -13,8 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from nsa.config import nearest
-from nsa.errors import UsageError
+from nsa.errors import UsageError, nearest
 from nsa.registry import names
 from nsa.tools.common.cli import Parser, run
 from nsa.tools.diagnose.compile.trials import COMPILERS
