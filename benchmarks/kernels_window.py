@@ -26,7 +26,7 @@ from triton.testing import do_bench
 from nsa import NSAConfig
 from nsa.backends.compiled.window import launch as window
 from nsa.backends.compiled.window.launch import window_backward, window_forward
-from nsa.backends.compiled.window.tiles import WindowTiles
+from nsa.backends.compiled.window.tiles import Tiles
 from nsa.core.packing import token_members
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 
@@ -48,38 +48,38 @@ SHAPES = {
     "small-2048": (SMALL, 32, 2048),
 }
 FORWARD = {
-    "128x64, 8 w, 2 st., 128 regs": WindowTiles(128, 64, 8, 2, 128),
-    "128x64, 8 w, 2 st.": WindowTiles(128, 64, 8, 2),
-    "128x64, 8 w, 3 st.": WindowTiles(128, 64, 8, 3),
-    "128x64, 4 w, 2 st.": WindowTiles(128, 64, 4, 2),
-    "128x128, 8 w, 2 st.": WindowTiles(128, 128, 8, 2),
-    "128x32, 8 w, 3 st., 128 regs": WindowTiles(128, 32, 8, 3, 128),
-    "64x64, 4 w, 2 st.": WindowTiles(64, 64, 4, 2),
-    "64x64, 4 w, 3 st.": WindowTiles(64, 64, 4, 3),
-    "64x128, 4 w, 2 st.": WindowTiles(64, 128, 4, 2),
-    "256x64, 8 w, 2 st.": WindowTiles(256, 64, 8, 2),
+    "128x64, 8 w, 2 st., 128 regs": Tiles(128, 64, 8, 2, 128),
+    "128x64, 8 w, 2 st.": Tiles(128, 64, 8, 2),
+    "128x64, 8 w, 3 st.": Tiles(128, 64, 8, 3),
+    "128x64, 4 w, 2 st.": Tiles(128, 64, 4, 2),
+    "128x128, 8 w, 2 st.": Tiles(128, 128, 8, 2),
+    "128x32, 8 w, 3 st., 128 regs": Tiles(128, 32, 8, 3, 128),
+    "64x64, 4 w, 2 st.": Tiles(64, 64, 4, 2),
+    "64x64, 4 w, 3 st.": Tiles(64, 64, 4, 3),
+    "64x128, 4 w, 2 st.": Tiles(64, 128, 4, 2),
+    "256x64, 8 w, 2 st.": Tiles(256, 64, 8, 2),
 }
 QUERY_GRADIENT = {
-    "128x64, 8 w, 2 st.": WindowTiles(128, 64, 8, 2),
-    "128x64, 8 w, 2 st., 128 regs": WindowTiles(128, 64, 8, 2, 128),
-    "128x64, 8 w, 3 st.": WindowTiles(128, 64, 8, 3),
-    "128x32, 8 w, 2 st.": WindowTiles(128, 32, 8, 2),
-    "128x32, 8 w, 2 st., 128 regs": WindowTiles(128, 32, 8, 2, 128),
-    "64x64, 4 w, 2 st.": WindowTiles(64, 64, 4, 2),
-    "64x32, 4 w, 2 st.": WindowTiles(64, 32, 4, 2),
-    "64x128, 8 w, 2 st.": WindowTiles(64, 128, 8, 2),
+    "128x64, 8 w, 2 st.": Tiles(128, 64, 8, 2),
+    "128x64, 8 w, 2 st., 128 regs": Tiles(128, 64, 8, 2, 128),
+    "128x64, 8 w, 3 st.": Tiles(128, 64, 8, 3),
+    "128x32, 8 w, 2 st.": Tiles(128, 32, 8, 2),
+    "128x32, 8 w, 2 st., 128 regs": Tiles(128, 32, 8, 2, 128),
+    "64x64, 4 w, 2 st.": Tiles(64, 64, 4, 2),
+    "64x32, 4 w, 2 st.": Tiles(64, 32, 4, 2),
+    "64x128, 8 w, 2 st.": Tiles(64, 128, 8, 2),
 }
 KEY_GRADIENT = {
-    "128x64, 8 w, 2 st.": WindowTiles(128, 64, 8, 2),
-    "128x64, 8 w, 1 st.": WindowTiles(128, 64, 8, 1),
-    "64x128, 8 w, 2 st.": WindowTiles(64, 128, 8, 2),
-    "64x128, 8 w, 3 st.": WindowTiles(64, 128, 8, 3),
-    "32x128, 8 w, 2 st.": WindowTiles(32, 128, 8, 2),
-    "32x128, 8 w, 3 st.": WindowTiles(32, 128, 8, 3),
-    "64x64, 8 w, 2 st.": WindowTiles(64, 64, 8, 2),
-    "64x64, 8 w, 2 st., 128 regs": WindowTiles(64, 64, 8, 2, 128),
-    "64x64, 4 w, 2 st.": WindowTiles(64, 64, 4, 2),
-    "32x64, 4 w, 3 st.": WindowTiles(32, 64, 4, 3),
+    "128x64, 8 w, 2 st.": Tiles(128, 64, 8, 2),
+    "128x64, 8 w, 1 st.": Tiles(128, 64, 8, 1),
+    "64x128, 8 w, 2 st.": Tiles(64, 128, 8, 2),
+    "64x128, 8 w, 3 st.": Tiles(64, 128, 8, 3),
+    "32x128, 8 w, 2 st.": Tiles(32, 128, 8, 2),
+    "32x128, 8 w, 3 st.": Tiles(32, 128, 8, 3),
+    "64x64, 8 w, 2 st.": Tiles(64, 64, 8, 2),
+    "64x64, 8 w, 2 st., 128 regs": Tiles(64, 64, 8, 2, 128),
+    "64x64, 4 w, 2 st.": Tiles(64, 64, 4, 2),
+    "32x64, 4 w, 3 st.": Tiles(32, 64, 4, 3),
 }
 
 
@@ -150,21 +150,21 @@ class Problem:
         self.common: dict[str, Any] = {"window": config.window, "start": None, "scale": scale}
         self.out, self.lse = self.forward(None)
 
-    def forward(self, tiles: WindowTiles | None) -> tuple[Tensor, Tensor]:
+    def forward(self, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
         return window_forward(self.q, self.k, self.v, **self.common, tiles=tiles)
 
-    def backward(self, **tiles: WindowTiles) -> object:
+    def backward(self, **tiles: Tiles) -> object:
         results = self.out, self.lse
         return window_backward(self.dout, self.q, self.k, self.v, *results, **self.common, **tiles)
 
-    def query_gradient(self, tiles: WindowTiles) -> object:
+    def query_gradient(self, tiles: Tiles) -> object:
         """dq alone: the other kernel is left out."""
-        with without("_key_gradient"):
+        with without("nsa_window_bwd_dkv"):
             return self.backward(q_tiles=tiles)
 
-    def key_gradient(self, tiles: WindowTiles) -> object:
+    def key_gradient(self, tiles: Tiles) -> object:
         """dk and dv alone."""
-        with without("_query_gradient"):
+        with without("nsa_window_bwd_dq"):
             return self.backward(k_tiles=tiles)
 
 
@@ -185,7 +185,7 @@ def without(name: str) -> Iterator[None]:
         setattr(window, name, kernel)
 
 
-TABLES: dict[str, tuple[dict[str, WindowTiles], int]] = {
+TABLES: dict[str, tuple[dict[str, Tiles], int]] = {
     "forward": (FORWARD, 2),
     "query_gradient": (QUERY_GRADIENT, 3),
     "key_gradient": (KEY_GRADIENT, 4),
