@@ -47,7 +47,7 @@ SHAPES = {
     "paper-65536": (PAPER, 1, 65536),
     "small-2048": (SMALL, 32, 2048),
 }
-FORWARD = {
+FWD = {
     "128x64, 8 w, 2 st., 128 regs": Tiles(128, 64, 8, 2, 128),
     "128x64, 8 w, 2 st.": Tiles(128, 64, 8, 2),
     "128x64, 8 w, 3 st.": Tiles(128, 64, 8, 3),
@@ -59,7 +59,7 @@ FORWARD = {
     "64x128, 4 w, 2 st.": Tiles(64, 128, 4, 2),
     "256x64, 8 w, 2 st.": Tiles(256, 64, 8, 2),
 }
-QUERY_GRADIENT = {
+BWD_DQ = {
     "128x64, 8 w, 2 st.": Tiles(128, 64, 8, 2),
     "128x64, 8 w, 2 st., 128 regs": Tiles(128, 64, 8, 2, 128),
     "128x64, 8 w, 3 st.": Tiles(128, 64, 8, 3),
@@ -69,7 +69,7 @@ QUERY_GRADIENT = {
     "64x32, 4 w, 2 st.": Tiles(64, 32, 4, 2),
     "64x128, 8 w, 2 st.": Tiles(64, 128, 8, 2),
 }
-KEY_GRADIENT = {
+BWD_DKV = {
     "128x64, 8 w, 2 st.": Tiles(128, 64, 8, 2),
     "128x64, 8 w, 1 st.": Tiles(128, 64, 8, 1),
     "64x128, 8 w, 2 st.": Tiles(64, 128, 8, 2),
@@ -148,21 +148,21 @@ class Problem:
         self.k, self.v = normal(config.num_kv_heads), normal(config.num_kv_heads)
         scale = config.softmax_scale
         self.common: dict[str, Any] = {"window": config.window, "start": None, "scale": scale}
-        self.out, self.lse = self.forward(None)
+        self.out, self.lse = self.fwd(None)
 
-    def forward(self, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
+    def fwd(self, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
         return window_forward(self.q, self.k, self.v, **self.common, tiles=tiles)
 
     def backward(self, **tiles: Tiles) -> object:
         results = self.out, self.lse
         return window_backward(self.dout, self.q, self.k, self.v, *results, **self.common, **tiles)
 
-    def query_gradient(self, tiles: Tiles) -> object:
+    def bwd_dq(self, tiles: Tiles) -> object:
         """dq alone: the other kernel is left out."""
         with without("nsa_window_bwd_dkv"):
             return self.backward(q_tiles=tiles)
 
-    def key_gradient(self, tiles: Tiles) -> object:
+    def bwd_dkv(self, tiles: Tiles) -> object:
         """dk and dv alone."""
         with without("nsa_window_bwd_dq"):
             return self.backward(k_tiles=tiles)
@@ -186,9 +186,9 @@ def without(name: str) -> Iterator[None]:
 
 
 TABLES: dict[str, tuple[dict[str, Tiles], int]] = {
-    "forward": (FORWARD, 2),
-    "query_gradient": (QUERY_GRADIENT, 3),
-    "key_gradient": (KEY_GRADIENT, 4),
+    "fwd": (FWD, 2),
+    "bwd_dq": (BWD_DQ, 3),
+    "bwd_dkv": (BWD_DKV, 4),
 }
 """Tiles to try for each kernel, and its matrix products."""
 
@@ -227,7 +227,7 @@ def variants(config: NSAConfig, batch: int, length: int) -> None:
             ms = do_bench(call, warmup=50, rep=300, return_mode="median")
             rate = products * product / ms / 1e9
             print(f"  {name:30s} {ms:8.3f} ms  {rate:5.0f} TFLOP/s", flush=True)
-    for name, call in (("forward", partial(problem.forward, None)), ("backward", problem.backward)):
+    for name, call in (("forward", partial(problem.fwd, None)), ("backward", problem.backward)):
         ms = do_bench(call, warmup=50, rep=300, return_mode="median")
         print(f" {name}, default tiles: {ms:.3f} ms", flush=True)
 

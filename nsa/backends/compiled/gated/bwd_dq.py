@@ -6,7 +6,7 @@ makes its probabilities g*p, and the gradient of the scores ``g*p*(dp - delta)``
 ``delta = Σ dout * out`` of the row, which is also the gate's gradient.
 
 B batch, T query tokens, N compressed blocks, H query heads, G heads per group, D key size, V value
-size.
+size. C, LEAD, STRIDE and ``…_seq_starts``: :mod:`nsa.backends.compiled.window.bounds`.
 """
 
 from __future__ import annotations

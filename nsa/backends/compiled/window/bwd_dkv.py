@@ -5,6 +5,7 @@ Where few blocks of keys have many queries, parts of the queries are summed apar
 order, so that the result is the same in every run.
 
 B batch, T query tokens, S keys, H query heads, G heads per group, D key size, V value size.
+C, LEAD, STRIDE and ``seq_starts``: :mod:`.bounds`.
 """
 
 from __future__ import annotations

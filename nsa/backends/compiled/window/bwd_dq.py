@@ -2,6 +2,7 @@
 strided keys (:mod:`.bounds`). :mod:`nsa.backends.compiled.gated.bwd_dq` has dq of both at once.
 
 B batch, T query tokens, H query heads, G heads per group, D key size, V value size.
+C, LEAD, STRIDE and ``seq_starts``: :mod:`.bounds`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ same m + w - 1 keys, so keys and values are read once for all of them, and littl
 edge is computed in vain. The algorithm is FlashAttention-2's (arXiv 2307.08691).
 
 B batch, T query tokens, H query heads, G heads per group, D key size, V value size.
+C, LEAD, STRIDE and ``seq_starts``: :mod:`.bounds`.
 """
 
 from __future__ import annotations
