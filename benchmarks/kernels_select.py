@@ -24,7 +24,7 @@ from nsa import NSAConfig
 from nsa.backends import load
 from nsa.backends.compiled.select.kernel import select_forward
 from nsa.backends.compiled.select.tiles import SelectTiles, select_tiles
-from nsa.core.packing import compressed_members, token_members
+from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.testing import make_inputs
 from nsa.testing.parity import _sequence_faults
 
@@ -94,9 +94,9 @@ def select(
 ) -> Tensor:
     start = cmp_start = None
     if cu_seqlens is not None:
-        tokens = token_members(cu_seqlens, q.shape[1])
-        blocks = compressed_members(cu_seqlens, k.shape[1], config)
-        start, cmp_start = tokens.starts[tokens.seq].int(), blocks.starts[tokens.seq].int()
+        tokens = packed_tokens(cu_seqlens, q.shape[1])
+        blocks = packed_blocks(cu_seqlens, k.shape[1], config)
+        start, cmp_start = tokens.seq_start.int(), blocks.offsets[tokens.seq_id].int()
     return select_forward(
         q,
         k,

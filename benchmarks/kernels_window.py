@@ -27,7 +27,7 @@ from nsa import NSAConfig
 from nsa.backends.compiled.window import launch as window
 from nsa.backends.compiled.window.launch import window_backward, window_forward
 from nsa.backends.compiled.window.tiles import Tiles
-from nsa.core.packing import token_members
+from nsa.core.packing import packed_tokens
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 
 PAPER = NSAConfig(num_heads=64, num_kv_heads=4, head_dim=128)
@@ -87,8 +87,8 @@ def arguments(x: Inputs) -> dict[str, Any]:
     """The keyword arguments that forward and backward share."""
     start = None
     if x.cu_seqlens is not None:
-        tokens = token_members(x.cu_seqlens, x.q.shape[1])
-        start = tokens.starts[tokens.seq].int()
+        tokens = packed_tokens(x.cu_seqlens, x.q.shape[1])
+        start = tokens.seq_start.int()
     return {"window": x.config.window, "start": start, "scale": x.config.softmax_scale}
 
 

@@ -1,4 +1,4 @@
-"""The public functions: they validate, resolve a backend, run its steps, and mix the branches.
+"""The public functions: they validate, choose a backend, run its steps, and sum the branches.
 
 B batch, T tokens, N compressed blocks, H query heads, K key/value heads, D key size, V value size,
 n listed blocks.
@@ -7,15 +7,19 @@ n listed blocks.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa.backends.dispatch import Plan, plan, settings_in_force
+from nsa.backends.dispatch import Resolution, plan, settings_in_force
+from nsa.backends.protocol import Problem
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
-from nsa.core.compile import fused
-from nsa.settings import Settings
+from nsa.core.compile import compile_glue
+from nsa.core.dtypes import accumulation_dtype
+from nsa.core.inputs import AttentionInputs
+from nsa.registry import TABLE
 
 
 def nsa_attention(
@@ -57,46 +61,31 @@ def nsa_attention(
     Raises:
         ShapeError: inputs that do not fit together.
         DataError: values that are not finite (``NSA_CHECK=1`` only).
-        BackendUnavailable: the backend asked for cannot run this.
+        BackendUnavailable: the backend requested cannot run this.
     """
     settings = settings_in_force()
-    compressed, selected, window = KV(*compressed), KV(*selected), KV(*window)
-    check_inputs(
+    inputs = AttentionInputs(
         q,
-        compressed,
-        selected,
-        window,
+        KV(*compressed),
+        KV(*selected),
+        KV(*window),
         gates,
-        config,
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
         block_idx=block_idx,
-        settings=settings,
     )
-    chosen = plan(
+    validate.check_inputs(inputs, config, check=settings.check)
+    problem = Problem(
         config,
-        device=q.device,
-        dtype=q.dtype,
-        length=_longest(q, cu_seqlens, max_seqlen),
-        packed=cu_seqlens is not None,
-        needs_grad=needs_grad(q, *compressed, *selected, *window, gates),
-        backend=backend,
-        settings=settings,
+        q.device,
+        q.dtype,
+        inputs.length,
+        cu_seqlens is not None,
+        needs_grad(*inputs.differentiable),
     )
-    runner = run_fused if chosen.backend == "compiled" else run
-    return runner(
-        chosen,
-        q,
-        compressed,
-        selected,
-        window,
-        gates,
-        config,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-        block_idx=block_idx,
-        settings=settings,
-    )
+    chosen = plan(problem, backend, settings)
+    runner = run_compiled if TABLE[chosen.backend].compiles_glue else run
+    return runner(chosen, inputs, config, nvtx=settings.nvtx)
 
 
 def select_blocks(
@@ -130,138 +119,64 @@ def select_blocks(
     if settings.check:
         blocks = validate.without_surplus(k_cmp, config, cu_seqlens)
         validate.check_finite({"q": q, "k_cmp": blocks})
-    chosen = plan(
-        config,
-        device=q.device,
-        dtype=q.dtype,
-        length=_longest(q, cu_seqlens, max_seqlen),
-        packed=packed,
-        needs_grad=False,
-        backend=backend,
-        settings=settings,
-    )
-    step = chosen.step("select").select_blocks
+    length = max_seqlen if packed and max_seqlen is not None else q.shape[1]
+    problem = Problem(config, q.device, q.dtype, length, packed, needs_grad=False)
+    step = plan(problem, backend, settings).step("select").select_blocks
     with torch.autocast(q.device.type, enabled=False):
         return step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
 
 
-def check_inputs(
-    q: Tensor,
-    compressed: KV,
-    selected: KV,
-    window: KV,
-    gates: Tensor,
-    config: NSAConfig,
-    *,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    block_idx: Tensor | None,
-    settings: Settings,
-) -> None:
-    """Everything that is checked before a backend sees the inputs."""
-    validate.check_query(q, config)
-    validate.check_packing(q, cu_seqlens, max_seqlen, check=settings.check)
-    for part, x in zip("kv", compressed, strict=True):
-        validate.check_compressed(
-            f"compressed.{part}", x, q, config, cu_seqlens, check=settings.check
-        )
-    if compressed.k.shape[1] != compressed.v.shape[1]:
-        validate.check_like_query(
-            "compressed.v", compressed.v, q, (1, compressed.k.shape[1], None, None)
-        )
-    validate.check_kv("selected", selected, q, config)
-    validate.check_kv("window", window, q, config)
-    validate.check_gates(gates, q)
-    if block_idx is not None:
-        validate.check_block_idx(block_idx, q, config, cu_seqlens, check=settings.check)
-    if settings.check:
-        check_values(q, compressed, selected, window, gates, config, cu_seqlens)
-
-
-def check_values(
-    q: Tensor,
-    compressed: KV,
-    selected: KV,
-    window: KV,
-    gates: Tensor,
-    config: NSAConfig,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Every input is finite (``NSA_CHECK=1`` only)."""
-    validate.check_finite(
-        {
-            "q": q,
-            "compressed.k": validate.without_surplus(compressed.k, config, cu_seqlens),
-            "compressed.v": validate.without_surplus(compressed.v, config, cu_seqlens),
-            "selected.k": selected.k,
-            "selected.v": selected.v,
-            "window.k": window.k,
-            "window.v": window.v,
-            "gates": gates,
-        }
-    )
-
-
 def run(
-    chosen: Plan,
-    q: Tensor,
-    compressed: KV,
-    selected: KV,
-    window: KV,
-    gates: Tensor,
+    chosen: Resolution,
+    inputs: AttentionInputs,
     config: NSAConfig,
     *,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    block_idx: Tensor | None,
-    settings: Settings,
-    within_one: bool = False,
+    gates_in_unit_interval: bool = False,
+    nvtx: bool = False,
 ) -> Tensor:
-    """Runs the steps of a plan on inputs that have been checked; ``within_one``: all gates are."""
-    gated = chosen.gated()
+    """Run the steps of a plan on inputs that have been checked.
+
+    ``gates_in_unit_interval``: every gate is in 0…1, as the layer knows of its own.
+    """
+    q, cu_seqlens, block_idx = inputs.q, inputs.cu_seqlens, inputs.block_idx
+    where: dict[str, Any] = {"max_seqlen": inputs.max_seqlen, "q_start": inputs.q_start}
+    gated = chosen.gated() if inputs.q_start == 0 else None
+    ranges = nvtx and q.is_cuda and not torch.compiler.is_compiling()
     with torch.autocast(q.device.type, enabled=False):
-        with _range("compressed", q, settings), _graph_unless(gated is not None):
+        # no autograd graph where something else computes the gradients
+        no_graph = torch.no_grad() if gated is not None else contextlib.nullcontext()
+        with _range("compressed", ranges), no_graph:
             out_cmp, lse = chosen.step("compressed").compressed_attention(
-                q, *compressed, config, cu_seqlens, max_seqlen=max_seqlen
+                q, *inputs.compressed, config, cu_seqlens, **where
             )
         if block_idx is None:
-            with _range("select", q, settings):
+            with _range("select", ranges):
                 block_idx = chosen.step("select").select_blocks(
-                    q,
-                    compressed.k,
-                    config,
-                    cu_seqlens,
-                    max_seqlen=max_seqlen,
-                    lse=lse,
+                    q, inputs.compressed.k, config, cu_seqlens, **where, lse=lse
                 )
         if gated is not None:
-            with _range("selected+window", q, settings):
+            with _range("selected+window", ranges):
                 return gated.gated_attention(
-                    q,
-                    compressed,
-                    selected,
-                    window,
-                    gates,
+                    inputs,
                     out_cmp,
                     lse,
                     block_idx,
                     config,
-                    cu_seqlens,
-                    within_one=within_one,
+                    gates_in_unit_interval=gates_in_unit_interval,
                 )
-        with _range("selected", q, settings):
+        with _range("selected", ranges):
             out_slc, _ = chosen.step("selected").selected_attention(
-                q, *selected, block_idx, config, cu_seqlens, max_seqlen=max_seqlen
+                q, *inputs.selected, block_idx, config, cu_seqlens, **where
             )
-        with _range("window", q, settings):
+        with _range("window", ranges):
             out_win, _ = chosen.step("window").window_attention(
-                q, *window, config, cu_seqlens, max_seqlen=max_seqlen
+                q, *inputs.window, config, cu_seqlens, **where
             )
-        return combine(gates, out_cmp, out_slc, out_win)
+        return combine(inputs.gates, out_cmp, out_slc, out_win)
 
 
-run_fused = fused(run)
-"""The same for the ``compiled`` backend, as one graph."""
+run_compiled = compile_glue(run)
+"""The same as one graph, for backends that leave their glue to Inductor."""
 
 
 def combine(gates: Tensor, *outputs: Tensor) -> Tensor:
@@ -269,13 +184,12 @@ def combine(gates: Tensor, *outputs: Tensor) -> Tensor:
 
     gates ``[B, T, H, 3]``, outputs ``[B, T, H, V]`` each.
     """
-    dtype = outputs[0].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(outputs[0])
     terms = [
         gate[..., None].to(wide) * out.to(wide)
         for gate, out in zip(gates.unbind(-1), outputs, strict=True)
     ]
-    return (terms[0] + terms[1] + terms[2]).to(dtype)
+    return (terms[0] + terms[1] + terms[2]).to(outputs[0].dtype)
 
 
 def needs_grad(*tensors: Tensor) -> bool:
@@ -283,17 +197,6 @@ def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _longest(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
-    return q.shape[1] if cu_seqlens is None or max_seqlen is None else max_seqlen
-
-
-def _graph_unless(off: bool) -> contextlib.AbstractContextManager[object]:
-    """No autograd graph where something else computes the gradients."""
-    return torch.no_grad() if off else contextlib.nullcontext()
-
-
-def _range(name: str, q: Tensor, settings: Settings) -> contextlib.AbstractContextManager[object]:
-    """An NVTX range under ``NSA_NVTX=1``, for a profiler; none in a compiled graph."""
-    if not (settings.nvtx and q.is_cuda) or torch.compiler.is_compiling():
-        return contextlib.nullcontext()
-    return torch.cuda.nvtx.range(f"nsa.{name}")
+def _range(name: str, on: bool) -> contextlib.AbstractContextManager[object]:
+    """An NVTX range, for a profiler; none in a compiled graph."""
+    return torch.cuda.nvtx.range(f"nsa.{name}") if on else contextlib.nullcontext()

@@ -6,23 +6,24 @@ B batch, T tokens, H query heads, K key/value heads, D key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from nsa.attention import check_values, needs_grad, run
-from nsa.backends import Resolution
-from nsa.backends.dispatch import Plan, plan
-from nsa.compression import Compress, compress_both
+from nsa.attention import run
+from nsa.backends.dispatch import Resolution, plan
+from nsa.backends.protocol import Problem
+from nsa.compression import PHI, Compress, compress_both
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
-from nsa.core.compile import fused
-from nsa.core.linear import is_plain
-from nsa.core.packing import token_members
+from nsa.core.compile import compile_glue
+from nsa.core.inputs import AttentionInputs
+from nsa.core.linear import project
+from nsa.core.packing import packed_tokens
 from nsa.core.rope import apply_rope
 from nsa.errors import ConfigError
+from nsa.gates import GATES
+from nsa.registry import TABLE
 from nsa.settings import current_settings
 
 BRANCHES = ("compressed", "selected", "window")
@@ -58,7 +59,7 @@ class NSAttention(nn.Module):
             raise ConfigError(f"dim: expected an int >= 1, got {dim!r}")
         self.dim, self.config, self.backend = dim, config, backend
         self.settings = current_settings()
-        self._plan: Plan | None = None
+        self._resolution: Resolution | None = None
         H, K, D, V = config.num_heads, config.num_kv_heads, config.head_dim, config.dv
 
         def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
@@ -73,15 +74,16 @@ class NSAttention(nn.Module):
         self.k_proj = per_branch(lambda: linear(dim, K * D))
         self.v_proj = per_branch(lambda: linear(dim, K * V))
         self.gate_proj = linear(dim, H * len(BRANCHES), bias=True)
-        self.compress_k = Compress(config, D, device=device, dtype=dtype)
-        self.compress_v = Compress(config, V, device=device, dtype=dtype)
+        phi = PHI[config.compression]
+        self.compress_k = phi(config, D, device=device, dtype=dtype)
+        self.compress_v = phi(config, V, device=device, dtype=dtype)
         self.o_proj = linear(H * V, dim)
         self.reset_parameters()
 
     @property
     def resolution(self) -> Resolution | None:
         """What ran the last forward, and why; None before the first."""
-        return None if self._plan is None else self._plan.resolution
+        return self._resolution
 
     def reset_parameters(self) -> None:
         """Draws the weights anew; every gate starts half open."""
@@ -109,81 +111,70 @@ class NSAttention(nn.Module):
         Raises:
             ShapeError: inputs that do not fit.
             DataError: values that are not finite (``NSA_CHECK=1`` only).
-            BackendUnavailable: the backend asked for cannot run this.
+            BackendUnavailable: the backend requested cannot run this.
         """
         settings = self.settings
         validate.check_layer_input(x, self.dim, self.q_proj.weight)
         validate.check_packing(x, cu_seqlens, max_seqlen, check=settings.check)
         if settings.check:
             validate.check_finite({"x": x})
-        if not torch.compiler.is_compiling() and self._choose(x, cu_seqlens, max_seqlen) == (
-            "compiled"
-        ):
-            return _FUSED(self, x, cu_seqlens, max_seqlen)
-        return self._attend(x, cu_seqlens, max_seqlen)
-
-    def _choose(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> str:
-        """The name of the backend, before anything has been projected."""
         autocast = torch.is_autocast_enabled(x.device.type)
-        chosen = plan(
-            self.config,
-            device=x.device,
-            dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
-            length=x.shape[1] if max_seqlen is None else max_seqlen,
-            packed=cu_seqlens is not None,
-            needs_grad=torch.is_grad_enabled(),
-            backend=self.backend,
-            settings=self.settings,
-        )
-        return chosen.backend
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
+        if TABLE[chosen.backend].compiles_glue and not torch.compiler.is_compiling():
+            return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen)
+        return self._attend(x, chosen, dtype, cu_seqlens, max_seqlen)
 
-    def _attend(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
-        """Projections, branches and gates, of checked input."""
+    def _plan_for(
+        self, x: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> Resolution:
+        """What runs queries of this dtype."""
+        length = x.shape[1] if max_seqlen is None else max_seqlen
+        packed = cu_seqlens is not None
+        grad = torch.is_grad_enabled()
+        problem = Problem(self.config, x.device, dtype, length, packed, needs_grad=grad)
+        return plan(problem, self.backend, self.settings)
+
+    def _attend(
+        self,
+        x: Tensor,
+        chosen: Resolution,
+        dtype: torch.dtype,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+    ) -> Tensor:
+        """Projections, branches and gates, of checked input and expected ``dtype`` of queries."""
         settings, config = self.settings, self.config
-        T = x.shape[1]
-        projected = self._project(x)
-        q = self._rotate(
-            projected["q"].unflatten(-1, (config.num_heads, config.head_dim)), cu_seqlens
-        )
-        tokens, selected, window = self._keys_and_values(projected, cu_seqlens)
-        gates = self._gates(projected["gate"])
-        self._plan = plan(
-            config,
-            device=q.device,
-            dtype=q.dtype,
-            length=T if max_seqlen is None else max_seqlen,
-            packed=cu_seqlens is not None,
-            needs_grad=needs_grad(
-                q,
-                *tokens,
-                *selected,
-                *window,
-                gates,
-                *self.compress_k.parameters(),
-                *self.compress_v.parameters(),
-            ),
-            backend=self.backend,
-            settings=settings,
-        )
-        k_cmp, v_cmp = compress_both(
-            self.compress_k, self.compress_v, *tokens, cu_seqlens, by=self._plan.backend
-        )
-        compressed = KV(k_cmp.to(q.dtype), v_cmp.to(q.dtype))
-        if settings.check:
-            check_values(q, compressed, selected, window, gates, config, cu_seqlens)
-        out = run(
-            self._plan,
+        projected = project(x, self._linears())
+        positions = None
+        if cu_seqlens is not None and config.rope_theta is not None:
+            positions = packed_tokens(cu_seqlens, x.shape[1]).position
+        q = projected["q"].unflatten(-1, (config.num_heads, config.head_dim))
+        q = self._rotate(q, positions)
+        if q.dtype != dtype:  # a projection that decides itself, a quantised one for example
+            chosen = self._plan_for(x, q.dtype, cu_seqlens, max_seqlen)
+        self._resolution = chosen
+        tokens, selected, window = self._keys_and_values(projected, positions)
+        k_cmp, v_cmp = compress_both(self.compress_k, self.compress_v, *tokens, cu_seqlens)
+        gate = GATES[config.gate]
+        logits = projected["gate"].unflatten(-1, (config.num_heads, len(BRANCHES)))
+        inputs = AttentionInputs(
             q,
-            compressed,
+            KV(k_cmp.to(q.dtype), v_cmp.to(q.dtype)),
             selected,
             window,
-            gates,
-            config,
+            gate.activate(logits),
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
-            block_idx=None,
-            settings=settings,
-            within_one=True,
+        )
+        if settings.check:
+            validate.check_values(inputs, config)
+        out = run(
+            chosen,
+            inputs,
+            config,
+            gates_in_unit_interval=gate.in_unit_interval,
+            nvtx=settings.nvtx,
         )
         return self.o_proj(out.flatten(2))
 
@@ -198,62 +189,28 @@ class NSAttention(nn.Module):
         linears["gate"] = self.gate_proj
         return linears
 
-    def _project(self, x: Tensor) -> dict[str, Tensor]:
-        """What :meth:`_linears` make of x: one product where they are nothing but linear maps.
-
-        All but that of q are so narrow that reading x is most of their work, and in the backward
-        pass each would write a gradient of x. A projection that is more than a linear map
-        (:func:`nsa.core.linear.is_plain`) is called as it is, and then so are all.
-        """
-        linears = self._linears()
-        together = all(is_plain(linear, bias=name == "gate") for name, linear in linears.items())
-        if not torch.compiler.is_compiling() and x.shape[0] * x.shape[1] < _FEW:
-            together = False
-        if not together:
-            return {name: linear(x) for name, linear in linears.items()}
-        weights = [cast(nn.Linear, linear).weight for linear in linears.values()]
-        sizes = [weight.shape[0] for weight in weights]
-        spare = -sum(sizes) % _ALIGNED  # so that every row of the result begins aligned
-        weights.append(weights[0].new_zeros(spare, self.dim))
-        product = F.linear(x, torch.cat(weights))
-        parts = dict(zip(linears, product.split([*sizes, spare], -1), strict=False))
-        parts["gate"] = parts["gate"] + self.gate_proj.bias.to(product.dtype)
-        return parts
-
     def _keys_and_values(
-        self, projected: dict[str, Tensor], cu_seqlens: Tensor | None
+        self, projected: dict[str, Tensor], positions: Tensor | None
     ) -> tuple[KV, ...]:
         """Those of every branch, in the order of BRANCHES; one pair for all when shared."""
         if not self.config.independent_kv:
-            return (self._kv(projected["k"], projected["v"], cu_seqlens),) * len(BRANCHES)
+            return (self._kv(projected["k"], projected["v"], positions),) * len(BRANCHES)
         return tuple(
-            self._kv(projected[f"k.{branch}"], projected[f"v.{branch}"], cu_seqlens)
+            self._kv(projected[f"k.{branch}"], projected[f"v.{branch}"], positions)
             for branch in BRANCHES
         )
 
-    def _kv(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> KV:
+    def _kv(self, k: Tensor, v: Tensor, positions: Tensor | None) -> KV:
         k = k.unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
         # a copy: a part that is kept for the backward pass would keep the whole product
         v = v.contiguous().unflatten(-1, (self.config.num_kv_heads, self.config.dv))
-        return KV(self._rotate(k, cu_seqlens), v)
+        return KV(self._rotate(k, positions), v)
 
-    def _rotate(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """RoPE at ``positions`` ``[T]``; None counts from 0."""
         theta = self.config.rope_theta
-        if theta is None:
-            return x.contiguous()
-        positions = None if cu_seqlens is None else token_members(cu_seqlens, x.shape[1]).rank
-        return apply_rope(x, theta, positions)
-
-    def _gates(self, logits: Tensor) -> Tensor:
-        logits = logits.unflatten(-1, (self.config.num_heads, len(BRANCHES)))
-        if self.config.gate == "sigmoid":
-            return logits.sigmoid()
-        return logits.softmax(-1)
+        return x.contiguous() if theta is None else apply_rope(x, theta, positions)
 
 
-_ALIGNED = 64
-"""Elements."""
-_FEW = 256
-"""Rows of x below which the weights are not joined, outside a trace: on a CPU (dim 768) 64 rows
-took 2.65 ms in place of 1.53, 2048 rows the same."""
-_FUSED = fused(NSAttention._attend)
+_ATTEND_COMPILED = compile_glue(NSAttention._attend)
+"""The same as one graph, for backends that leave their glue to Inductor."""

@@ -11,15 +11,58 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from nsa.config import Keyed, nearest
 from nsa.errors import SettingsError
+from nsa.registry import TABLE, fa2_names
+from nsa.registry import names as backend_names
 
-BACKENDS = ("auto", "reference", "sdpa", "fa2-dense", "fa2-varlen", "compiled")
 PROVIDERS = ("auto", "flash_attn", "aten", "math")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LENGTH_FLAGS = ("fa2_min_len_win", "fa2_min_len_cmp")
+"""Fields that a choice compares with the length."""
+
+
+def _field(default: Any, expected: Callable[[object], str | None], **more: Any) -> Any:
+    """A field of :class:`Settings`; ``expected`` tells of a wrong value what it should be."""
+    return field(default=default, metadata={"expected": expected, **more})
+
+
+def _choice(default: str, known: Callable[[], tuple[str, ...]]) -> Any:
+    def expected(value: object) -> str | None:
+        return None if value in known() else "one of the known names"
+
+    return _field(default, expected, known=known, parse=lambda flag, text: text)
+
+
+def _integer(default: int, minimum: int) -> Any:
+    def expected(value: object) -> str | None:
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+        return None if ok else f"an integer >= {minimum}"
+
+    def parse(flag: str, text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise SettingsError(f"{flag}: expected an integer, got {text!r}") from None
+
+    return _field(default, expected, parse=parse)
+
+
+def _switch(default: bool | None) -> Any:
+    known = (False, True) if default is not None else (None, False, True)
+
+    def expected(value: object) -> str | None:
+        return None if any(value is option for option in known) else "0 or 1"
+
+    def parse(flag: str, text: str) -> bool:
+        if text not in ("0", "1"):
+            raise SettingsError(f"{flag}: expected 0 or 1, got {text!r}")
+        return text == "1"
+
+    return _field(default, expected, parse=parse)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,29 +72,29 @@ class Settings(Keyed):
     Raises :class:`nsa.SettingsError` for a value out of range or flags that contradict each other.
     """
 
-    backend: str = "auto"
+    backend: str = _choice("auto", backend_names)
     """The backend; "auto" lets the library choose and log its choice."""
-    use_fa2: bool | None = None
+    use_fa2: bool | None = _switch(None)
     """True: FlashAttention-2 or an error. False: "auto" never takes it."""
-    use_fa2_win: bool | None = None
+    use_fa2_win: bool | None = _switch(None)
     """The same for the window branch inside an FA-2 backend; False sends it to ``sdpa``."""
-    use_fa2_cmp: bool | None = None
+    use_fa2_cmp: bool | None = _switch(None)
     """The same for the compressed branch inside an FA-2 backend."""
-    fa2_min_len_win: int = 1
+    fa2_min_len_win: int = _integer(1, minimum=1)
     """A batch whose longest sequence is shorter uses ``sdpa`` for the window branch (tokens)."""
-    fa2_min_len_cmp: int = 1
+    fa2_min_len_cmp: int = _integer(1, minimum=1)
     """The same for the compressed branch (tokens)."""
-    fa2_provider: str = "auto"
+    fa2_provider: str = _choice("auto", lambda: PROVIDERS)
     """Where FlashAttention-2 comes from."""
-    prealloc_varlen_n: int = 0
+    prealloc_varlen_n: int = _integer(0, minimum=0)
     """Rows of the varlen workspace that is kept between calls."""
-    prealloc_varlen_k: int = 0
+    prealloc_varlen_k: int = _integer(0, minimum=0)
     """Keys of the varlen workspace that is kept between calls."""
-    check: bool = False
+    check: bool = _switch(False)
     """Costly checks: finite inputs, index ranges, ``cu_seqlens`` on CUDA."""
-    log: str = "warning"
+    log: str = _choice("warning", lambda: LOG_LEVELS)
     """Level of the ``nsa`` logger."""
-    nvtx: bool = False
+    nvtx: bool = _switch(False)
     """NVTX ranges around each branch, for a profiler."""
 
     def __post_init__(self) -> None:
@@ -59,13 +102,18 @@ class Settings(Keyed):
         self._make_key()
 
     def _check(self) -> None:
-        for field in fields(self):
-            _CHECKS[field.name](f"{field.name}", getattr(self, field.name))
-        fa2 = self.backend.startswith("fa2-")
+        for flag, entry in zip(FLAGS, fields(self), strict=True):
+            value = getattr(self, entry.name)
+            expected = entry.metadata["expected"](value)
+            if expected is not None:
+                known = entry.metadata.get("known")
+                hint = f"; {nearest(value, known())}" if known else ""
+                raise SettingsError(f"{flag}: expected {expected}, got {value!r}{hint}")
+        fa2 = self.backend != "auto" and TABLE[self.backend].fa2
         if self.use_fa2 is True and self.backend != "auto" and not fa2:
             raise SettingsError(
                 f"NSA_USE_FA2=1 contradicts NSA_BACKEND={self.backend}: expected NSA_BACKEND "
-                "unset, auto, fa2-dense or fa2-varlen; unset one of the two"
+                f"unset, auto, {' or '.join(fa2_names())}; unset one of the two"
             )
         if self.use_fa2 is False and fa2:
             raise SettingsError(
@@ -76,84 +124,20 @@ class Settings(Keyed):
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
         """Parses every ``NSA_…`` name of ``environ``; the empty string means unset."""
+        entries = dict(zip(FLAGS, fields(cls), strict=True))
         values: dict[str, Any] = {}
         for flag, text in environ.items():
             if not flag.startswith("NSA_") or not text:
                 continue
-            if flag not in FLAGS:
+            if flag not in entries:
                 raise SettingsError(
                     f"{flag}: expected a known flag, got an unknown one; {nearest(flag, FLAGS)}"
                 )
-            name = flag.removeprefix("NSA_").lower()
-            values[name] = _PARSERS[name](flag, text)
+            values[entries[flag].name] = entries[flag].metadata["parse"](flag, text)
         return cls(**values)
 
 
-def _parse_bool(flag: str, text: str) -> bool:
-    if text not in ("0", "1"):
-        raise SettingsError(f"{flag}: expected 0 or 1, got {text!r}")
-    return text == "1"
-
-
-def _parse_int(flag: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise SettingsError(f"{flag}: expected an integer, got {text!r}") from None
-
-
-def _parse_str(flag: str, text: str) -> str:
-    return text
-
-
-def _check_choice(known: tuple[str, ...]) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        if value not in known:
-            raise SettingsError(
-                f"NSA_{name.upper()}: expected one of the known names, got {value!r}; "
-                f"{nearest(value, known)}"
-            )
-
-    return check
-
-
-def _check_int(minimum: int) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise SettingsError(
-                f"NSA_{name.upper()}: expected an integer >= {minimum}, got {value!r}"
-            )
-
-    return check
-
-
-def _check_bool(*known: bool | None) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        if not any(value is option for option in known):
-            raise SettingsError(f"NSA_{name.upper()}: expected 0 or 1, got {value!r}")
-
-    return check
-
-
-_CHECKS: dict[str, Callable[[str, object], None]] = {
-    "backend": _check_choice(BACKENDS),
-    "use_fa2": _check_bool(None, False, True),
-    "use_fa2_win": _check_bool(None, False, True),
-    "use_fa2_cmp": _check_bool(None, False, True),
-    "fa2_min_len_win": _check_int(1),
-    "fa2_min_len_cmp": _check_int(1),
-    "fa2_provider": _check_choice(PROVIDERS),
-    "prealloc_varlen_n": _check_int(0),
-    "prealloc_varlen_k": _check_int(0),
-    "check": _check_bool(False, True),
-    "log": _check_choice(LOG_LEVELS),
-    "nvtx": _check_bool(False, True),
-}
-_PARSERS: dict[str, Callable[[str, str], Any]] = {
-    field.name: {"int": _parse_int, "str": _parse_str}.get(str(field.type), _parse_bool)
-    for field in fields(Settings)
-}
-FLAGS = tuple(f"NSA_{field.name.upper()}" for field in fields(Settings))
+FLAGS = tuple(f"NSA_{entry.name.upper()}" for entry in fields(Settings))
 
 
 class FlagRow(NamedTuple):
@@ -226,7 +210,7 @@ def use_settings(settings: Settings | None = None, **changes: Any) -> Iterator[S
     Raises:
         SettingsError: an unknown field or a value that the field does not take.
     """
-    names = tuple(field.name for field in fields(Settings))
+    names = tuple(entry.name for entry in fields(Settings))
     for name in changes:
         if name not in names:
             raise SettingsError(
@@ -253,15 +237,15 @@ def explain_settings() -> list[FlagRow]:
     """
     override = _override.get()
     rows = []
-    for field, flag in zip(fields(Settings), FLAGS, strict=True):
+    for entry, flag in zip(fields(Settings), FLAGS, strict=True):
         base: object = (
-            getattr(_from_environment, field.name)
+            getattr(_from_environment, entry.name)
             if _from_environment is not None
-            else _environment.get(flag, field.default)
+            else _environment.get(flag, entry.default)
         )
         source = "environment" if flag in _environment else "default"
-        if override is not None and getattr(override, field.name) != base:
-            base, source = getattr(override, field.name), "use_settings"
+        if override is not None and getattr(override, entry.name) != base:
+            base, source = getattr(override, entry.name), "use_settings"
         rows.append(FlagRow(flag, base, source))
     known = set(FLAGS)
     rows += [

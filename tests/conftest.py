@@ -71,10 +71,10 @@ def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fresh_probes() -> Iterator[None]:
     """Forgets what was found out about FlashAttention-2, before and after."""
-    from nsa import backends
+    from nsa.backends import dispatch
     from nsa.backends.fa2 import providers as fa2_providers
 
-    probe, resolve = fa2_providers._probe, backends._resolve
+    probe, resolve = fa2_providers._probe, dispatch._resolve
     probe.cache_clear()
     resolve.cache_clear()
     yield

@@ -1,4 +1,8 @@
-"""What runs every step, decided outside a trace.
+"""Which backend runs a problem, decided once per call, inside a trace as well.
+
+A backend requested by name runs or raises :class:`nsa.BackendUnavailable`; only ``auto`` chooses,
+and it logs its choice with the reason once. Steps that a backend delegates are looked up here too:
+backends do not import each other.
 
 Inside ``torch.compile`` nothing may probe, import or log: the decision is a constant of the graph,
 made while it is traced, on everything but the length, which stays symbolic.
@@ -6,45 +10,49 @@ made while it is traced, on everything but the length, which stays symbolic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import MappingProxyType
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from nsa.backends import Resolution, load, resolve
-from nsa.backends.protocol import STEPS, Backend, Gated
-from nsa.config import NSAConfig
+from nsa import registry
+from nsa.backends.fa2 import providers as fa2_providers
+from nsa.backends.protocol import STEPS, Backend, Gated, Problem
+from nsa.config import NSAConfig, nearest
 from nsa.core.compile import keep_saved_tensors
-from nsa.settings import Settings, current_settings
+from nsa.errors import BackendUnavailable, SettingsError
+from nsa.registry import TABLE
+from nsa.settings import LENGTH_FLAGS, Settings, current_settings
 
+_LOG = logging.getLogger("nsa")
+_UNBOUNDED = 2**31 - 1
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _constant_in_a_trace(function: _F) -> _F:
-    """What ``torch.compiler.assume_constant_result`` does, without its import of the compiler."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-class Plan(NamedTuple):
-    """A :class:`nsa.Resolution` in strings, and where its steps are found."""
+class Resolution(NamedTuple):
+    """What runs a problem, and why."""
 
     backend: str
     reason: str
-    names: tuple[str, ...]
-    """The backend of each of :data:`STEPS`."""
+    steps: tuple[str, ...]
+    """The backend of each of :data:`nsa.backends.protocol.STEPS`."""
     keys: tuple[str, ...]
     """Of :data:`BOUND`, likewise."""
 
     @property
-    def resolution(self) -> Resolution:
-        """For people."""
-        per_branch = dict(zip(STEPS, self.names, strict=True))
-        return Resolution(self.backend, self.reason, MappingProxyType(per_branch))
+    def per_branch(self) -> Mapping[str, str]:
+        """Backend of each step: "compressed", "select", "selected", "window"."""
+        return MappingProxyType(dict(zip(STEPS, self.steps, strict=True)))
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.reason})"
 
     def step(self, name: str) -> Backend:
-        """The backend that runs one of :data:`STEPS`."""
+        """The steps of the backend that runs one of :data:`nsa.backends.protocol.STEPS`."""
         return BOUND[self.keys[STEPS.index(name)]]
 
     def gated(self) -> Gated | None:
@@ -60,108 +68,205 @@ BOUND: dict[str, Backend] = {}
 """Backends bound to settings. A trace looks them up here; it cannot hold them as constants."""
 
 
-def plan(
+def load(name: str, settings: Settings | None = None) -> Backend:
+    """The steps of a backend of the table, under the settings given or those in force.
+
+    A row that does not select has no ``select_blocks``: :attr:`Resolution.per_branch` says what
+    selects.
+    """
+    module = _module(name)
+    bind = getattr(module, "bind", None)
+    if bind is None:
+        return cast(Backend, module)
+    return cast(Backend, bind(current_settings() if settings is None else settings))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(TABLE[name].module)
+
+
+def unavailable(name: str, problem: Problem, settings: Settings | None = None) -> str | None:
+    """Why the backend cannot run the problem, or None if it can."""
+    if problem.packed and not TABLE[name].packed:
+        return f"{name} takes regular batches, got cu_seqlens: use {_packed_twin(name)}"
+    check = getattr(_module(name), "unavailable", None)
+    settings = current_settings() if settings is None else settings
+    return None if check is None else check(problem, settings)
+
+
+def _packed_twin(name: str) -> str:
+    return registry.fa2_backend(packed=True) if TABLE[name].fa2 else "sdpa"
+
+
+def delegated(name: str, problem: Problem, settings: Settings) -> dict[str, str]:
+    """The steps that a backend leaves to ``sdpa`` here, and why."""
+    found = getattr(_module(name), "delegated", None)
+    return {} if found is None else found(problem, settings)
+
+
+def resolve(
     config: NSAConfig,
     *,
-    device: torch.device,
+    device: torch.device | str,
     dtype: torch.dtype,
     length: int,
     packed: bool,
     needs_grad: bool,
-    backend: str | None,
-    settings: Settings,
-) -> Plan:
-    """:func:`nsa.resolve`, in a trace too; the arguments and errors are the same."""
+    backend: str | None = None,
+    settings: Settings | None = None,
+) -> Resolution:
+    """Decide which backend runs a problem.
+
+    Args:
+        config: what to compute.
+        device, dtype: of q.
+        length: T of a regular batch, the longest sequence of a packed one, in tokens.
+        packed: whether ``cu_seqlens`` is given.
+        needs_grad: whether a backward pass may follow.
+        backend: a name, which beats the environment; None obeys ``NSA_BACKEND`` and
+            ``NSA_USE_FA2``.
+        settings: the settings in force; None takes the current ones.
+
+    Raises:
+        BackendUnavailable: the backend requested cannot run this problem.
+        SettingsError: there is no backend of that name, or the environment is wrong.
+    """
+    settings = current_settings() if settings is None else settings
+    problem = Problem(config, torch.device(device), dtype, length, packed, needs_grad)
+    return _resolve(problem, backend, settings, fa2_providers.active_impl())
+
+
+def plan(problem: Problem, backend: str | None, settings: Settings) -> Resolution:
+    """:func:`resolve`, ready to run and in a trace too; the errors are the same."""
     if not torch.compiler.is_compiling():
-        return Plan(*_decide(config, device, dtype, length, packed, needs_grad, backend, settings))
+        return _plan(problem, backend, settings)
     # branches, not values: the comparison of a symbolic length would be no constant
-    short_win = short_cmp = False
-    if length < settings.fa2_min_len_win:
-        short_win = True
-    if length < settings.fa2_min_len_cmp:
-        short_cmp = True
-    return Plan(
-        *_decide_by_key(
-            config.key,
+    known = _UNBOUNDED
+    for flag in LENGTH_FLAGS:
+        least = getattr(settings, flag)
+        if problem.length < least:
+            known = min(known, least - 1)
+    device = problem.device
+    return Resolution(
+        *_plan_by_key(
+            problem.config.key,
             device.type,
             device.index,
-            dtype,
-            short_win,
-            short_cmp,
-            packed,
-            needs_grad,
+            problem.dtype,
+            known,
+            problem.packed,
+            problem.needs_grad,
             backend,
             settings.key,
         )
     )
 
 
+def _constant_in_a_trace(function: _F) -> _F:
+    """What ``torch.compiler.assume_constant_result`` does, without its import of the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @_constant_in_a_trace
-def _decide_by_key(
+def _plan_by_key(
     config_key: str,
     device: str,
     index: int | None,
-    dtype: torch.dtype,
-    short_win: bool,
-    short_cmp: bool,
-    packed: bool,
-    needs_grad: bool,
-    backend: str | None,
-    settings_key: str,
-) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
-    """:func:`_decide` of plain values: of others a trace makes no constants."""
-    keep_saved_tensors()
-    settings = Settings.from_key(settings_key)
-    lengths = [2**31 - 1]  # of it only what the flags ask is known
-    if short_win:
-        lengths.append(settings.fa2_min_len_win - 1)
-    if short_cmp:
-        lengths.append(settings.fa2_min_len_cmp - 1)
-    return _decide(
-        NSAConfig.from_key(config_key),
-        torch.device(device) if index is None else torch.device(device, index),
-        dtype,
-        min(lengths),
-        packed,
-        needs_grad,
-        backend,
-        settings,
-    )
-
-
-def _decide(
-    config: NSAConfig,
-    device: torch.device,
     dtype: torch.dtype,
     length: int,
     packed: bool,
     needs_grad: bool,
     backend: str | None,
-    settings: Settings,
-) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
-    resolution = resolve(
-        config,
-        device=device,
-        dtype=dtype,
-        length=length,
-        packed=packed,
-        needs_grad=needs_grad,
-        backend=backend,
-        settings=settings,
-    )
-    names = tuple(resolution.per_branch[step] for step in STEPS)
-    keys = tuple(_bind(name, settings) for name in names)
-    return resolution.backend, resolution.reason, names, keys
+    settings_key: str,
+) -> tuple[Any, ...]:
+    """:func:`_plan` of strings and numbers: of other objects a trace makes no constants."""
+    keep_saved_tensors()
+    where = torch.device(device) if index is None else torch.device(device, index)
+    config, settings = NSAConfig.from_key(config_key), Settings.from_key(settings_key)
+    problem = Problem(config, where, dtype, length, packed, needs_grad)
+    return tuple(_plan(problem, backend, settings))
 
 
-def _bind(name: str, settings: Settings) -> str:
-    key = name
-    if name.startswith("fa2-"):
-        flags = settings.fa2_provider, settings.prealloc_varlen_n, settings.prealloc_varlen_k
-        key = ":".join(map(str, (name, *flags)))
-    if key not in BOUND:
-        BOUND[key] = load(name, settings)
-    return key
+def _plan(problem: Problem, backend: str | None, settings: Settings) -> Resolution:
+    found = _resolve(problem, backend, settings, fa2_providers.active_impl())
+    for name, key in zip(found.steps, found.keys, strict=True):
+        if key not in BOUND:
+            BOUND[key] = load(name, settings)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _resolve(
+    problem: Problem, backend: str | None, settings: Settings, active_impl: str | None
+) -> Resolution:
+    """``active_impl`` is a part of the key: whoever activates another gets another answer."""
+    name, source = _requested(problem, backend, settings)
+    if name != "auto":
+        why_not = unavailable(name, problem, settings)
+        if why_not is not None:
+            others = [row for row in TABLE if unavailable(row, problem, settings) is None]
+            raise BackendUnavailable(
+                f"{source} asks for {name}, which cannot run this: {why_not}; "
+                f"backends that can: {', '.join(others)}"
+            )
+        return _resolution(name, source, problem, settings)
+    skipped = []
+    for candidate in registry.ranked(problem.device.type):
+        if TABLE[candidate].fa2 and settings.use_fa2 is False:
+            skipped.append(f"{candidate}: NSA_USE_FA2=0")
+            continue
+        why_not = unavailable(candidate, problem, settings)
+        if why_not is None:
+            reason = f"auto on {problem.device.type}"
+            if skipped:
+                reason += f"; {'; '.join(skipped)}"
+            _log_once(candidate, reason)
+            return _resolution(candidate, reason, problem, settings)
+        skipped.append(why_not)
+    raise BackendUnavailable(f"auto found no backend: {'; '.join(skipped)}")
+
+
+def _requested(problem: Problem, backend: str | None, settings: Settings) -> tuple[str, str]:
+    """The name requested, and what requests it."""
+    if backend is not None:
+        if backend not in registry.names():
+            raise SettingsError(
+                f"backend: expected one of the known names, got {backend!r}; "
+                f"{nearest(backend, registry.names())}"
+            )
+        return backend, f"backend={backend!r}"
+    if settings.backend != "auto":
+        return settings.backend, f"NSA_BACKEND={settings.backend}"
+    if settings.use_fa2:
+        return registry.fa2_backend(packed=problem.packed), "NSA_USE_FA2=1"
+    return "auto", "auto"
+
+
+def _resolution(name: str, reason: str, problem: Problem, settings: Settings) -> Resolution:
+    """The backend of every step; the reason says why some are delegated."""
+    steps = dict.fromkeys(STEPS, name)
+    if not TABLE[name].selects:
+        steps["select"] = next(
+            other
+            for other in registry.ranked(problem.device.type)
+            if TABLE[other].selects and unavailable(other, problem, settings) is None
+        )
+    for step, why in delegated(name, problem, settings).items():
+        steps[step] = "sdpa"
+        reason += f"; {step} on sdpa: {why}"
+    chosen = tuple(steps[step] for step in STEPS)
+    return Resolution(name, reason, chosen, tuple(_key(step, settings) for step in chosen))
+
+
+def _key(name: str, settings: Settings) -> str:
+    """Where :data:`BOUND` keeps a backend: its name and the settings that its steps depend on."""
+    return ":".join(map(str, (name, *(getattr(settings, field) for field in TABLE[name].settings))))
+
+
+@cache
+def _log_once(name: str, reason: str) -> None:
+    _LOG.info("backend %s: %s", name, reason)
 
 
 _SETTINGS: dict[str, Settings] = {}
@@ -177,6 +282,5 @@ def settings_in_force() -> Settings:
 @_constant_in_a_trace
 def _settings_key() -> str:
     settings = current_settings()
-    key = repr(settings)
-    _SETTINGS[key] = settings
-    return key
+    _SETTINGS[settings.key] = settings
+    return settings.key

@@ -12,25 +12,31 @@ Common to every step:
 
 Every ``out`` has q's dtype; every ``lse`` is ``[B, T, H]``, natural log, fp32 (fp64 for fp64) and
 detached; a row that sees no key has out 0 and lse −inf.
+
+A backend's module may have besides:
+    ``bind(settings) -> Backend``: the steps are those of the object it returns.
+    ``unavailable(problem, settings) -> str | None``: why it cannot run a problem.
+    ``delegated(problem, settings) -> dict[str, str]``: the steps that ``sdpa`` runs, and why.
+    ``select_impl(q, k_cmp, lse, config, cu_seqlens, longest, q_start)``: what
+    :func:`nsa.backends.shared.select_op.select` runs for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from nsa.config import KV, NSAConfig
+from nsa.config import NSAConfig
+from nsa.core.inputs import AttentionInputs
 
 STEPS = ("compressed", "select", "selected", "window")
 """The names under which ``Resolution.per_branch`` lists what runs each step."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """What a backend is asked to run, as far as it decides whether the backend can."""
+class Problem(NamedTuple):
+    """What decides whether a backend can run a call."""
 
     config: NSAConfig
     device: torch.device
@@ -110,23 +116,18 @@ class Gated(Protocol):
 
     def gated_attention(
         self,
-        q: Tensor,
-        compressed: KV,
-        selected: KV,
-        window: KV,
-        gates: Tensor,
+        inputs: AttentionInputs,
         out_cmp: Tensor,
         lse_cmp: Tensor,
         block_idx: Tensor,
         config: NSAConfig,
-        cu_seqlens: Tensor | None = None,
         *,
-        within_one: bool = False,
+        gates_in_unit_interval: bool = False,
     ) -> Tensor:
-        """``Σ_c gate_c * o_c``, ``[B, T, H, V]``, of what :func:`nsa.nsa_attention` takes.
+        """``Σ_c gate_c * o_c``, ``[B, T, H, V]``, of whole sequences (``q_start`` is 0).
 
         ``out_cmp`` and ``lse_cmp`` are the compressed branch's and carry no gradient: what flows
-        back through that branch is this function's to compute. ``within_one``: every gate is in
-        0…1.
+        back through that branch is this function's to compute. ``gates_in_unit_interval``: every
+        gate is in 0…1.
         """
         ...

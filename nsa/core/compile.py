@@ -27,8 +27,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, compiled when it is called outside a trace."""
+def compile_glue(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap ``function``: compiled when it is called outside a trace, inlined within one."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

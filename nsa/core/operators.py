@@ -17,6 +17,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from nsa.config import NSAConfig
+from nsa.core.dtypes import accumulation_dtype
 
 _LIBRARY = torch.library.Library("nsa", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -32,6 +33,7 @@ def define(
     saved: Callable[[tuple[Any, ...], Any], Sequence[Tensor | None]] | None = None,
     kept: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    cuda: Forward | None = None,
 ) -> Any:
     """Registers ``nsa::`` + schema and returns the operator.
 
@@ -43,12 +45,15 @@ def define(
         kept: what else it needs, from the inputs; None keeps every input that is no tensor.
         gradients: ``(kept, saved tensors, dout)`` to a gradient for every input. Of several
             outputs only the first carries one.
+        cuda: computes it on a GPU in place of ``forward``.
 
     Without ``gradients`` a backward through the operator raises.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=_TAGS)
     _LIBRARY.impl(name, _outside_autocast(forward), "CompositeExplicitAutograd")
+    if cuda is not None:
+        _LIBRARY.impl(name, _outside_autocast(cuda), "CUDA")
     torch.library.register_fake(f"nsa::{name}", fake, lib=_LIBRARY)
     if gradients is None:
 
@@ -136,50 +141,53 @@ def _outside_autocast(function: Forward) -> Forward:
     return run
 
 
-def lse_dtype(x: Tensor) -> torch.dtype:
-    """Every log-sum-exp is fp32, fp64 for fp64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def define_attention(
+    name: str,
+    call: str,
+    forward: Forward,
+    backward: Forward,
+    *,
+    fake: Forward | None = None,
+) -> Any:
+    """Registers attention over q, k and v, and its backward; returns the operator.
+
+    Args:
+        name: the operator is ``nsa::name``, its backward ``nsa::name_backward``.
+        call: the schema of what follows q, k and v, tensors first; they get no gradient.
+        forward: ``(q, k, v, *call) -> (out, lse)``.
+        backward: ``(dout, q, k, v, out, lse, *call) -> (dq, dk, dv)``.
+        fake: empty results of ``forward``; None: out ``[…, H, V]`` and lse ``[…, H]`` of q
+            ``[…, H, D]`` and v ``[…, V]``, contiguous.
+    """
+    backward_op = define(
+        f"{name}_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{call}) -> (Tensor, Tensor, Tensor)",
+        backward,
+        lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    )
+    count = len(call.split(","))
+    tensors = 3 + sum(entry.strip().startswith("Tensor") for entry in call.split(","))
+
+    def gradients(kept: tuple[Any, ...], saved: tuple[Any, ...], dout: Tensor) -> tuple[Any, ...]:
+        return (*backward_op(dout, *saved, *kept[tensors:]), *(None,) * count)
+
+    return define(
+        f"{name}(Tensor q, Tensor k, Tensor v, {call}) -> (Tensor, Tensor)",
+        forward,
+        fake or _attention_outputs,
+        saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:tensors]),
+        gradients=gradients,
+    )
 
 
-GEOMETRY = (
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "value_dim",
-    "compress_block",
-    "compress_stride",
-    "select_block",
-    "num_selected",
-    "num_initial",
-    "num_local",
-    "window",
-)
-"""What of a configuration a step computes with, besides the scale."""
-
-
-def geometry(config: NSAConfig) -> list[int]:
-    """The configuration as an operator's ``int[]``."""
-    return [
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.dv,
-        config.compress_block,
-        config.compress_stride,
-        config.select_block,
-        config.num_selected,
-        config.num_initial,
-        config.num_local,
-        config.window,
-    ]
-
-
-def config_of(values: Sequence[int], scale: float) -> NSAConfig:
-    """The inverse of :func:`geometry`."""
-    return _config_of(tuple(values), scale)
+def _attention_outputs(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return (
+        q.new_empty(*q.shape[:-1], v.shape[-1]),
+        q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q)),
+    )
 
 
 @lru_cache(maxsize=256)
-def _config_of(values: tuple[int, ...], scale: float) -> NSAConfig:
-    named: dict[str, Any] = dict(zip(GEOMETRY, values, strict=True))
-    return NSAConfig(**named, scale=scale, rope_theta=None)
+def config_of(key: str) -> NSAConfig:
+    """The configuration that an operator carries as a ``str`` (:attr:`NSAConfig.key`)."""
+    return NSAConfig.from_key(key)

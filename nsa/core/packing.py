@@ -14,67 +14,78 @@ from torch import Tensor
 from nsa.config import NSAConfig
 
 
-class Members(NamedTuple):
-    """Items (tokens or blocks) of the packed sequences, one sequence after the other."""
+class PackedItems(NamedTuple):
+    """Tokens or blocks of the packed sequences, one sequence after the other."""
 
-    seq: Tensor
+    seq_id: Tensor
     """int64 ``[items]``, the sequence of each item; n_seq for a surplus item."""
-    rank: Tensor
+    position: Tensor
     """int64 ``[items]``, its number within that sequence."""
-    starts: Tensor
+    offsets: Tensor
     """int64 ``[n_seq + 1]``, the first item of each sequence."""
 
-
-def members(starts: Tensor, items: int) -> Members:
-    """Distributes ``items`` items over sequences that begin at ``starts`` (int64, ascending)."""
-    item = torch.arange(items, device=starts.device)
-    # of all starts, not of a slice: Inductor of torch 2.11 cannot search a view
-    seq = torch.searchsorted(starts, item, right=True) - 1
-    return Members(seq, item - starts[seq], starts)
+    @property
+    def seq_start(self) -> Tensor:
+        """int64 ``[items]``, the first item of each item's sequence."""
+        return self.offsets[self.seq_id]
 
 
-def token_members(cu_seqlens: Tensor, total: int) -> Members:
+def packed_items(offsets: Tensor, items: int) -> PackedItems:
+    """Distributes ``items`` items over sequences with these offsets (int64, ascending)."""
+    item = torch.arange(items, device=offsets.device)
+    # of all offsets, not of a slice: Inductor of torch 2.11 cannot search a view
+    seq_id = torch.searchsorted(offsets, item, right=True) - 1
+    return PackedItems(seq_id, item - offsets[seq_id], offsets)
+
+
+def packed_tokens(cu_seqlens: Tensor, total: int) -> PackedItems:
     """The sequence and position of each of ``total`` tokens; cu_seqlens int32 ``[n_seq + 1]``."""
-    return members(cu_seqlens.long(), total)
+    return packed_items(cu_seqlens.long(), total)
 
 
-def compressed_members(cu_seqlens: Tensor, rows: int, config: NSAConfig) -> Members:
+def packed_blocks(cu_seqlens: Tensor, rows: int, config: NSAConfig) -> PackedItems:
     """The sequence and number of each of ``rows`` compressed blocks (surplus rows included)."""
     length = cu_seqlens.long().diff()
     full = (length - config.compress_block).div(config.compress_stride, rounding_mode="floor") + 1
-    return members(_starts(full.clamp_min(0)), rows)
+    return packed_items(_offsets(full.clamp_min(0)), rows)
 
 
-def select_members(cu_seqlens: Tensor, total: int, config: NSAConfig) -> Members:
+def packed_select_blocks(cu_seqlens: Tensor, total: int, config: NSAConfig) -> PackedItems:
     """The sequence and number of each selection block; as many items as can ever be needed."""
     length = cu_seqlens.long().diff()
     touched = (length + config.select_block - 1).div(config.select_block, rounding_mode="floor")
     items = total // config.select_block + length.numel()
-    return members(_starts(touched), items)
+    return packed_items(_offsets(touched), items)
 
 
-def block_places(
-    cu_seqlens: Tensor, total: int, rows: int, config: NSAConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How ``total`` tokens and ``rows`` compressed blocks stand to each other, as kernels want it.
+class BlockBounds(NamedTuple):
+    """How packed tokens and compressed blocks stand to each other, as kernels want it (int32)."""
 
-    Returns:
-        start, int32 ``[total]``: the first compressed block of each token's sequence; first, int32
-        ``[total]``: the first token of it; seen_from and seen_until, int32 ``[rows]``: the first
-        token that sees each block, and the one past the last; ``total`` for a surplus one.
-    """
-    token, row = token_members(cu_seqlens, total), compressed_members(cu_seqlens, rows, config)
-    real = row.seq < cu_seqlens.numel() - 1
-    first = cu_seqlens.long()[row.seq] + row.rank * config.compress_stride
+    cmp_seq_start: Tensor
+    """``[T]``, the first compressed block of each token's sequence."""
+    seq_start: Tensor
+    """``[T]``, the first token of each token's sequence."""
+    seen_from: Tensor
+    """``[N]``, the first token that sees each block; T for a surplus one."""
+    seen_until: Tensor
+    """``[N]``, the token past the last that sees each block; T for a surplus one."""
+
+
+def block_bounds(cu_seqlens: Tensor, total: int, rows: int, config: NSAConfig) -> BlockBounds:
+    """The bounds of ``total`` tokens and ``rows`` compressed blocks."""
+    token, row = packed_tokens(cu_seqlens, total), packed_blocks(cu_seqlens, rows, config)
+    real = row.seq_id < cu_seqlens.numel() - 1
+    first = cu_seqlens.long()[row.seq_id] + row.position * config.compress_stride
     seen_from = (first + config.compress_block - 1).where(real, total)
-    seen_until = cu_seqlens.long()[(row.seq + 1).clamp_max(cu_seqlens.numel() - 1)]
-    return (
-        row.starts[token.seq].to(torch.int32),
-        token.starts[token.seq].to(torch.int32),
-        seen_from.to(torch.int32),
-        seen_until.where(real, total).to(torch.int32),
+    seen_until = cu_seqlens.long()[(row.seq_id + 1).clamp_max(cu_seqlens.numel() - 1)]
+    bounds = (
+        row.offsets[token.seq_id],
+        token.seq_start,
+        seen_from,
+        seen_until.where(real, total),
     )
+    return BlockBounds(*(x.to(torch.int32) for x in bounds))
 
 
-def _starts(counts: Tensor) -> Tensor:
+def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

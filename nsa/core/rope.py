@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa.core.dtypes import accumulation_dtype
 from nsa.core.operators import define
 
 
@@ -24,7 +25,7 @@ def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None) -> Tens
     Returns:
         ``[B, T, H, D]`` in x's dtype.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x)
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)
     cos_TD, sin_TD = rope_table(positions, x.shape[-1], theta, dtype)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
-from nsa.core.packing import compressed_members
+from nsa.core.inputs import AttentionInputs
+from nsa.core.packing import packed_blocks
 from nsa.errors import DataError, ShapeError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,6 +34,36 @@ def check_layer_input(x: Tensor, dim: int, weight: Tensor) -> None:
         return
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         raise ShapeError(f"x: expected the layer's dtype {weight.dtype}, got {x.dtype}")
+
+
+def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> None:
+    """Everything that is checked before a backend sees the inputs."""
+    q, cu_seqlens = inputs.q, inputs.cu_seqlens
+    check_query(q, config)
+    check_packing(q, cu_seqlens, inputs.max_seqlen, check=check)
+    for part, x in zip("kv", inputs.compressed, strict=True):
+        check_compressed(f"compressed.{part}", x, q, config, cu_seqlens, check=check)
+    k_cmp, v_cmp = inputs.compressed
+    if k_cmp.shape[1] != v_cmp.shape[1]:
+        check_like_query("compressed.v", v_cmp, q, (1, k_cmp.shape[1], None, None))
+    check_kv("selected", inputs.selected, q, config, inputs.q_start)
+    check_kv("window", inputs.window, q, config, inputs.q_start)
+    check_gates(inputs.gates, q)
+    if inputs.block_idx is not None:
+        check_block_idx(inputs.block_idx, q, config, cu_seqlens, check=check)
+    if check:
+        check_values(inputs, config)
+
+
+def check_values(inputs: AttentionInputs, config: NSAConfig) -> None:
+    """Every input is finite (``NSA_CHECK=1`` only)."""
+    named = {"q": inputs.q, "gates": inputs.gates}
+    for branch in ("compressed", "selected", "window"):
+        for part, x in zip("kv", getattr(inputs, branch), strict=True):
+            if branch == "compressed":
+                x = without_surplus(x, config, inputs.cu_seqlens)  # noqa: PLW2901
+            named[f"{branch}.{part}"] = x
+    check_finite(named)
 
 
 def check_query(q: Tensor, config: NSAConfig) -> None:
@@ -96,7 +127,7 @@ def _check_compressed_rows(
 ) -> None:
     if not (cu_seqlens.device.type == "cpu" or check):
         return
-    needed = compressed_members(cu_seqlens, 0, config).starts[-1]
+    needed = packed_blocks(cu_seqlens, 0, config).offsets[-1]
     if torch.compiler.is_compiling():
         if check:
             torch._assert_async(needed <= x.shape[1])
@@ -107,9 +138,9 @@ def _check_compressed_rows(
         )
 
 
-def check_kv(name: str, kv: KV, q: Tensor, config: NSAConfig) -> None:
-    """Token keys and values: as many as q has rows."""
-    lead = (q.shape[0], q.shape[1], config.num_kv_heads)
+def check_kv(name: str, kv: KV, q: Tensor, config: NSAConfig, q_start: int = 0) -> None:
+    """Token keys and values, from position 0 up to q's last row."""
+    lead = (q.shape[0], q_start + q.shape[1], config.num_kv_heads)
     check_like_query(f"{name}.k", kv.k, q, (*lead, config.head_dim))
     check_like_query(f"{name}.v", kv.v, q, (*lead, config.dv))
 
@@ -249,7 +280,7 @@ def without_surplus(x: Tensor, config: NSAConfig, cu_seqlens: Tensor | None) -> 
     """φ's output with zeros in the rows past the last block, which may hold anything."""
     if cu_seqlens is None:
         return x
-    real = compressed_members(cu_seqlens, x.shape[1], config).seq < cu_seqlens.numel() - 1
+    real = packed_blocks(cu_seqlens, x.shape[1], config).seq_id < cu_seqlens.numel() - 1
     return x.where(real[:, None, None], 0.0)
 
 

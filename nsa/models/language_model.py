@@ -22,8 +22,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import nsa.backends.shared.select_op  # noqa: F401 - defines the operator nsa::select_blocks
 from nsa.backends import Resolution
+from nsa.backends.shared.select_op import SELECT_BLOCKS
 from nsa.core.compile import static_floats
 from nsa.errors import ConfigError, ShapeError
 from nsa.models.config import ModelConfig
@@ -42,7 +42,7 @@ def _kept(
     Computed again, a list may come out otherwise where two scores nearly tie, and the gradients
     would be those of another function. Everything else is computed again.
     """
-    if operator is torch.ops.nsa.select_blocks.default:
+    if operator is SELECT_BLOCKS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

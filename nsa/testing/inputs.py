@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
+from nsa.core.inputs import AttentionInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,13 @@ class Inputs:
     def leaves(self) -> tuple[Tensor, ...]:
         """Every tensor that gets a gradient."""
         return (self.q, *self.compressed, *self.selected, *self.window, self.gates)
+
+    @property
+    def record(self) -> AttentionInputs:
+        """What a backend is given."""
+        kvs = (self.compressed, self.selected, self.window)
+        packing = (self.cu_seqlens, self.max_seqlen)
+        return AttentionInputs(self.q, *kvs, self.gates, *packing, self.block_idx)
 
     def with_leaves(self, leaves: tuple[Tensor, ...]) -> Inputs:
         """The same problem over other tensors, in the order of :meth:`leaves`."""

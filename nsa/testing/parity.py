@@ -10,10 +10,12 @@ from torch import Tensor
 from nsa import reference
 from nsa.attention import nsa_attention
 from nsa.attention import select_blocks as public_select_blocks
-from nsa.backends import load
+from nsa.backends.dispatch import plan
+from nsa.backends.protocol import Problem
 from nsa.config import NSAConfig
 from nsa.reference.masks import compressed_mask
 from nsa.reference.packing import spans
+from nsa.settings import current_settings
 from nsa.testing.inputs import Inputs
 from nsa.testing.same_dtype import plain_scores, plain_softmax
 from nsa.testing.tolerances import LSE_NAMES, expected
@@ -63,19 +65,19 @@ def attention_parity(backend: str, inputs: Inputs) -> list[ParityRow]:
 
 
 def _lses(backend: str, inputs: Inputs) -> list[Tensor]:
-    steps = load(backend)
-    q, config, cu_seqlens = inputs.q.detach(), inputs.config, inputs.cu_seqlens
+    q, config, longest = inputs.q.detach(), inputs.config, inputs.max_seqlen
+    problem = Problem(
+        config, q.device, q.dtype, inputs.record.length, inputs.cu_seqlens is not None, False
+    )
+    chosen = plan(problem, backend, current_settings())
     assert inputs.block_idx is not None
-    longest = inputs.max_seqlen
-    return [
-        steps.compressed_attention(q, *inputs.compressed, config, cu_seqlens, max_seqlen=longest)[
-            1
-        ],
-        steps.selected_attention(
-            q, *inputs.selected, inputs.block_idx, config, cu_seqlens, max_seqlen=longest
-        )[1],
-        steps.window_attention(q, *inputs.window, config, cu_seqlens, max_seqlen=longest)[1],
-    ]
+    found = []
+    for branch in ("compressed", "selected", "window"):
+        step = getattr(chosen.step(branch), f"{branch}_attention")
+        listed = (inputs.block_idx,) if branch == "selected" else ()
+        kv = getattr(inputs, branch)
+        found.append(step(q, *kv, *listed, config, inputs.cu_seqlens, max_seqlen=longest)[1])
+    return found
 
 
 def selection_faults(backend: str, inputs: Inputs) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa.core.dtypes import accumulation_dtype
 from nsa.reference.masks import compressed_mask, selected_mask, window_mask
 from nsa.reference.packing import spans
 from nsa.testing.inputs import Inputs
@@ -80,7 +81,7 @@ def plain_attention(inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     """The combined output ``[B, T, H, V]`` and the three lse ``[B, T, H]``, with gradients."""
     B, T, H, _ = inputs.q.shape
     dtype, scale = inputs.q.dtype, inputs.config.softmax_scale
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(dtype)
     gates = inputs.gates.to(wide)
     parts: list[list[Tensor]] = [[], [], []]
     lses: list[list[Tensor]] = [[], [], []]

@@ -32,7 +32,7 @@ LAYOUTS = pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["regular", "p
 @pytest.fixture(autouse=True)
 def _joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The projections are one product, however few tokens a test has."""
-    monkeypatch.setattr("nsa.module._FEW", 0)
+    monkeypatch.setattr("nsa.core.linear.MIN_ROWS_TO_JOIN", 0)
 
 
 # Against the oracle

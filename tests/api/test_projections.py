@@ -55,8 +55,8 @@ def test_a_projection_that_is_more_than_a_product_is_called(
     change(layer)
     after = layer(x)
     assert not torch.allclose(before, after)
-    monkeypatch.setattr("nsa.module.is_plain", lambda linear, *, bias: False)
-    monkeypatch.setattr("nsa.compression.is_plain", lambda linear, *, bias: False)
+    monkeypatch.setattr("nsa.core.linear.is_unmodified", lambda linear: False)
+    monkeypatch.setattr("nsa.compression.is_unmodified", lambda linear: False)
     torch.testing.assert_close(after, layer(x))
 
 
@@ -66,7 +66,7 @@ def test_joined_projections_are_the_projections(monkeypatch: pytest.MonkeyPatch)
     x = torch.randn(2, 200, DIM, requires_grad=True)
     leaves = (x, *layer.parameters())
     joined = torch.autograd.grad(layer(x).sum(), leaves)
-    monkeypatch.setattr("nsa.module.is_plain", lambda linear, *, bias: False)
-    monkeypatch.setattr("nsa.compression.is_plain", lambda linear, *, bias: False)
+    monkeypatch.setattr("nsa.core.linear.is_unmodified", lambda linear: False)
+    monkeypatch.setattr("nsa.compression.is_unmodified", lambda linear: False)
     for a, b in zip(joined, torch.autograd.grad(layer(x).sum(), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

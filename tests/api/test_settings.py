@@ -12,8 +12,8 @@ import threading
 import pytest
 
 from nsa.errors import NSAError, SettingsError
+from nsa.registry import names
 from nsa.settings import (
-    BACKENDS,
     FLAGS,
     LOG_LEVELS,
     PROVIDERS,
@@ -33,7 +33,7 @@ INTS = {
     "PREALLOC_VARLEN_N": 0,
     "PREALLOC_VARLEN_K": 0,
 }
-CHOICES = {"BACKEND": BACKENDS, "FA2_PROVIDER": PROVIDERS, "LOG": LOG_LEVELS}
+CHOICES = {"BACKEND": names(), "FA2_PROVIDER": PROVIDERS, "LOG": LOG_LEVELS}
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_fa2_refused_beside_an_fa2_backend(backend):
     [
         ("0", ("auto", "reference", "sdpa", "compiled")),
         ("1", ("auto", "fa2-dense", "fa2-varlen")),
-        ("", BACKENDS),
+        ("", names()),
     ],
 )
 def test_what_does_not_contradict(use_fa2, backends):

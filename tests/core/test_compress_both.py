@@ -8,19 +8,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import nsa.backends.compiled.steps  # noqa: F401 - has a way of its own to copy blocks
 from nsa import NSAConfig
-from nsa.compression import COPIES, Compress, compress_both
+from nsa.compression import Compress, MLPCompress, compress_both
 
 CONFIG = NSAConfig(
     num_heads=4, num_kv_heads=2, head_dim=8, compress_block=4, compress_stride=2, select_block=4
 )
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are batched as on a GPU."""
+    monkeypatch.setattr("nsa.compression.batching_pays", lambda x: True)
+
+
 PACKED = torch.tensor([0, 9, 9, 12, 30], dtype=torch.int32)
 
 
-def made(dtype: torch.dtype = torch.float64) -> tuple[Compress, Compress]:
+def made(dtype: torch.dtype = torch.float64) -> tuple[MLPCompress, MLPCompress]:
     torch.manual_seed(0)
-    return Compress(CONFIG, 8, dtype=dtype), Compress(CONFIG, 8, dtype=dtype)
+    return MLPCompress(CONFIG, 8, dtype=dtype), MLPCompress(CONFIG, 8, dtype=dtype)
 
 
 def tokens(length: int, batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -28,18 +35,15 @@ def tokens(length: int, batch: int, dtype: torch.dtype = torch.float64) -> tuple
     return k.requires_grad_(), v.requires_grad_()
 
 
-@pytest.mark.parametrize("by", ["sdpa", "compiled"])
 @pytest.mark.parametrize(
     ("length", "batch", "cu_seqlens"), [(30, 2, None), (30, 1, PACKED), (3, 2, None)]
 )
-def test_same_as_one_after_the_other(
-    length: int, batch: int, cu_seqlens: Tensor | None, by: str
-) -> None:
+def test_same_as_one_after_the_other(length: int, batch: int, cu_seqlens: Tensor | None) -> None:
     """Values and gradients, those of the parameters included; without any block too."""
     phi_k, phi_v = made()
     k, v = tokens(length, batch)
     leaves = [k, v, *phi_k.parameters(), *phi_v.parameters()]
-    found = compress_both(phi_k, phi_v, k, v, cu_seqlens, by=by)
+    found = compress_both(phi_k, phi_v, k, v, cu_seqlens)
     want = phi_k(k, cu_seqlens), phi_v(v, cu_seqlens)
     weights = [torch.randn_like(x) for x in want]
     for one, other in zip(found, want, strict=True):
@@ -62,7 +66,7 @@ def _patched(phi: Compress) -> None:
 
 
 def _another_class(phi: Compress) -> None:
-    class Shifted(Compress):
+    class Shifted(MLPCompress):
         def forward(self, *args: object, **kwargs: object) -> Tensor:
             return super().forward(*args, **kwargs) + 5  # type: ignore[arg-type]
 
@@ -83,17 +87,16 @@ def test_one_that_is_more_than_two_products_is_called(
     change: Callable[[Compress], None], which: int
 ) -> None:
     both, (k, v) = made(), tokens(30, 2)
-    assert "compiled" in COPIES
-    before = compress_both(*both, k, v, by="compiled")
+    before = compress_both(*both, k, v)
     change(both[which])
-    after = compress_both(*both, k, v, by="compiled")
+    after = compress_both(*both, k, v)
     for i in (0, 1):
         torch.testing.assert_close(after[i], before[i] + (5 if i == which else 0))
 
 
 def test_heads_of_two_sizes() -> None:
     torch.manual_seed(0)
-    phi_k, phi_v = Compress(CONFIG, 8), Compress(CONFIG, 6)
+    phi_k, phi_v = MLPCompress(CONFIG, 8), MLPCompress(CONFIG, 6)
     k, v = torch.randn(2, 30, 2, 8), torch.randn(2, 30, 2, 6)
-    found = compress_both(phi_k, phi_v, k, v, by="compiled")
+    found = compress_both(phi_k, phi_v, k, v)
     torch.testing.assert_close(found, (phi_k(k), phi_v(v)))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsa import NSAConfig, reference
-from nsa.compression import Compress, block_tokens
-from nsa.core.packing import token_members
+from nsa.compression import PHI, Compress, block_tokens
+from nsa.core.packing import packed_tokens
 from nsa.core.rope import apply_rope
 from nsa.testing.strategies import Case, cases
 
@@ -37,7 +37,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 def make_phi(compression: str, config: NSAConfig = CONFIG, size: int | None = None) -> Compress:
     """φ with every parameter drawn anew, biases and position embedding included."""
     config = replace(config, compression=compression)  # type: ignore[arg-type]
-    phi = Compress(config, size or config.head_dim, dtype=torch.float64)
+    phi = PHI[config.compression](config, size or config.head_dim, dtype=torch.float64)
     with torch.no_grad():
         for seed, parameter in enumerate(phi.parameters()):
             parameter.copy_(normal(*parameter.shape, seed=seed) / parameter.shape[-1] ** 0.5)
@@ -212,7 +212,7 @@ def test_rope_is_the_oracles(length: int, size: int, theta: float) -> None:
 @pytest.mark.parametrize("lengths", [(5,), (0, 4, 0, 7, 1), (0,)], ids=str)
 def test_positions_restart_with_each_sequence(lengths: tuple[int, ...]) -> None:
     cu_seqlens, x = bounds(*lengths), normal(1, sum(lengths), 2, 6)
-    positions = token_members(cu_seqlens, x.shape[1]).rank
+    positions = packed_tokens(cu_seqlens, x.shape[1]).position
     assert positions.tolist() == [t for n in lengths for t in range(n)]
     got = apply_rope(x, 100.0, positions)
     want = reference.apply_rope(x, 100.0, cu_seqlens)

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from nsa import ConfigError, NSAConfig, NSAttention, ShapeError
-from nsa.backends import load
-from nsa.backends.shared import select_op as selection
+from nsa.backends.sdpa import steps
 from nsa.models import DenseAttention, LanguageModel, ModelConfig, language_model
 
 HEADS = NSAConfig(
@@ -349,8 +348,7 @@ def test_a_checkpointed_block_does_not_select_again(monkeypatch, mode, kept):
     are not kept, gradients follow it without a word, and this test would see it."""
     if not kept:
         monkeypatch.setattr(language_model, "_keep_lists", _EVERYTHING_AGAIN)
-    load("sdpa")  # puts its selector there
-    select, calls = selection.SELECTORS["sdpa"], []
+    select, calls = steps.select_impl, []
 
     def fickle(*inputs):
         calls.append(1)
@@ -372,7 +370,7 @@ def test_a_checkpointed_block_does_not_select_again(monkeypatch, mode, kept):
             small(num_layers=1), backend="sdpa", activation_checkpointing=checkpointing
         )
         if checkpointing:
-            monkeypatch.setitem(selection.SELECTORS, "sdpa", fickle)
+            monkeypatch.setattr(steps, "select_impl", fickle)
         loss = loss_of(model, mode if checkpointing else "none")(
             bytes_of(1, 40), bytes_of(1, 40).roll(1, 1)
         )

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "nsa"
 
 # A module imports from its own layer and from those before it.
 LAYERS = (
-    ("config", "settings", "errors"),
+    ("config", "registry", "settings", "errors"),
     ("core",),
     ("compression", "gates", "selection", "cache"),
     ("backends",),

@@ -16,8 +16,8 @@ from nsa.backends.fa2.providers import provider
 RIGHT = '''
 """FlashAttention-2's private interface, with its signatures, on plain PyTorch."""
 
-from nsa.backends.fa2_calls import Call
-from nsa.backends.fa2_math import Math
+from nsa.backends.fa2.calls import Call
+from nsa.backends.fa2.math_provider import Math
 
 INF = float("inf")
 

@@ -6,14 +6,15 @@ B batch, T tokens, H query heads, K key/value heads, D key size, V value size.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa import KV, NSAConfig, NSAttention, module, reference
+from nsa import KV, NSAConfig, NSAttention, Resolution, module, reference
+from nsa.core.inputs import AttentionInputs
 
 DIM = 12
 CONFIG = NSAConfig(
@@ -152,24 +153,16 @@ def agree(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e
     assert not wrong
 
 
-class Seen(NamedTuple):
-    """What a layer gave to the attention functions."""
-
-    q: Tensor
-    compressed: KV
-    selected: KV
-    window: KV
-    gates: Tensor
-
-
-def seen_by_attention(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
-    """A list that grows by one entry for each forward of any layer."""
-    seen: list[Seen] = []
+def seen_by_attention(monkeypatch: pytest.MonkeyPatch) -> list[AttentionInputs]:
+    """A list that grows by one entry for each forward of any layer: what it gave to attention."""
+    seen: list[AttentionInputs] = []
     run = module.run
 
-    def watched(resolution: object, *args: object, **kwargs: object) -> Tensor:
-        seen.append(Seen(*args[:5]))  # type: ignore[arg-type]
-        return run(resolution, *args, **kwargs)  # type: ignore[arg-type]
+    def watched(
+        resolution: Resolution, inputs: AttentionInputs, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        seen.append(inputs)
+        return run(resolution, inputs, *args, **kwargs)
 
     monkeypatch.setattr(module, "run", watched)
     return seen

@@ -22,16 +22,21 @@ import nsa
 import nsa.backends.compiled.steps
 import nsa.backends.sdpa.steps
 from nsa import NSAConfig
-from nsa.core.operators import geometry
-from nsa.core.packing import block_places, token_members
+from nsa.core.packing import block_bounds, packed_tokens
 from nsa.testing import Inputs, make_inputs, random_blocks
+
+DEFINES = r"^from nsa\.core\.operators import .*\bdefine(_attention)?\b"
 
 
 def _registered() -> set[str]:
     """The names of all operators, of every module that defines one."""
     package = Path(nsa.__file__).parent
     for path in sorted(package.rglob("*.py")):
-        if re.search(r"^from nsa\.operators import .*\bdefine\b", path.read_text(), re.MULTILINE):
+        if re.search(
+            r"^from nsa\.core\.operators import .*\bdefine(_attention)?\b",
+            path.read_text(),
+            re.MULTILINE,
+        ):
             parts = path.relative_to(package.parent).with_suffix("").parts
             importlib.import_module(".".join(parts))
     names = torch._C._dispatch_get_all_op_names()
@@ -50,9 +55,10 @@ CONFIG = NSAConfig(
     num_selected=4,
     num_local=1,
     window=7,
+    scale=0.3,
 )
 LENGTHS = (13, 0, 9, 1)
-SCALE = 0.3
+SCALE = CONFIG.softmax_scale
 Q_START = 0
 Arguments = tuple[Any, ...]
 
@@ -68,8 +74,8 @@ def problem(packed: bool, device: str = "cpu", length: int = 23) -> Inputs:
 def _starts(x: Inputs) -> Tensor | None:
     if x.cu_seqlens is None:
         return None
-    token = token_members(x.cu_seqlens, x.q.shape[1])
-    return token.starts[token.seq].to(torch.int32)
+    token = packed_tokens(x.cu_seqlens, x.q.shape[1])
+    return token.seq_start.to(torch.int32)
 
 
 def _blocks(x: Inputs) -> int:
@@ -84,19 +90,19 @@ def _same_size(*tensors: Tensor, size: int) -> tuple[Tensor, ...]:
 
 
 def _band(x: Inputs) -> Arguments:
-    seq = None if x.cu_seqlens is None else token_members(x.cu_seqlens, x.q.shape[1]).seq
+    seq = None if x.cu_seqlens is None else packed_tokens(x.cu_seqlens, x.q.shape[1]).seq_id
     rows = x.q.unflatten(2, (CONFIG.num_kv_heads, -1))
     return rows, *x.window, seq, CONFIG.window, Q_START, SCALE
 
 
 def _sdpa_selected(x: Inputs) -> Arguments:
     q, k, v = _same_size(x.q, *x.selected, size=16)
-    return q, k, v, x.block_idx, x.cu_seqlens, geometry(CONFIG), SCALE, Q_START
+    return q, k, v, x.block_idx, x.cu_seqlens, CONFIG.key, Q_START
 
 
 def _fa2_selected(x: Inputs) -> Arguments:
     q, k, v = _same_size(x.q, *x.selected, size=8)
-    call = (x.block_idx, x.cu_seqlens, geometry(CONFIG), SCALE, Q_START)
+    call = (x.block_idx, x.cu_seqlens, CONFIG.key, Q_START)
     return q, k, v, *call, "math", [0, 0]
 
 
@@ -109,20 +115,19 @@ def _flash_attention_2(x: Inputs) -> Arguments:
 
 
 def _window_attention(x: Inputs) -> Arguments:
-    return x.q, *x.window, _starts(x), CONFIG.window, SCALE, Q_START
+    return x.q, *x.window, _starts(x), CONFIG.key, Q_START
 
 
 def _selected_attention(x: Inputs) -> Arguments:
-    call = (x.block_idx, _starts(x), len(LENGTHS), CONFIG.select_block, SCALE, Q_START)
+    call = (x.block_idx, _starts(x), len(LENGTHS), CONFIG.key, Q_START)
     return x.q, *x.selected, *call
 
 
 def _compressed_attention(x: Inputs) -> Arguments:
     where: tuple[Tensor | None, ...] = (None,) * 4
     if x.cu_seqlens is not None:
-        where = block_places(x.cu_seqlens, x.q.shape[1], _blocks(x), CONFIG)
-    call = (CONFIG.compress_block, CONFIG.compress_stride, SCALE, Q_START)
-    return x.q, *x.compressed, *where, *call
+        where = block_bounds(x.cu_seqlens, x.q.shape[1], _blocks(x), CONFIG)
+    return x.q, *x.compressed, *where, CONFIG.key, Q_START
 
 
 ATTENTION: dict[str, Callable[[Inputs], Arguments]] = {
@@ -141,16 +146,16 @@ ATTENTION: dict[str, Callable[[Inputs], Arguments]] = {
 
 
 def _fold(x: Inputs) -> Arguments:
-    return x.q, x.cu_seqlens, _blocks(x), CONFIG.num_kv_heads, geometry(CONFIG), Q_START
+    return x.q, x.cu_seqlens, _blocks(x), CONFIG.num_kv_heads, CONFIG.key, Q_START
 
 
 def _unfold(x: Inputs) -> Arguments:
     rows = torch.ops.nsa.fold.default(*_fold(x))
-    return rows, x.cu_seqlens, x.q.shape[1], _blocks(x), geometry(CONFIG), Q_START, 0.0
+    return rows, x.cu_seqlens, x.q.shape[1], _blocks(x), CONFIG.key, Q_START, 0.0
 
 
 def _block_tokens(x: Inputs) -> Arguments:
-    return x.selected.k, x.cu_seqlens, CONFIG.compress_block, CONFIG.compress_stride, "sdpa"
+    return x.selected.k, x.cu_seqlens, CONFIG.key
 
 
 def _block_tokens_backward(x: Inputs) -> Arguments:
@@ -159,20 +164,26 @@ def _block_tokens_backward(x: Inputs) -> Arguments:
     return blocks, cu_seqlens, tokens.shape[1], *call
 
 
+def _block_means_backward(x: Inputs) -> Arguments:
+    tokens, cu_seqlens, key = _block_tokens(x)
+    means = torch.ops.nsa.block_means.default(tokens, cu_seqlens, key)
+    return means, cu_seqlens, tokens.shape[1], key
+
+
 def _select_blocks(x: Inputs) -> Arguments:
     lse, longest = x.q.detach().float().logsumexp(-1), x.max_seqlen or x.q.shape[1]
-    call = (longest, Q_START, geometry(CONFIG), SCALE, "sdpa")
+    call = (longest, Q_START, CONFIG.key, "sdpa")
     return x.q.detach(), x.compressed.k.detach(), lse, x.cu_seqlens, *call
 
 
 def _gated_attention(x: Inputs) -> Arguments:
     compressed = _compressed_attention(x)
     out, lse = torch.ops.nsa.compressed_attention.default(*compressed)
-    where = compressed[3:7]
-    sizes = (CONFIG.compress_block, CONFIG.compress_stride, CONFIG.select_block, CONFIG.window)
-    within_one = x.cu_seqlens is None
+    cmp_seq_start, seq_start, *seen = compressed[3:7]
+    in_unit_interval = x.cu_seqlens is None
     tensors = (x.q, *x.compressed, *x.selected, *x.window, x.gates, out, lse, x.block_idx)
-    return *tensors, _starts(x), *where, len(LENGTHS), *sizes, SCALE, within_one
+    where = (seq_start, cmp_seq_start, *seen, len(LENGTHS))
+    return *tensors, *where, CONFIG.key, in_unit_interval
 
 
 def _gated_attention_backward(x: Inputs) -> Arguments:
@@ -192,6 +203,8 @@ OTHERS: dict[str, Callable[[Inputs], Arguments]] = {
     "unfold_backward": _fold,
     "block_tokens": _block_tokens,
     "block_tokens_backward": _block_tokens_backward,
+    "block_means": _block_tokens,
+    "block_means_backward": _block_means_backward,
     "select_blocks": _select_blocks,
     "rope_table": _rope_table,
     "gated_attention": _gated_attention,

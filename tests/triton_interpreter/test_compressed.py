@@ -17,7 +17,7 @@ from nsa import NSAConfig
 from nsa.backends.compiled.window.bounds import Blocks
 from nsa.backends.compiled.window.launch import window_backward, window_forward
 from nsa.backends.compiled.window.tiles import Tiles
-from nsa.core.packing import block_places
+from nsa.core.packing import block_bounds
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
 from tests.triton_interpreter import triton_fixes
@@ -43,7 +43,7 @@ def run(inputs: Inputs, splits: int | None) -> dict[str, Tensor]:
     start = None
     places: tuple[Tensor, ...] = ()
     if inputs.cu_seqlens is not None:
-        start, *places = block_places(inputs.cu_seqlens, q.shape[1], k.shape[1], config)
+        start, *places = block_bounds(inputs.cu_seqlens, q.shape[1], k.shape[1], config)
     common = {
         "window": max(1, k.shape[1]),
         "start": start,

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from nsa import NSAConfig, reference
 from nsa.backends.compiled.select.kernel import select_forward
 from nsa.backends.compiled.select.tiles import SelectTiles, select_tiles
-from nsa.core.packing import compressed_members, token_members
+from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.reference.packing import spans
 from nsa.testing import Inputs, make_inputs
 from nsa.testing.parity import _sequence_faults
@@ -64,10 +64,10 @@ def select(
         start = cmp_start = None
     else:
         _, lse = reference.compressed_attention(q, k, k, config, cu_seqlens)
-        tokens = token_members(cu_seqlens, q.shape[1])
-        blocks = compressed_members(cu_seqlens, k.shape[1], config)
-        start = tokens.starts[tokens.seq].int()
-        cmp_start = blocks.starts[tokens.seq].int()
+        tokens = packed_tokens(cu_seqlens, q.shape[1])
+        blocks = packed_blocks(cu_seqlens, k.shape[1], config)
+        start = tokens.seq_start.int()
+        cmp_start = blocks.offsets[tokens.seq_id].int()
     return select_forward(
         q,
         k,

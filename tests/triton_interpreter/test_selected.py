@@ -18,7 +18,7 @@ from nsa import NSAConfig, reference
 from nsa.backends.compiled.selected.launch import selected_backward, selected_forward
 from nsa.backends.compiled.selected.lists import chunks, union_lists, union_lists_torch
 from nsa.backends.compiled.selected.tiles import KeyTiles, QueryTiles, SelectedTiles, config_for
-from nsa.core.packing import token_members
+from nsa.core.packing import packed_tokens
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
 from tests.triton_interpreter import triton_fixes
@@ -62,8 +62,8 @@ def starts(inputs: Inputs) -> Tensor | None:
     """The first row of each token's sequence, None for a regular batch."""
     if inputs.cu_seqlens is None:
         return None
-    tokens = token_members(inputs.cu_seqlens, inputs.q.shape[1])
-    return tokens.starts[tokens.seq].int()
+    tokens = packed_tokens(inputs.cu_seqlens, inputs.q.shape[1])
+    return tokens.seq_start.int()
 
 
 def run(inputs: Inputs, tiles: SelectedTiles | None = None) -> dict[str, Tensor]:

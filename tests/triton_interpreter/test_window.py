@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from nsa import NSAConfig, reference
 from nsa.backends.compiled.window.launch import addressable, window_backward, window_forward
 from nsa.backends.compiled.window.tiles import Tiles
-from nsa.core.packing import token_members
+from nsa.core.packing import packed_tokens
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
 from tests.triton_interpreter import triton_fixes
@@ -60,8 +60,8 @@ def run(inputs: Inputs, tiles: Tiles | None = TILES) -> dict[str, Tensor]:
     k, v = k.detach(), v.detach()
     start = None
     if inputs.cu_seqlens is not None:
-        tokens = token_members(inputs.cu_seqlens, q.shape[1])
-        start = tokens.starts[tokens.seq].int()
+        tokens = packed_tokens(inputs.cu_seqlens, q.shape[1])
+        start = tokens.seq_start.int()
     common = {"window": config.window, "start": start, "scale": config.softmax_scale}
     out, lse = window_forward(q, k, v, **common, tiles=tiles)
     dq, dk, dv = window_backward(
@@ -104,8 +104,8 @@ def test_parts_of_the_queries_add_up(lengths: tuple[int, ...] | None) -> None:
     q, k, v = x.q.detach(), *(y.detach() for y in x.window)
     start = None
     if x.cu_seqlens is not None:
-        tokens = token_members(x.cu_seqlens, q.shape[1])
-        start = tokens.starts[tokens.seq].int()
+        tokens = packed_tokens(x.cu_seqlens, q.shape[1])
+        start = tokens.seq_start.int()
     call = {"window": 40, "start": start, "scale": 0.3}
     out, lse = window_forward(q, k, v, **call, tiles=TILES)
     whole, parts = (

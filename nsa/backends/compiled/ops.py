@@ -1,7 +1,7 @@
 """The Triton kernels as operators, one for each branch: ``nsa::compressed_attention`` and others.
 
 Schemas and empty results need torch alone; triton is imported when a kernel first runs. Under
-``TRITON_INTERPRET=1`` the same operators take CPU tensors.
+``TRITON_INTERPRET=1`` the same operators take CPU tensors. ``config`` is :attr:`NSAConfig.key`.
 
 B batch, T query tokens, S key tokens, N compressed blocks, H query heads, K key/value heads, D key
 size, V value size, n listed blocks.
@@ -9,80 +9,49 @@ size, V value size, n listed blocks.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import Tensor
 
-from nsa.core.operators import define, lse_dtype
+from nsa.core.operators import config_of, define_attention
+
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def _window(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor | None,
-    window: int,
-    scale: float,
-    q_start: int,
-) -> tuple[Tensor, Tensor]:
-    kernels = importlib.import_module("nsa.backends.compiled.window.launch")
-    return kernels.window_forward(q, k, v, window=window, start=start, scale=scale, q_start=q_start)
+def _window_call(seq_start: Tensor | None, config: str, q_start: int) -> dict[str, Any]:
+    asked = config_of(config)
+    call = {"window": asked.window, "scale": asked.softmax_scale, "q_start": q_start}
+    return {"start": seq_start, **call}
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    from nsa.backends.compiled.window.launch import window_forward
+
+    return window_forward(q, k, v, **_window_call(*call))
 
 
 def _window_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor | None,
-    window: int,
-    scale: float,
-    q_start: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = importlib.import_module("nsa.backends.compiled.window.launch")
-    return kernels.window_backward(
-        dout, q, k, v, out, lse, window=window, start=start, scale=scale, q_start=q_start
-    )
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *call: Any
+) -> Triple:
+    from nsa.backends.compiled.window.launch import window_backward
+
+    return window_backward(dout, q, k, v, out, lse, **_window_call(*call))
 
 
-def _like_inputs(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Any:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _like_output(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return (
-        q.new_empty(*q.shape[:3], v.shape[3]),
-        q.new_empty(q.shape[:3], dtype=lse_dtype(q)),
-    )
-
-
-_WINDOW_CALL = "Tensor? start, SymInt window, float scale, SymInt q_start"
-_WINDOW_BACKWARD = define(
-    "window_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_WINDOW_CALL}) -> (Tensor, Tensor, Tensor)",
-    _window_backward,
-    _like_inputs,
-)
-
-
-def _window_gradients(
-    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
-) -> tuple[Tensor | None, ...]:
-    return (*_WINDOW_BACKWARD(dout, *saved, *inputs[4:]), None, None, None, None)
-
-
-window_attention = define(
-    f"window_attention(Tensor q, Tensor k, Tensor v, {_WINDOW_CALL}) -> (Tensor, Tensor)",
+window_attention = define_attention(
+    "window_attention",
+    "Tensor? seq_start, str config, SymInt q_start",
     _window,
-    _like_output,
-    saved=lambda inputs, outputs: (*inputs[:3], *outputs, inputs[3]),
-    gradients=_window_gradients,
+    _window_backward,
 )
-"""``(q [B, T, H, D], k [B, S, K, D], v [B, S, K, V], start int32 [T] or None, window, scale,
-q_start) -> out, lse``; see :func:`nsa.backends.compiled.window.launch.window_forward`."""
+"""``(q [B, T, H, D], k [B, S, K, D], v [B, S, K, V], seq_start int32 [T] or None, config, q_start)
+-> out, lse``; see :func:`nsa.backends.compiled.window.launch.window_forward`."""
+
+
+def _selected_call(seq_start: Tensor | None, config: str, q_start: int) -> dict[str, Any]:
+    asked = config_of(config)
+    call = {"select_block": asked.select_block, "scale": asked.softmax_scale, "q_start": q_start}
+    return {"start": seq_start, **call}
 
 
 def _selected(
@@ -90,15 +59,13 @@ def _selected(
     k: Tensor,
     v: Tensor,
     block_idx: Tensor,
-    start: Tensor | None,
+    seq_start: Tensor | None,
     sequences: int,
-    select_block: int,
-    scale: float,
-    q_start: int,
+    *call: Any,
 ) -> tuple[Tensor, Tensor]:
-    call = {"start": start, "select_block": select_block, "scale": scale, "q_start": q_start}
-    kernels = importlib.import_module("nsa.backends.compiled.selected.launch")
-    return kernels.selected_forward(q, k, v, block_idx, **call)
+    from nsa.backends.compiled.selected.launch import selected_forward
+
+    return selected_forward(q, k, v, block_idx, **_selected_call(seq_start, *call))
 
 
 def _selected_backward(
@@ -109,103 +76,67 @@ def _selected_backward(
     out: Tensor,
     lse: Tensor,
     block_idx: Tensor,
-    start: Tensor | None,
+    seq_start: Tensor | None,
     sequences: int,
-    select_block: int,
-    scale: float,
-    q_start: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = {"start": start, "select_block": select_block, "scale": scale, "q_start": q_start}
-    kernels = importlib.import_module("nsa.backends.compiled.selected.launch")
-    call["sequences"] = None if start is None else sequences
-    return kernels.selected_backward(dout, q, k, v, out, lse, block_idx, **call)
+    *call: Any,
+) -> Triple:
+    from nsa.backends.compiled.selected.launch import selected_backward
+
+    options = _selected_call(seq_start, *call)
+    options["sequences"] = None if seq_start is None else sequences
+    return selected_backward(dout, q, k, v, out, lse, block_idx, **options)
 
 
-_SELECTED_CALL = (
-    "Tensor block_idx, Tensor? start, SymInt sequences, int select_block, float scale, "
-    "SymInt q_start"
-)
-_SELECTED_BACKWARD = define(
-    "selected_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_SELECTED_CALL}) -> (Tensor, Tensor, Tensor)",
-    _selected_backward,
-    _like_inputs,
-)
-
-
-def _selected_gradients(
-    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
-) -> tuple[Tensor | None, ...]:
-    return (*_SELECTED_BACKWARD(dout, *saved, *inputs[5:]), *(None,) * 6)
-
-
-selected_attention = define(
-    f"selected_attention(Tensor q, Tensor k, Tensor v, {_SELECTED_CALL}) -> (Tensor, Tensor)",
+selected_attention = define_attention(
+    "selected_attention",
+    "Tensor block_idx, Tensor? seq_start, SymInt sequences, str config, SymInt q_start",
     _selected,
-    _like_output,
-    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:5]),
-    gradients=_selected_gradients,
+    _selected_backward,
 )
-"""``(q, k, v, block_idx int32 [B, T, K, n], start int32 [T] or None, number of packed sequences,
-select_block, scale, q_start) -> out, lse``; see
+"""``(q, k, v, block_idx int32 [B, T, K, n], seq_start int32 [T] or None, number of packed
+sequences, config, q_start) -> out, lse``; see
 :func:`nsa.backends.compiled.selected.launch.selected_forward`."""
 
 
-def _over_blocks(
+def _compressed_call(
     k: Tensor,
-    start: Tensor | None,
-    first: Tensor | None,
+    cmp_seq_start: Tensor | None,
+    seq_start: Tensor | None,
     seen_from: Tensor | None,
     seen_until: Tensor | None,
-    block: int,
-    stride: int,
-    scale: float,
+    config: str,
     q_start: int,
 ) -> dict[str, Any]:
-    """The window that the compressed branch is: as wide as the keys, which stand d tokens apart."""
-    kernels = importlib.import_module("nsa.backends.compiled.window.launch")
-    blocks = kernels.Blocks(block, stride, first, seen_from, seen_until)
-    window = max(1, k.shape[1])
-    call = {"start": start, "scale": scale, "q_start": q_start}
-    return {"window": window, "blocks": blocks, **call}
+    """Compressed attention as a sliding window: as wide as the keys, which stand d tokens apart."""
+    from nsa.backends.compiled.window.bounds import Blocks
+
+    asked = config_of(config)
+    block, stride = asked.compress_block, asked.compress_stride
+    blocks = Blocks(block, stride, seq_start, seen_from, seen_until)
+    call = {"start": cmp_seq_start, "scale": asked.softmax_scale, "q_start": q_start}
+    return {"window": max(1, k.shape[1]), "blocks": blocks, **call}
 
 
 def _compressed(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
-    kernels = importlib.import_module("nsa.backends.compiled.window.launch")
-    return kernels.window_forward(q, k, v, **_over_blocks(k, *call))
+    from nsa.backends.compiled.window.launch import window_forward
+
+    return window_forward(q, k, v, **_compressed_call(k, *call))
 
 
 def _compressed_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *call: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = importlib.import_module("nsa.backends.compiled.window.launch")
-    return kernels.window_backward(dout, q, k, v, out, lse, **_over_blocks(k, *call))
+) -> Triple:
+    from nsa.backends.compiled.window.launch import window_backward
+
+    return window_backward(dout, q, k, v, out, lse, **_compressed_call(k, *call))
 
 
-_COMPRESSED_CALL = (
-    "Tensor? start, Tensor? first, Tensor? seen_from, Tensor? seen_until, int block, int stride, "
-    "float scale, SymInt q_start"
-)
-_COMPRESSED_BACKWARD = define(
-    "compressed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_COMPRESSED_CALL}) -> (Tensor, Tensor, Tensor)",
-    _compressed_backward,
-    _like_inputs,
-)
-
-
-def _compressed_gradients(
-    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
-) -> tuple[Tensor | None, ...]:
-    return (*_COMPRESSED_BACKWARD(dout, *saved, *inputs[7:]), *(None,) * 8)
-
-
-compressed_attention = define(
-    f"compressed_attention(Tensor q, Tensor k, Tensor v, {_COMPRESSED_CALL}) -> (Tensor, Tensor)",
+compressed_attention = define_attention(
+    "compressed_attention",
+    "Tensor? cmp_seq_start, Tensor? seq_start, Tensor? seen_from, Tensor? seen_until, "
+    "str config, SymInt q_start",
     _compressed,
-    _like_output,
-    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:7]),
-    gradients=_compressed_gradients,
+    _compressed_backward,
 )
-"""``(q, k [B, N, K, D], v [B, N, K, V], start, first, seen_from, seen_until, l, d, scale,
-q_start) -> out, lse``; the four are those of :func:`nsa.core.packing.block_places`, or None."""
+"""``(q, k [B, N, K, D], v [B, N, K, V], the four of :func:`nsa.core.packing.block_bounds` or None,
+config, q_start) -> out, lse``."""

@@ -1,15 +1,15 @@
 """The ``compiled`` backend: Triton kernels on a GPU, Inductor for what is between them.
 
-- compressed: the window's kernel, over keys that stand d tokens apart;
+- compressed: the sliding window's kernel, over keys that stand d tokens apart;
 - select: scores and a running top-n in one kernel (``select/``);
-- selected: several tokens on the union of their lists (``selected/``);
-- window: a band (``window/``);
+- selected: several tokens on the union of their block lists (``selected/``);
+- window: a sliding window (``window/``);
 - their gated sum: the last two with the sum, and one backward for all (``gated/``).
 
-What is around them (rotary embedding, gates) is plain PyTorch for Inductor to fuse:
-:mod:`nsa.core.compile` compiles it for whoever compiles nothing. On a CPU that is all it does: the
+What is around them (rotary embedding, gates) is plain PyTorch for Inductor to compile:
+:mod:`nsa.core.compile` does so for callers that compile nothing. On a CPU that is all it does: the
 branches are ``sdpa``'s there, whose loops over chunks that fit in a cache are faster than what
-Inductor makes of a band (docs/experiments.md).
+Inductor makes of a sliding window (docs/experiments.md).
 
 The step signature is the one of :mod:`nsa.backends.protocol`.
 """
@@ -22,16 +22,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nsa.backends import load
 from nsa.backends.compiled.gated.op import gated_attention as gated_op
 from nsa.backends.compiled.ops import compressed_attention as compressed_op
 from nsa.backends.compiled.ops import selected_attention as selected_op
 from nsa.backends.compiled.ops import window_attention as window_op
 from nsa.backends.protocol import STEPS, Problem
-from nsa.backends.shared.select_op import SELECTORS, select
-from nsa.compression import COPIES, Copies
-from nsa.config import KV, NSAConfig
-from nsa.core.packing import block_places, compressed_members, token_members
+from nsa.backends.shared.select_op import select
+from nsa.config import NSAConfig
+from nsa.core.inputs import AttentionInputs
+from nsa.core.packing import block_bounds, packed_blocks, packed_tokens
 from nsa.settings import Settings, foreign_variable
 
 MAX_HEAD = 256
@@ -62,8 +61,8 @@ def unavailable(problem: Problem, settings: Settings) -> str | None:
     return None
 
 
-def left_to_sdpa(problem: Problem, settings: Settings) -> dict[str, str]:
-    """The branches that this backend leaves to ``sdpa`` on a CPU, and why."""
+def delegated(problem: Problem, settings: Settings) -> dict[str, str]:
+    """All steps on a CPU, which ``sdpa`` runs."""
     if problem.device.type != "cpu" or INTERPRETED:
         return {}
     return dict.fromkeys(STEPS, "on a CPU")
@@ -96,14 +95,8 @@ def compressed_attention(
     q_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention over blocks; see :class:`nsa.backends.protocol.Backend`."""
-    if _plain(q):
-        step = load("sdpa").compressed_attention
-        return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
-    places: tuple[Tensor | None, ...] = (None,) * 4
-    if cu_seqlens is not None:
-        places = block_places(cu_seqlens, q.shape[1], k.shape[1], config)
-    block, stride, scale = config.compress_block, config.compress_stride, config.softmax_scale
-    return compressed_op(q, k, v, *places, block, stride, scale, q_start)
+    bounds = _bounds(cu_seqlens, q.shape[1], k.shape[1], config)
+    return compressed_op(q, k, v, *bounds, config.key, q_start)
 
 
 def select_blocks(
@@ -117,9 +110,6 @@ def select_blocks(
     lse: Tensor | None = None,
 ) -> Tensor:
     """Top-n selection; see :class:`nsa.backends.protocol.Backend`."""
-    if _plain(q):
-        step = load("sdpa").select_blocks
-        return step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start, lse=lse)
     if lse is None:
         with torch.no_grad():
             q, k_cmp = q.detach(), k_cmp.detach()
@@ -129,7 +119,7 @@ def select_blocks(
     return select("compiled", q, k_cmp, lse, config, cu_seqlens, max_seqlen, q_start)
 
 
-def _select(
+def select_impl(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -138,15 +128,15 @@ def _select(
     longest: int,
     q_start: int,
 ) -> Tensor:
-    """See :class:`nsa.backends.shared.select_op.Selector`."""
-    kernels = importlib.import_module("nsa.backends.compiled.select.kernel")
+    """See :func:`nsa.backends.shared.select_op.select`."""
+    from nsa.backends.compiled.select.kernel import select_forward
+
     start = cmp_start = None
     if cu_seqlens is not None:
-        token = token_members(cu_seqlens, q.shape[1])
-        start = token.starts[token.seq].to(torch.int32)
-        blocks = compressed_members(cu_seqlens, 0, config).starts
-        cmp_start = blocks[token.seq].to(torch.int32)
-    return kernels.select_forward(
+        token = packed_tokens(cu_seqlens, q.shape[1])
+        start = token.seq_start.to(torch.int32)
+        cmp_start = packed_blocks(cu_seqlens, 0, config).offsets[token.seq_id].to(torch.int32)
+    return select_forward(
         q,
         k_cmp,
         lse,
@@ -163,35 +153,6 @@ def _select(
     )
 
 
-SELECTORS["compiled"] = _select
-
-
-def _gather(x: Tensor, block: int, stride: int, N: int) -> Tensor | None:
-    """See :class:`nsa.compression.Copies`."""
-    B, _, K, D = x.shape
-    if not _copies(x, B, N * K * block * D):
-        return None
-    return importlib.import_module("nsa.backends.compiled.block_tokens").gather(x, block, stride, N)
-
-
-def _scatter(grad: Tensor, T: int, stride: int) -> Tensor | None:
-    """See :class:`nsa.compression.Copies`."""
-    if not _copies(grad, grad.shape[0], grad[:1].numel()):
-        return None
-    return importlib.import_module("nsa.backends.compiled.block_tokens").scatter(grad, T, stride)
-
-
-def _copies(x: Tensor, rows: int, elements: int) -> bool:
-    """Whether the kernel takes so many rows of so many elements."""
-    if not x.is_cuda or x.dtype not in _DTYPES:
-        return False
-    kernels = importlib.import_module("nsa.backends.compiled.block_tokens")
-    return rows <= kernels.MOST_ROWS and elements <= kernels.MOST_ELEMENTS
-
-
-COPIES["compiled"] = Copies(_gather, _scatter)
-
-
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -204,13 +165,8 @@ def selected_attention(
     q_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention over listed blocks; see :class:`nsa.backends.protocol.Backend`."""
-    if _plain(q):
-        step = load("sdpa").selected_attention
-        return step(q, k, v, block_idx, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
-    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    start = _start(cu_seqlens, q.shape[1])
-    block, scale = config.select_block, config.softmax_scale
-    return selected_op(q, k, v, block_idx, start, sequences, block, scale, q_start)
+    start = _seq_start(cu_seqlens, q.shape[1])
+    return selected_op(q, k, v, block_idx, start, _sequences(cu_seqlens), config.key, q_start)
 
 
 def window_attention(
@@ -223,62 +179,55 @@ def window_attention(
     max_seqlen: int | None = None,
     q_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A band of keys; see :class:`nsa.backends.protocol.Backend`."""
-    if _plain(q):
-        step = load("sdpa").window_attention
-        return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
-    start, scale = _start(cu_seqlens, q.shape[1]), config.softmax_scale
-    return window_op(q, k, v, start, config.window, scale, q_start)
+    """Sliding window; see :class:`nsa.backends.protocol.Backend`."""
+    return window_op(q, k, v, _seq_start(cu_seqlens, q.shape[1]), config.key, q_start)
 
 
 def gated_attention(
-    q: Tensor,
-    compressed: KV,
-    selected: KV,
-    window: KV,
-    gates: Tensor,
+    inputs: AttentionInputs,
     out_cmp: Tensor,
     lse_cmp: Tensor,
     block_idx: Tensor,
     config: NSAConfig,
-    cu_seqlens: Tensor | None = None,
     *,
-    within_one: bool = False,
+    gates_in_unit_interval: bool = False,
 ) -> Tensor:
     """See :class:`nsa.backends.protocol.Gated`."""
-    places: tuple[Tensor | None, ...] = (None,) * 4
-    if cu_seqlens is not None:
-        places = block_places(cu_seqlens, q.shape[1], compressed.k.shape[1], config)
+    cu_seqlens = inputs.cu_seqlens
+    cmp_start, start, *seen = _bounds(
+        cu_seqlens, inputs.q.shape[1], inputs.compressed.k.shape[1], config
+    )
     sum_, *_ = gated_op(
-        q,
-        *compressed,
-        *selected,
-        *window,
-        gates,
+        *inputs.differentiable,
         out_cmp,
         lse_cmp,
         block_idx,
-        _start(cu_seqlens, q.shape[1]),
-        *places,
-        1 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        config.compress_block,
-        config.compress_stride,
-        config.select_block,
-        config.window,
-        config.softmax_scale,
-        within_one,
+        start,
+        cmp_start,
+        *seen,
+        _sequences(cu_seqlens),
+        config.key,
+        gates_in_unit_interval,
     )
     return sum_
 
 
-def _plain(q: Tensor) -> bool:
-    """Whether no Triton kernel runs here."""
-    return q.device.type == "cpu" and not INTERPRETED
+def _bounds(
+    cu_seqlens: Tensor | None, total: int, rows: int, config: NSAConfig
+) -> tuple[Tensor | None, ...]:
+    """:func:`nsa.core.packing.block_bounds`, or four times None for a regular batch."""
+    if cu_seqlens is None:
+        return (None,) * 4
+    return block_bounds(cu_seqlens, total, rows, config)
 
 
-def _start(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
+def _seq_start(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
     """int32 ``[T]``, the first token of each token's sequence when packed."""
     if cu_seqlens is None:
         return None
-    token = token_members(cu_seqlens, total)
-    return token.starts[token.seq].to(torch.int32)
+    return packed_tokens(cu_seqlens, total).seq_start.to(torch.int32)
+
+
+def _sequences(cu_seqlens: Tensor | None) -> int:
+    """At most so many packed sequences."""
+    return 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-NEG_INF = float("-inf")
+from nsa.core.dtypes import NEG_INF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

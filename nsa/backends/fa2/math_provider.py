@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nsa.backends.fa2.calls import NEG_INF, Call
+from nsa.backends.fa2.calls import Call
+from nsa.core.dtypes import NEG_INF, accumulation_dtype
 
 
 class Math:
@@ -23,7 +24,7 @@ class Math:
         """See :class:`Provider`."""
         if call.cu_q is not None:
             out, lse = torch.full_like(q, float("nan")), q.new_full(q.shape[:2], float("nan"))
-            lse = lse.to(_wide(q.dtype))
+            lse = lse.to(accumulation_dtype(q))
             for rows, keys, one in _sequences(call):
                 parts = self.forward(q[None, rows], k[None, keys], v[None, keys], one)
                 out[rows], lse[rows] = parts[0][0], parts[1][0]
@@ -59,10 +60,6 @@ class Math:
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _sequences(call: Call) -> list[tuple[slice, slice, Call]]:
     """Rows, keys and the regular call of each packed sequence."""
     assert call.cu_q is not None
@@ -83,7 +80,7 @@ def _probabilities(
     """``[B, K, G, T, S]`` and lse ``[B, T, H]``; normalised by ``lse`` if it is given."""
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
-    wide = _wide(q.dtype)
+    wide = accumulation_dtype(q)
     q_BTKGD = q.to(wide).view(B, T, K, H // K, D)
     scores = call.scale * torch.einsum("btkgd,bskd->bkgts", q_BTKGD, k.to(wide))
     t = torch.arange(T, device=q.device)[:, None] + S - T

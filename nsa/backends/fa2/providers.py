@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import attention
 
-from nsa.backends.fa2.calls import NEG_INF, Aten, Call, FlashAttn, Provider
+from nsa.backends.fa2.calls import Aten, Call, FlashAttn, Provider
 from nsa.backends.fa2.math_provider import Math
 from nsa.errors import BackendUnavailable
 
@@ -28,7 +28,6 @@ __all__ = [
     "ABSENT",
     "BROKEN",
     "IDLE",
-    "NEG_INF",
     "WORKS",
     "WRONG",
     "Aten",

@@ -12,13 +12,13 @@ and values), n listed blocks, L tokens of a block, m queries of a tile, C querie
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.backends.fa2.providers import NEG_INF, Call, Provider, provider
+from nsa.backends.fa2.providers import Call, Provider, provider
 from nsa.backends.shared.block_tiles import (
     Blocks,
     Tiles,
@@ -30,8 +30,9 @@ from nsa.backends.shared.block_tiles import (
 )
 from nsa.backends.shared.workspace import Kind, Space, Store
 from nsa.config import NSAConfig
-from nsa.core.operators import config_of, define, geometry, lse_dtype
-from nsa.core.packing import select_members
+from nsa.core.dtypes import NEG_INF
+from nsa.core.operators import config_of, define_attention
+from nsa.core.packing import packed_select_blocks
 
 MAX_BATCH = 65_535
 """CUDA's limit on the grid dimension in which FA-2 puts the batch."""
@@ -234,8 +235,7 @@ def _forward(
     v: Tensor,
     block_idx: Tensor,
     cu_seqlens: Tensor | None,
-    shape: list[int],
-    scale: float,
+    key: str,
     q_start: int,
     source: str,
     workspace: list[int],
@@ -245,7 +245,7 @@ def _forward(
         k,
         v,
         block_idx,
-        config_of(shape, scale),
+        config_of(key),
         cu_seqlens,
         q_start,
         source=provider(source, q.device),
@@ -262,8 +262,7 @@ def _backward(
     lse: Tensor,
     block_idx: Tensor,
     cu_seqlens: Tensor | None,
-    shape: list[int],
-    scale: float,
+    key: str,
     q_start: int,
     source: str,
     workspace: list[int],
@@ -276,7 +275,7 @@ def _backward(
         out,
         lse,
         block_idx,
-        config_of(shape, scale),
+        config_of(key),
         cu_seqlens,
         q_start,
         source=provider(source, q.device),
@@ -284,33 +283,11 @@ def _backward(
     )
 
 
-_CALL = (
-    "Tensor block_idx, Tensor? cu_seqlens, int[] shape, float scale, SymInt q_start, str source, "
-    "int[] workspace"
-)
-_BACKWARD = define(
-    "fa2_selected_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_CALL}) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-)
-
-
-def _gradients(
-    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
-) -> tuple[Tensor | None, ...]:
-    return (*_BACKWARD(dout, *saved, *inputs[5:]), *(None,) * 7)
-
-
-_SELECTED = define(
-    f"fa2_selected(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
+_SELECTED = define_attention(
+    "fa2_selected",
+    "Tensor block_idx, Tensor? cu_seqlens, str config, SymInt q_start, str source, int[] workspace",
     _forward,
-    lambda q, k, v, *rest: (
-        q.new_empty(q.shape),
-        q.new_empty(q.shape[:-1], dtype=lse_dtype(q)),
-    ),
-    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:5]),
-    gradients=_gradients,
+    _backward,
 )
 
 
@@ -326,10 +303,8 @@ def selected_attention(
     store: Store,
 ) -> tuple[Tensor, Tensor]:
     """The selected branch by the provider of that name; q, k and v have one head size."""
-    scale = config.softmax_scale
-    return _SELECTED(
-        q, k, v, block_idx, cu_seqlens, geometry(config), scale, q_start, source, store.numbers
-    )
+    call = (block_idx, cu_seqlens, config.key, q_start, source, store.numbers)
+    return _SELECTED(q, k, v, *call)
 
 
 def chunk_tokens(lists: Tensor, per_pair: int) -> int:
@@ -396,10 +371,10 @@ def own_blocks(
         tail = -(lead + T) % size
         call = Call(scale=scale, causal=True, max_q=size, max_k=size)
         return Own(call, lead, tail, q_start - lead, q_start + T)
-    block = select_members(cu_seqlens, T, config)
+    block = packed_select_blocks(cu_seqlens, T, config)
     starts = cu_seqlens.long()
-    last = starts[(block.seq + 1).clamp_max(starts.numel() - 1)]
-    ends = torch.minimum(starts[block.seq] + (block.rank + 1) * size, last)
+    last = starts[(block.seq_id + 1).clamp_max(starts.numel() - 1)]
+    ends = torch.minimum(starts[block.seq_id] + (block.position + 1) * size, last)
     cu = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
     call = Call(scale=scale, causal=True, cu_q=cu, cu_k=cu, max_q=size, max_k=size)
     return Own(call, 0, 0, 0, T)

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from nsa.backends.fa2.op import flash_attention, pad_heads
-from nsa.backends.fa2.providers import NEG_INF, Call
+from nsa.backends.fa2.providers import Call
 from nsa.backends.fa2.selected import selected_attention
 from nsa.backends.shared.fold_queries import fold, make_fold, nothing_seen, unfold
 from nsa.backends.shared.workspace import Store
 from nsa.config import NSAConfig
-from nsa.core.operators import lse_dtype
-from nsa.core.packing import compressed_members
+from nsa.core.dtypes import NEG_INF, accumulation_dtype
+from nsa.core.packing import packed_blocks
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Steps:
         T, N, K, V = q.shape[1], k.shape[1], k.shape[2], v.shape[3]
         shape = make_fold(T, N, config, cu_seqlens, q_start)
         if cu_seqlens is None and (shape.rows == 0 or N == 0):
-            return nothing_seen(q, k, v, lse_dtype(q))
+            return nothing_seen(q, k, v, accumulation_dtype(q))
         rows = fold(q, cu_seqlens, N, K, config, q_start)
         if shape.real is not None:  # surplus rows are neither read nor written
             real = shape.real[:, None, None]
@@ -57,7 +56,7 @@ class Steps:
             k, v = k[:, : shape.first_row + R], v[:, : shape.first_row + R]
             call = Call(scale=config.softmax_scale, causal=True, max_q=R, max_k=k.shape[1])
         else:
-            cu = compressed_members(cu_seqlens, N, config).starts.to(cu_seqlens.dtype)
+            cu = packed_blocks(cu_seqlens, N, config).offsets.to(cu_seqlens.dtype)
             longest = config.num_compressed(T if max_seqlen is None else max_seqlen)
             longest = max(1, min(longest, N))
             call = Call(
@@ -140,4 +139,4 @@ class Steps:
 def _nothing(q: Tensor, k: Tensor, v: Tensor, V: int) -> tuple[Tensor, Tensor]:
     """The result for no rows, through which gradients (of nothing) still flow."""
     out = q[..., :V] + 0 * (k.sum() + v.sum())
-    return out, q.detach().sum(-1).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return out, q.detach().sum(-1).to(accumulation_dtype(q))

@@ -5,17 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa.backends.fa2.op import why_not
+from nsa.backends.fa2.flags import delegated, unavailable
 from nsa.backends.fa2.steps import Steps
-from nsa.backends.protocol import Problem
 from nsa.backends.shared.workspace import Store
 from nsa.config import NSAConfig
 from nsa.settings import Settings
 
-
-def unavailable(problem: Problem, settings: Settings) -> str | None:
-    """Why this backend cannot run the problem, or None."""
-    return why_not(problem, settings)
+__all__ = ["VarlenSteps", "bind", "delegated", "unavailable"]
 
 
 def bind(settings: Settings) -> VarlenSteps:

@@ -5,22 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa.core.dtypes import accumulation_dtype
+
 CPU_CHUNK_ELEMENTS = 2**18
 """Scores in flight on a CPU: 1 MiB of fp32, so that a chunk stays in the second-level cache."""
 CUDA_CHUNK_ELEMENTS = 2**26
 """Scores in flight on a GPU: 256 MiB of fp32, enough to fill it, little beside the model."""
 
-NEG_INF = float("-inf")
-
 
 def chunk_elements(device: torch.device) -> int:
     """How many scores one chunk may hold on this device."""
     return CPU_CHUNK_ELEMENTS if device.type == "cpu" else CUDA_CHUNK_ELEMENTS
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics and sums are fp32, fp64 for fp64 input."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

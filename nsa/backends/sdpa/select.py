@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.backends.sdpa.numerics import NEG_INF, bmm, heads_first, operand_dtype
+from nsa.backends.sdpa.numerics import bmm, heads_first, operand_dtype
 from nsa.backends.sdpa.window import Band, Chunk, chunks
 from nsa.backends.shared.fold_queries import Fold, fold_rows
 from nsa.config import NSAConfig
 from nsa.core.geometry import num_select_blocks, overlap_weights
+from nsa.selection.rules import rule_of
 
-_INDEX_LIMIT = 2**31 - 1
 _CPU_STRETCH = 8
 """A row has d*G queries on every key head: a chunk of the second-level cache would be few rows."""
 
@@ -42,7 +42,8 @@ def top_blocks(
         int32 ``[B, R*d, K, n]``, ascending, then −1; places without a query hold anything.
     """
     B, K = k_cmp.shape[0], k_cmp.shape[2]
-    R, d, n = shape.rows, shape.stride, config.num_selected
+    R, d, rule = shape.rows, shape.stride, rule_of(config)
+    n = rule.width(config)
     M = d * (q.shape[2] // K)
     dtype = operand_dtype(q)
     q_rows = fold_rows(q, shape, K).transpose(1, 2).to(dtype).reshape(B * K, R * M, q.shape[3])
@@ -65,7 +66,8 @@ def top_blocks(
         else:
             scores = _scores_packed(p, chunk, number, num_select_blocks(longest, config), config)
         own = (number[chunk.row : chunk.row_end, None] * d + within) // config.select_block
-        result[:, chunk.row * d : chunk.row_end * d] = choose(scores, own, config).flatten(1, 2)
+        chosen = rule.choose(scores, own, config)
+        result[:, chunk.row * d : chunk.row_end * d] = chosen.flatten(1, 2)
     return result.view(B, K, R * d, n).transpose(1, 2)
 
 
@@ -94,35 +96,3 @@ def _scores_packed(p: Tensor, chunk: Chunk, number: Tensor, J: int, config: NSAC
         index = here.clamp(0, p.shape[-1] - 1)[:, None].expand(scores.shape)
         scores.add_(p.gather(-1, index).mul_(there[:, None]), alpha=weight)
     return scores
-
-
-def choose(scores: Tensor, own: Tensor, config: NSAConfig) -> Tensor:
-    """The n blocks of each query: forced ones, then the highest scores, ties to the lower index.
-
-    Args:
-        scores: ``[X, C, d, J]``, not negative.
-        own: int64 ``[C, d]``, the block each query stands in.
-
-    Returns:
-        int32 ``[X, C, d, n]``, ascending, then −1.
-    """
-    J, n = scores.shape[-1], config.num_selected
-    j = torch.arange(J, device=scores.device)
-    candidate = j <= own[..., None]
-    forced = candidate & ((j < config.num_initial) | (j > own[..., None] - config.num_local))
-    if scores.dtype == torch.float32:
-        # topk promises no order among equals, so the index is made part of the key: the bits of
-        # a float that is not negative sort like the float
-        bits = scores.view(torch.int32).to(torch.int64)
-        bits = bits.masked_fill_(forced, _INDEX_LIMIT)
-        key = bits.bitwise_left_shift_(32).add_(_INDEX_LIMIT - j)
-        key = key.masked_fill_(~candidate, -1).topk(min(n, J), dim=-1, sorted=False).values
-        index = _INDEX_LIMIT - (key & 0xFFFFFFFF)
-        index = index.masked_fill_(key < 0, J)
-    else:
-        ranked = scores.masked_fill(forced, float("inf")).masked_fill(~candidate, NEG_INF)
-        ranked, index = ranked.sort(dim=-1, descending=True, stable=True)
-        index = index.masked_fill(ranked == NEG_INF, J)[..., :n]
-    index = index.sort(dim=-1).values
-    blocks = index.masked_fill(index == J, -1)
-    return F.pad(blocks, (0, n - blocks.shape[-1]), value=-1).to(torch.int32)

@@ -8,15 +8,13 @@ tile.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.backends.sdpa.numerics import (
-    NEG_INF,
-    accumulation_dtype,
     bmm,
     chunk_elements,
     operand_dtype,
@@ -32,7 +30,8 @@ from nsa.backends.shared.block_tiles import (
     to_blocks,
 )
 from nsa.config import NSAConfig
-from nsa.core.operators import config_of, define, geometry, lse_dtype
+from nsa.core.dtypes import NEG_INF, accumulation_dtype
+from nsa.core.operators import config_of, define_attention
 
 EVEN = 16
 """Sizes of a tile's matrices are rounded up to this many elements, 64 bytes of fp32.
@@ -94,11 +93,11 @@ def _forward(
     v: Tensor,
     block_idx: Tensor,
     cu_seqlens: Tensor | None,
-    shape: list[int],
-    scale: float,
+    key: str,
     q_start: int,
 ) -> tuple[Tensor, Tensor]:
-    config = config_of(shape, scale)
+    config = config_of(key)
+    scale = config.softmax_scale
     B, T, H, D = q.shape
     K, V = k.shape[2], v.shape[3]
     G, dtype, acc = H // K, operand_dtype(q), accumulation_dtype(q.dtype)
@@ -127,11 +126,11 @@ def _backward(
     lse: Tensor,
     block_idx: Tensor,
     cu_seqlens: Tensor | None,
-    shape: list[int],
-    scale: float,
+    key: str,
     q_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    config = config_of(shape, scale)
+    config = config_of(key)
+    scale = config.softmax_scale
     B, T, H, D = q.shape
     K, V = k.shape[2], v.shape[3]
     G, dtype = H // K, operand_dtype(q)
@@ -161,31 +160,11 @@ def _backward(
     )
 
 
-_BACKWARD = define(
-    "sdpa_selected_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor block_idx, Tensor? cu_seqlens, int[] shape, float scale, SymInt q_start) "
-    "-> (Tensor, Tensor, Tensor)",
-    _backward,
-    lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-)
-
-
-def _gradients(
-    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
-) -> tuple[Tensor | None, ...]:
-    return (*_BACKWARD(dout, *saved, *inputs[5:]), None, None, None, None, None)
-
-
-_SELECTED = define(
-    "sdpa_selected(Tensor q, Tensor k, Tensor v, Tensor block_idx, Tensor? cu_seqlens, "
-    "int[] shape, float scale, SymInt q_start) -> (Tensor, Tensor)",
+_SELECTED = define_attention(
+    "sdpa_selected",
+    "Tensor block_idx, Tensor? cu_seqlens, str config, SymInt q_start",
     _forward,
-    lambda q, k, v, *rest: (
-        q.new_empty(*q.shape[:3], v.shape[3]),
-        q.new_empty(q.shape[:3], dtype=lse_dtype(q)),
-    ),
-    saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:5]),
-    gradients=_gradients,
+    _backward,
 )
 
 
@@ -199,8 +178,7 @@ def tiled_attention(
     q_start: int,
 ) -> tuple[Tensor, Tensor]:
     """The selected branch; shapes as in the contract, head sizes widened by :func:`even_heads`."""
-    scale = config.softmax_scale
-    return _SELECTED(q, k, v, block_idx, cu_seqlens, geometry(config), scale, q_start)
+    return _SELECTED(q, k, v, block_idx, cu_seqlens, config.key, q_start)
 
 
 def _partials(

@@ -14,23 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa.backends.protocol import Problem
 from nsa.backends.sdpa.fused_causal import causal_attention, has_kernel
-from nsa.backends.sdpa.numerics import NEG_INF
 from nsa.backends.sdpa.select import top_blocks
 from nsa.backends.sdpa.selected import even_heads, tiled_attention
 from nsa.backends.sdpa.window import Band, band_attention
 from nsa.backends.shared.fold_queries import Fold, fold, make_fold, nothing_seen, unfold
-from nsa.backends.shared.select_op import SELECTORS, select
+from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
-from nsa.core.operators import lse_dtype
-from nsa.core.packing import compressed_members, token_members
-from nsa.settings import Settings
-
-
-def unavailable(problem: Problem, settings: Settings) -> str | None:
-    """Why this backend cannot run the problem; it runs everything."""
-    return None
+from nsa.core.dtypes import NEG_INF, accumulation_dtype
+from nsa.core.packing import packed_blocks, packed_tokens
+from nsa.selection.rules import first_block_only
 
 
 def compressed_attention(
@@ -48,7 +41,7 @@ def compressed_attention(
     N, K, V = k.shape[1], k.shape[2], v.shape[3]
     shape = make_fold(T, N, config, cu_seqlens, q_start)
     if cu_seqlens is None and (shape.rows == 0 or N == 0):
-        return nothing_seen(q, k, v, lse_dtype(q))
+        return nothing_seen(q, k, v, accumulation_dtype(q))
     if shape.real is not None:  # whatever stands in surplus rows is not read, NaN included
         real = shape.real[:, None, None]
         k, v = k.where(real, 0.0), v.where(real, 0.0)
@@ -98,7 +91,7 @@ def select_blocks(
     return select("sdpa", q, k_cmp, lse, config, cu_seqlens, max_seqlen, q_start)
 
 
-def _select(
+def select_impl(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -107,17 +100,15 @@ def _select(
     longest: int,
     q_start: int,
 ) -> Tensor:
-    """See :class:`nsa.backends.shared.select_op.Selector`."""
+    """See :func:`nsa.backends.shared.select_op.select`."""
     B, T = q.shape[:2]
     N, K = k_cmp.shape[1], k_cmp.shape[2]
     shape = make_fold(T, N, config, cu_seqlens, q_start)
     if cu_seqlens is None:
         number = torch.arange(shape.first_row, shape.first_row + shape.rows, device=q.device)
     else:
-        number = compressed_members(cu_seqlens, N, config).rank
-    # a query that sees no compressed block stands in the first selection block (l <= l')
-    slots = torch.arange(config.num_selected, device=q.device, dtype=torch.int32)
-    first_only = slots.clamp_max(1).neg()
+        number = packed_blocks(cu_seqlens, N, config).position
+    first_only = first_block_only(config, q.device)
     if shape.rows == 0 or N == 0:
         return first_only.expand(B, T, K, -1)
     band = _compressed_band(shape, N, longest, config)
@@ -126,12 +117,9 @@ def _select(
         chosen = chosen[:, shape.lead : shape.lead + T - shape.skipped]
         blind = first_only.expand(B, shape.skipped, K, -1)
         return torch.cat([blind, chosen], dim=1)
-    assert shape.places is not None and shape.blind is not None
-    chosen = chosen.index_select(1, shape.places)
+    assert shape.slots is not None and shape.blind is not None
+    chosen = chosen.index_select(1, shape.slots)
     return chosen.where(~shape.blind[:, None, None], first_only)
-
-
-SELECTORS["sdpa"] = _select
 
 
 def selected_attention(
@@ -165,7 +153,7 @@ def window_attention(
     """Banded attention; see :class:`nsa.backends.protocol.Backend`."""
     B, T, H, D = q.shape
     K = k.shape[2]
-    seq = None if cu_seqlens is None else token_members(cu_seqlens, T).seq
+    seq = None if cu_seqlens is None else packed_tokens(cu_seqlens, T).seq_id
     band = Band(config.window, q_start, seq)
     rows = q.reshape(B, T, K, H // K, D)
     out, lse = band_attention(rows, k, v, band, config.softmax_scale)

@@ -10,20 +10,19 @@ B batch, R rows, S keys, K key heads, M queries per row and key head, D key size
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsa.backends.sdpa.numerics import (
-    NEG_INF,
-    accumulation_dtype,
     bmm,
     chunk_elements,
     heads_first,
     operand_dtype,
 )
-from nsa.core.operators import define, lse_dtype
+from nsa.core.dtypes import NEG_INF, accumulation_dtype
+from nsa.core.operators import define_attention
 
 
 class Band(NamedTuple):
@@ -116,7 +115,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:
     B, R, K, M, _ = q.shape
     out = q.new_empty(B, K, R, M, v.shape[-1]).transpose(1, 2)
-    return out, q.new_empty(B, K, R, M, dtype=lse_dtype(q)).transpose(1, 2)
+    return out, q.new_empty(B, K, R, M, dtype=accumulation_dtype(q)).transpose(1, 2)
 
 
 def _backward(
@@ -165,27 +164,12 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(B * K, R * M, D)
 
 
-_BACKWARD = define(
-    "band_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? row_seq, SymInt width, SymInt first_row, float scale) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-)
-
-
-def _gradients(
-    inputs: tuple[Any, ...], saved: tuple[Tensor, ...], dout: Tensor
-) -> tuple[Tensor | None, ...]:
-    return (*_BACKWARD(dout, *saved, *inputs[4:]), None, None, None, None)
-
-
-_BAND = define(
-    "band(Tensor q, Tensor k, Tensor v, Tensor? row_seq, SymInt width, SymInt first_row, "
-    "float scale) -> (Tensor, Tensor)",
+_BAND = define_attention(
+    "band",
+    "Tensor? row_seq, SymInt width, SymInt first_row, float scale",
     _forward,
-    _forward_fake,
-    saved=lambda inputs, outputs: (*inputs[:3], *outputs, inputs[3]),
-    gradients=_gradients,
+    _backward,
+    fake=_forward_fake,
 )
 
 

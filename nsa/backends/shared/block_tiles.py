@@ -21,7 +21,7 @@ from torch import Tensor
 from nsa.backends.shared.workspace import FRESH, Space
 from nsa.config import NSAConfig
 from nsa.core.geometry import num_select_blocks
-from nsa.core.packing import select_members, token_members
+from nsa.core.packing import packed_select_blocks, packed_tokens
 
 TILE_ROWS = 64
 """Query rows of a tile: what a matrix unit or a CPU's register blocking wants at least."""
@@ -57,14 +57,14 @@ def number_blocks(
         position = torch.arange(q_start, q_start + T, device=q.device).repeat(B)
         base = torch.arange(B, device=q.device)[:, None].expand(B, T).reshape(-1) * per_row
         return Blocks(B * per_row, size, position, base, head * (B * per_row), None, None)
-    token, block = token_members(cu_seqlens, T), select_members(cu_seqlens, T, config)
-    base = block.starts[token.seq]
-    first = cu_seqlens.long()[block.seq] + block.rank * size
+    token, block = packed_tokens(cu_seqlens, T), packed_select_blocks(cu_seqlens, T, config)
+    base = block.offsets[token.seq_id]
+    first = cu_seqlens.long()[block.seq_id] + block.position * size
     tokens = first[:, None] + torch.arange(size, device=q.device)
-    token_row = (base + token.rank // size) * size + token.rank % size
-    count = block.rank.numel()
+    token_row = (base + token.position // size) * size + token.position % size
+    count = block.position.numel()
     tokens = tokens.clamp_max(max(T - 1, 0))
-    return Blocks(count, size, token.rank, base, head * count, tokens, token_row)
+    return Blocks(count, size, token.position, base, head * count, tokens, token_row)
 
 
 def to_blocks(

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.core.operators import config_of, define, geometry
-from nsa.core.packing import compressed_members, token_members
+from nsa.core.operators import config_of, define
+from nsa.core.packing import packed_blocks, packed_tokens
 
 
 class Fold(NamedTuple):
@@ -29,11 +29,11 @@ class Fold(NamedTuple):
     skipped: int
     """Tokens in front that see no block (regular)."""
     lead: int
-    """Empty places in front of the first token of the first row (regular)."""
+    """Empty slots in front of the first token of the first row (regular)."""
     tokens: Tensor | None = None
-    """int64 ``[rows * stride]``, the token at each place when packed; any token where none is."""
-    places: Tensor | None = None
-    """int64 ``[T]``, the place of each token when packed; any place for one that sees no block."""
+    """int64 ``[rows * stride]``, the token at each slot when packed; any token where none is."""
+    slots: Tensor | None = None
+    """int64 ``[T]``, the slot of each token when packed; any slot for one that sees no block."""
     blind: Tensor | None = None
     """bool ``[T]``, True for a packed token that sees no block."""
     row_seq: Tensor | None = None
@@ -55,13 +55,13 @@ def make_fold(
         lead, first_row = seeing % stride, seeing // stride
         rows = (T - skipped + lead + stride - 1) // stride
         return Fold(rows, first_row, stride, skipped, lead)
-    token, row = token_members(cu_seqlens, T), compressed_members(cu_seqlens, N, config)
+    token, row = packed_tokens(cu_seqlens, T), packed_blocks(cu_seqlens, N, config)
     starts = cu_seqlens.long()
-    real = row.seq < cu_seqlens.numel() - 1
-    first = starts[row.seq] + row.rank * stride + block - 1
+    real = row.seq_id < cu_seqlens.numel() - 1
+    first = starts[row.seq_id] + row.position * stride + block - 1
     tokens = first[:, None] + torch.arange(stride, device=starts.device)
-    since = token.rank - (block - 1)
-    places = (row.starts[token.seq] * stride + since).clamp(0, max(N * stride - 1, 0))
+    since = token.position - (block - 1)
+    slots = (row.offsets[token.seq_id] * stride + since).clamp(0, max(N * stride - 1, 0))
     return Fold(
         N,
         0,
@@ -69,9 +69,9 @@ def make_fold(
         0,
         0,
         tokens.flatten().clamp_max(max(T - 1, 0)),
-        places,
+        slots,
         since < 0,
-        row.seq,
+        row.seq_id,
         real,
     )
 
@@ -118,10 +118,10 @@ def _unfold(x: Tensor, shape: Fold, T: int, empty: float) -> Tensor:
     B, R, K, M, D = x.shape
     d, G = shape.stride, M // shape.stride
     x = x.unflatten(3, (d, G)).transpose(2, 3)  # [B, R, d, K, G, D]
-    if shape.places is not None and shape.blind is not None:
+    if shape.slots is not None and shape.blind is not None:
         if R == 0:
             return x.new_full((B, T, K * G, D), empty)
-        tokens = x.reshape(B, R * d, K * G, D).index_select(1, shape.places)
+        tokens = x.reshape(B, R * d, K * G, D).index_select(1, shape.slots)
         return tokens.masked_fill_(shape.blind[:, None, None], empty)
     result = x.new_empty(B, T, K, G, D)
     result[:, : shape.skipped].fill_(empty)
@@ -136,9 +136,9 @@ def _unfold(x: Tensor, shape: Fold, T: int, empty: float) -> Tensor:
 
 
 def _fold_forward(
-    x: Tensor, cu_seqlens: Tensor | None, N: int, K: int, shape: list[int], q_start: int
+    x: Tensor, cu_seqlens: Tensor | None, N: int, K: int, key: str, q_start: int
 ) -> Tensor:
-    config = config_of(shape, 1.0)
+    config = config_of(key)
     return fold_rows(x, make_fold(x.shape[1], N, config, cu_seqlens, q_start), K)
 
 
@@ -147,27 +147,27 @@ def _unfold_forward(
     cu_seqlens: Tensor | None,
     T: int,
     N: int,
-    shape: list[int],
+    key: str,
     q_start: int,
     empty: float,
 ) -> Tensor:
-    return _unfold(x, make_fold(T, N, config_of(shape, 1.0), cu_seqlens, q_start), T, empty)
+    return _unfold(x, make_fold(T, N, config_of(key), cu_seqlens, q_start), T, empty)
 
 
 def _unfold_back(
-    x: Tensor, cu_seqlens: Tensor | None, N: int, K: int, shape: list[int], q_start: int
+    x: Tensor, cu_seqlens: Tensor | None, N: int, K: int, key: str, q_start: int
 ) -> Tensor:
-    """Like fold, and zero in every place without a query."""
+    """Like fold, and zero in every slot without a query."""
     if cu_seqlens is None:
-        return _fold_forward(x, cu_seqlens, N, K, shape, q_start)
+        return _fold_forward(x, cu_seqlens, N, K, key, q_start)
     B, T, H, D = x.shape
-    d, G = config_of(shape, 1.0).compress_stride, H // K
+    d, G = config_of(key).compress_stride, H // K
     rows = x.new_zeros(B, N * d, H, D)
     if T and N:
-        where = make_fold(T, N, config_of(shape, 1.0), cu_seqlens, q_start)
-        assert where.places is not None and where.blind is not None
-        # each place gets one token at most, and zeros: the sum does not depend on the order
-        rows.index_add_(1, where.places, x.masked_fill(where.blind[:, None, None], 0.0))
+        where = make_fold(T, N, config_of(key), cu_seqlens, q_start)
+        assert where.slots is not None and where.blind is not None
+        # each slot gets one token at most, and zeros: the sum does not depend on the order
+        rows.index_add_(1, where.slots, x.masked_fill(where.blind[:, None, None], 0.0))
     return rows.view(B, N, d, K, G, D).transpose(2, 3).reshape(B, N, K, d * G, D)
 
 
@@ -176,27 +176,27 @@ def _rows(T: int, N: int, config: NSAConfig, packed: bool, q_start: int) -> int:
 
 
 def _fold_fake(
-    x: Tensor, cu_seqlens: Tensor | None, N: int, K: int, shape: list[int], q_start: int
+    x: Tensor, cu_seqlens: Tensor | None, N: int, K: int, key: str, q_start: int
 ) -> Tensor:
     B, T, H, D = x.shape
-    config = config_of(shape, 1.0)
+    config = config_of(key)
     R = _rows(T, N, config, cu_seqlens is not None, q_start)
     return x.new_empty(B, R, K, config.compress_stride * (H // K), D)
 
 
 def _unfold_fake(
-    x: Tensor, cu_seqlens: Tensor | None, T: int, N: int, shape: list[int], *rest: object
+    x: Tensor, cu_seqlens: Tensor | None, T: int, N: int, key: str, *rest: object
 ) -> Tensor:
     B, _, K, M, D = x.shape
-    return x.new_empty(B, T, K * (M // config_of(shape, 1.0).compress_stride), D)
+    return x.new_empty(B, T, K * (M // config_of(key).compress_stride), D)
 
 
-_FOLD_SCHEMA = "Tensor x, Tensor? cu_seqlens, SymInt N, int K, int[] shape, SymInt q_start"
+_FOLD_SCHEMA = "Tensor x, Tensor? cu_seqlens, SymInt N, int K, str config, SymInt q_start"
 _UNFOLD_SCHEMA = (
-    "Tensor x, Tensor? cu_seqlens, SymInt T, SymInt N, int[] shape, SymInt q_start, float empty"
+    "Tensor x, Tensor? cu_seqlens, SymInt T, SymInt N, str config, SymInt q_start, float empty"
 )
-_FOLD_ONCE = define(f"fold_backward({_UNFOLD_SCHEMA}) -> Tensor", _unfold_forward, _unfold_fake)
-_UNFOLD_ONCE = define(f"unfold_backward({_FOLD_SCHEMA}) -> Tensor", _unfold_back, _fold_fake)
+_FOLD_BACKWARD = define(f"fold_backward({_UNFOLD_SCHEMA}) -> Tensor", _unfold_forward, _unfold_fake)
+_UNFOLD_BACKWARD = define(f"unfold_backward({_FOLD_SCHEMA}) -> Tensor", _unfold_back, _fold_fake)
 _FOLD = define(
     f"fold({_FOLD_SCHEMA}) -> Tensor",
     _fold_forward,
@@ -204,7 +204,7 @@ _FOLD = define(
     saved=lambda inputs, outputs: (inputs[1],),
     kept=lambda inputs: (inputs[0].shape[1], *inputs[2:]),
     gradients=lambda kept, saved, dout: (
-        _FOLD_ONCE(dout, saved[0], kept[0], kept[1], kept[3], kept[4], 0.0),
+        _FOLD_BACKWARD(dout, saved[0], kept[0], kept[1], kept[3], kept[4], 0.0),
         *(None,) * 5,
     ),
 )
@@ -215,7 +215,7 @@ _UNFOLD = define(
     saved=lambda inputs, outputs: (inputs[1],),
     kept=lambda inputs: (inputs[0].shape[2], *inputs[2:]),
     gradients=lambda kept, saved, dout: (
-        _UNFOLD_ONCE(dout, saved[0], kept[2], kept[0], kept[3], kept[4]),
+        _UNFOLD_BACKWARD(dout, saved[0], kept[2], kept[0], kept[3], kept[4]),
         *(None,) * 6,
     ),
 )
@@ -224,11 +224,11 @@ _UNFOLD = define(
 def fold(
     x: Tensor, cu_seqlens: Tensor | None, N: int, K: int, config: NSAConfig, q_start: int
 ) -> Tensor:
-    """``[B, T, H, D]`` -> ``[B, rows, K, stride*G, D]``, query ``(place, group head)`` in order.
+    """``[B, T, H, D]`` -> ``[B, rows, K, stride*G, D]``, query ``(slot, group head)`` in order.
 
     Places without a query are zero (regular) or hold any (packed).
     """
-    return _FOLD(x, cu_seqlens, N, K, geometry(config), q_start)
+    return _FOLD(x, cu_seqlens, N, K, config.key, q_start)
 
 
 def unfold(
@@ -241,7 +241,7 @@ def unfold(
     empty: float,
 ) -> Tensor:
     """The inverse of :func:`fold`; ``empty`` where no block is seen."""
-    return _UNFOLD(x, cu_seqlens, T, N, geometry(config), q_start, empty)
+    return _UNFOLD(x, cu_seqlens, T, N, config.key, q_start, empty)
 
 
 def nothing_seen(q: Tensor, k: Tensor, v: Tensor, lse_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -7,37 +7,17 @@ at a near-tie, would give wrong gradients in silence.
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.core.operators import config_of, define, geometry
-
-
-class Selector(Protocol):
-    """What a backend computes behind the operator."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k_cmp: Tensor,
-        lse: Tensor,
-        config: NSAConfig,
-        cu_seqlens: Tensor | None,
-        longest: int,
-        q_start: int,
-    ) -> Tensor:
-        """``[B, T, H, D]``, ``[B, N, K, D]``, ``[B, T, H]`` -> int32 ``[B, T, K, n]``.
-
-        ``longest`` bounds the position past the last query of any sequence, in tokens.
-        """
-        ...
-
-
-SELECTORS: dict[str, Selector] = {}
-"""By name; a backend's module puts its own here when it is imported."""
+from nsa.core.operators import config_of, define
+from nsa.registry import TABLE
+from nsa.selection.rules import rule_of
 
 
 def _forward(
@@ -47,24 +27,32 @@ def _forward(
     cu_seqlens: Tensor | None,
     longest: int,
     q_start: int,
-    shape: list[int],
-    scale: float,
-    selector: str,
+    key: str,
+    backend: str,
 ) -> Tensor:
-    config = config_of(shape, scale)
-    return SELECTORS[selector](q, k_cmp, lse, config, cu_seqlens, longest, q_start).contiguous()
+    module = importlib.import_module(TABLE[backend].module)
+    impl = cast("Callable[..., Tensor]", module.select_impl)
+    return impl(q, k_cmp, lse, config_of(key), cu_seqlens, longest, q_start).contiguous()
 
 
-def _fake(q: Tensor, k_cmp: Tensor, lse: Tensor, *rest: object) -> Tensor:
-    shape = rest[3]
-    assert isinstance(shape, (list, tuple))
-    n = config_of(list(shape), 1.0).num_selected
+def _fake(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    q_start: int,
+    key: str,
+    backend: str,
+) -> Tensor:
+    config = config_of(key)
+    n = rule_of(config).width(config)
     return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], n, dtype=torch.int32)
 
 
-_SELECT = define(
+SELECT_BLOCKS = define(
     "select_blocks(Tensor q, Tensor k_cmp, Tensor lse, Tensor? cu_seqlens, SymInt longest, "
-    "SymInt q_start, int[] shape, float scale, str selector) -> Tensor",
+    "SymInt q_start, str config, str backend) -> Tensor",
     _forward,
     _fake,
 )
@@ -72,7 +60,7 @@ _SELECT = define(
 
 @torch.no_grad()
 def select(
-    selector: str,
+    backend: str,
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -81,17 +69,17 @@ def select(
     max_seqlen: int | None,
     q_start: int,
 ) -> Tensor:
-    """Runs one of :data:`SELECTORS` as an operator; see :class:`Selector`."""
+    """Run a backend's ``select_impl`` as an operator.
+
+    Args:
+        backend: a row of :data:`nsa.registry.TABLE`, whose module has ``select_impl``: the same
+            arguments, with ``longest``, which bounds the position past the last query of any
+            sequence, in tokens.
+        q: ``[B, T, H, D]``; k_cmp: ``[B, N, K, D]``; lse ``[B, T, H]`` of the compressed branch.
+
+    Returns:
+        int32 ``[B, T, K, n]``.
+    """
     longest = q_start + q.shape[1] if cu_seqlens is None or max_seqlen is None else max_seqlen
-    scale = config.softmax_scale
-    return _SELECT(
-        q.detach(),
-        k_cmp.detach(),
-        lse.detach(),
-        cu_seqlens,
-        longest,
-        q_start,
-        geometry(config),
-        scale,
-        selector,
-    )
+    given = (q.detach(), k_cmp.detach(), lse.detach())
+    return SELECT_BLOCKS(*given, cu_seqlens, longest, q_start, config.key, backend)

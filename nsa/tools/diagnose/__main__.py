@@ -19,8 +19,8 @@ from nsa.backends import TABLE, unavailable
 from nsa.backends.fa2.providers import survey
 from nsa.config import nearest
 from nsa.errors import BackendUnavailable, UsageError
+from nsa.registry import names
 from nsa.settings import (
-    BACKENDS,
     Settings,
     current_settings,
     environment_error,
@@ -62,7 +62,7 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     parser.epilog = _EXAMPLES
     add = parser.add_argument
-    add("--backend", metavar="NAME", help=f"fail unless this one runs: {', '.join(BACKENDS)}")
+    add("--backend", metavar="NAME", help=f"fail unless this one runs: {', '.join(names())}")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--profile", action="store_true", help="show which kernels run each branch (CUDA)")
     add(
@@ -76,10 +76,10 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     add("--json", action="store_true", help="print JSON for programs instead of tables")
     arguments = parser.parse_strictly(argv)
-    if arguments.backend is not None and arguments.backend not in BACKENDS:
+    if arguments.backend is not None and arguments.backend not in names():
         raise UsageError(
             f"--backend: expected one of the known names, got {arguments.backend!r}; "
-            f"{nearest(arguments.backend, BACKENDS)}"
+            f"{nearest(arguments.backend, names())}"
         )
     if arguments.compile is not None and arguments.compile not in COMPILERS:
         raise UsageError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nsa.backends import Resolution, left_by, resolve
+from nsa.backends import Resolution, resolve
+from nsa.backends.dispatch import delegated
 from nsa.backends.fa2.providers import describe
 from nsa.errors import BackendUnavailable
 from nsa.settings import Settings
@@ -79,7 +80,7 @@ def resolved(trial: Trial, backend: str | None) -> Resolution:
 
 
 def _branches(resolution: Resolution, trial: Trial, settings: Settings) -> tuple[BranchChoice, ...]:
-    left = left_by(resolution.backend, trial.problem, settings)
+    left = delegated(resolution.backend, trial.problem, settings)
     if resolution.backend.startswith("fa2-"):
         left = {"select": "FA-2 has no such step", **left}
     found = []

@@ -173,8 +173,7 @@ def _gated_call(gated: Gated, steps: Backend, inputs: Inputs) -> Callable[[], ob
         )
 
     def attend() -> object:
-        kvs = (inputs.compressed, inputs.selected, inputs.window)
-        out = gated.gated_attention(q, *kvs, inputs.gates, *first, block_idx, config, cu_seqlens)
+        out = gated.gated_attention(inputs.record, *first, block_idx, config)
         return torch.autograd.grad(out, inputs.leaves(), inputs.dout)
 
     return attend

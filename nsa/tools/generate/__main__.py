@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsa.errors import CheckpointError, ConfigError
 from nsa.models import LanguageModel
-from nsa.settings import BACKENDS
+from nsa.registry import names
 from nsa.tools.common.cli import Parser, choose_device, integer, number, run
 from nsa.training.checkpoint import load_checkpoint
 from nsa.training.config import RunConfig
@@ -45,7 +45,11 @@ def _main(argv: Sequence[str] | None) -> int:
     add("--top-k", type=integer, metavar="N", help="sample among the N likeliest bytes")
     add("--top-p", type=number, metavar="X", help="sample among the likeliest bytes of this share")
     add("--seed", type=integer, default=0, metavar="N", help="(default: 0)")
-    add("--backend", choices=BACKENDS, help="what computes NSA (default: the settings decide)")
+    add(
+        "--backend",
+        choices=names(),
+        help="what computes NSA (default: the settings decide)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     arguments = parser.parse_strictly(argv)
     device = choose_device(arguments.device)

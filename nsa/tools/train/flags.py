@@ -11,7 +11,7 @@ from nsa.config import Compression, Gate, NSAConfig
 from nsa.errors import ConfigError
 from nsa.models import ModelConfig
 from nsa.models.config import PRESETS, Attention
-from nsa.settings import BACKENDS
+from nsa.registry import names
 from nsa.tools.common.cli import Parser, choose_device, integer, number
 from nsa.training.config import COMPILE_MODES, PRECISIONS, RunConfig, TrainConfig, flag
 from nsa.training.config import PRESETS as TRAIN_PRESETS
@@ -85,7 +85,11 @@ def train_parser() -> Parser:
         help=f"a file or folder of text (default: {STDLIB}, Python's own standard library)",
     )
     add("--attention", choices=get_args(Attention), help="nsa, or dense for comparison")
-    add("--backend", choices=BACKENDS, help="what computes NSA (default: the settings decide)")
+    add(
+        "--backend",
+        choices=names(),
+        help="what computes NSA (default: the settings decide)",
+    )
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--precision", choices=PRECISIONS, help="bf16 autocast, or none (default: bf16 on CUDA)")
     add(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nsa import BackendUnavailable, NSAConfig, NSAttention, nsa_attention, resolve
+from nsa.backends import dispatch
 from nsa.backends.compiled import steps as compiled
 from nsa.core import compile as fusion
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
@@ -124,9 +125,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     compiled._no_compiler.cache_clear()
-    from nsa import backends
-
-    backends._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
     with pytest.raises(BackendUnavailable, match=r"needs a C\+\+ compiler .* install g\+\+"):
         resolve(
             CONFIG,
@@ -138,7 +137,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
             backend="compiled",
         )
     compiled._no_compiler.cache_clear()
-    backends._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
 
 
 def test_what_a_cpu_leaves_to_sdpa_is_said() -> None:

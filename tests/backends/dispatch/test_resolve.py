@@ -17,14 +17,12 @@ from nsa import (
     Resolution,
     Settings,
     SettingsError,
-    backends,
     nsa_attention,
     resolve,
     use_settings,
 )
-from nsa.backends import TABLE, unavailable
+from nsa.backends import TABLE, dispatch, unavailable
 from nsa.backends.protocol import STEPS, Problem
-from nsa.settings import BACKENDS
 from nsa.testing import make_inputs
 from tests.support.entries import CONFIG, DIM, REGULAR, Entry, attention, every_entry, refused
 
@@ -41,11 +39,11 @@ PROBLEM = Problem(
 @pytest.fixture(autouse=True)
 def _fresh_caches() -> Iterator[None]:
     """Resolutions and the messages about them are kept for the life of a process."""
-    backends._resolve.cache_clear()
-    backends._log_once.cache_clear()
+    dispatch._resolve.cache_clear()
+    dispatch._log_once.cache_clear()
     yield
-    backends._resolve.cache_clear()
-    backends._log_once.cache_clear()
+    dispatch._resolve.cache_clear()
+    dispatch._log_once.cache_clear()
 
 
 def resolved(
@@ -70,7 +68,7 @@ def resolved(
 
 def pretend(monkeypatch: pytest.MonkeyPatch, reasons: Mapping[str, str]) -> None:
     """Every backend of the table can run everything, but for the reasons given."""
-    monkeypatch.setattr(backends, "unavailable", lambda name, *args, **kw: reasons.get(name))
+    monkeypatch.setattr(dispatch, "unavailable", lambda name, *args, **kw: reasons.get(name))
 
 
 # The answer
@@ -174,7 +172,7 @@ def test_auto_on_cuda_goes_down_its_list(monkeypatch: pytest.MonkeyPatch, packed
     pretend(monkeypatch, reasons)
 
     def found() -> Resolution:
-        backends._resolve.cache_clear()
+        dispatch._resolve.cache_clear()
         return resolved(device="cuda", packed=packed)
 
     assert found().backend == "compiled"
@@ -199,10 +197,6 @@ def test_auto_never_takes_the_oracle(monkeypatch: pytest.MonkeyPatch, device: st
     pretend(monkeypatch, {name: f"not {name}" for name in TABLE if name != "reference"})
     with refused("auto found no backend: ", BackendUnavailable):
         resolved(device=device)
-
-
-def test_the_table_has_what_the_settings_name() -> None:
-    assert ("auto", *TABLE) == BACKENDS
 
 
 # Refusals

@@ -8,13 +8,13 @@ n listed blocks.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa.core.operators import define, lse_dtype
+from nsa.core.dtypes import accumulation_dtype
+from nsa.core.operators import config_of, define
 
 SUMMED_IN_FP32 = 64
 """Heads up to this size get dq in fp32: the selected branch may add to it by atomic adds."""
@@ -25,21 +25,22 @@ def _dq_dtype(q: Tensor) -> torch.dtype:
 
 
 def _layout(
-    start: Tensor | None,
-    cmp_start: Tensor | None,
-    first: Tensor | None,
+    seq_start: Tensor | None,
+    cmp_seq_start: Tensor | None,
     seen_from: Tensor | None,
     seen_until: Tensor | None,
     sequences: int,
-    compress_block: int,
-    compress_stride: int,
-    select_block: int,
-    window: int,
-    scale: float,
+    config: str,
 ) -> Any:
-    kernels = importlib.import_module("nsa.backends.compiled.gated.launch")
-    blocks = kernels.Blocks(compress_block, compress_stride, first, seen_from, seen_until)
-    return kernels.Layout(blocks, select_block, window, scale, start, cmp_start, sequences)
+    from nsa.backends.compiled.gated.launch import Layout
+    from nsa.backends.compiled.window.bounds import Blocks
+
+    asked = config_of(config)
+    block, stride = asked.compress_block, asked.compress_stride
+    blocks = Blocks(block, stride, seq_start, seen_from, seen_until)
+    scale = asked.softmax_scale
+    rest = (seq_start, cmp_seq_start, sequences)
+    return Layout(blocks, asked.select_block, asked.window, scale, *rest)
 
 
 def _forward(
@@ -56,10 +57,10 @@ def _forward(
     block_idx: Tensor,
     *call: Any,
 ) -> tuple[Tensor, ...]:
-    kernels = importlib.import_module("nsa.backends.compiled.gated.launch")
-    k = kernels.Branches(k_cmp, k_slc, k_win)
-    v = kernels.Branches(v_cmp, v_slc, v_win)
-    return kernels.gated_forward(q, k, v, gates, out_cmp, block_idx, _layout(*call[:-1]))
+    from nsa.backends.compiled.gated.launch import Branches, gated_forward
+
+    k, v = Branches(k_cmp, k_slc, k_win), Branches(v_cmp, v_slc, v_win)
+    return gated_forward(q, k, v, gates, out_cmp, block_idx, _layout(*call[:-1]))
 
 
 def _backward(
@@ -81,15 +82,16 @@ def _backward(
     block_idx: Tensor,
     *call: Any,
 ) -> tuple[Tensor, ...]:
-    kernels = importlib.import_module("nsa.backends.compiled.gated.launch")
-    dq, dk, dv, dgates = kernels.gated_backward(
+    from nsa.backends.compiled.gated.launch import Branches, gated_backward
+
+    dq, dk, dv, dgates = gated_backward(
         dout,
         q,
-        kernels.Branches(k_cmp, k_slc, k_win),
-        kernels.Branches(v_cmp, v_slc, v_win),
+        Branches(k_cmp, k_slc, k_win),
+        Branches(v_cmp, v_slc, v_win),
         gates,
-        kernels.Branches(out_cmp, out_slc, out_win),
-        kernels.Branches(lse_cmp, lse_slc, lse_win),
+        Branches(out_cmp, out_slc, out_win),
+        Branches(lse_cmp, lse_slc, lse_win),
         block_idx,
         _layout(*call[:-1]),
         gates_in_unit_interval=call[-1],
@@ -100,34 +102,18 @@ def _backward(
 
 def _outputs(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *rest: object) -> tuple[Tensor, ...]:
     out, lse = (*q.shape[:3], v_cmp.shape[3]), q.shape[:3]
-    dtype = lse_dtype(q)
+    dtype = accumulation_dtype(q)
     return (
         *(q.new_empty(out) for _ in range(3)),
         *(q.new_empty(lse, dtype=dtype) for _ in range(2)),
     )
 
 
-def _gradients_like(
-    dout: Tensor,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    gates: Tensor,
-    *rest: object,
-) -> tuple[Tensor, ...]:
-    return (
-        q.new_empty(q.shape, dtype=_dq_dtype(q)),
-        k_cmp.new_empty(k_cmp.shape),
-        v_cmp.new_empty(v_cmp.shape),
-        k_slc.new_empty(k_slc.shape, dtype=torch.float32),
-        v_slc.new_empty(v_slc.shape, dtype=torch.float32),
-        k_win.new_empty(k_win.shape),
-        v_win.new_empty(v_win.shape),
-        gates.new_empty(gates.shape),
+def _gradients_like(dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Like q, then k and v of the compressed, selected and window branch, then the gates."""
+    dtypes = {0: _dq_dtype(inputs[0]), 3: torch.float32, 4: torch.float32}
+    return tuple(
+        x.new_empty(x.shape, dtype=dtypes.get(i, x.dtype)) for i, x in enumerate(inputs[:8])
     )
 
 
@@ -136,11 +122,10 @@ _INPUTS = (
     "Tensor gates, Tensor out_cmp, Tensor lse_cmp"
 )
 _CALL = (
-    "Tensor block_idx, Tensor? start, Tensor? cmp_start, Tensor? first, Tensor? seen_from, "
-    "Tensor? seen_until, SymInt sequences, int compress_block, int compress_stride, "
-    "int select_block, SymInt window, float scale, bool within_one"
+    "Tensor block_idx, Tensor? seq_start, Tensor? cmp_seq_start, Tensor? seen_from, "
+    "Tensor? seen_until, SymInt sequences, str config, bool gates_in_unit_interval"
 )
-_TENSORS = 16
+_TENSORS = 15
 """Inputs up to and with seen_until."""
 _BACKWARD = define(
     f"gated_attention_backward(Tensor dout, {_INPUTS}, Tensor out_slc, Tensor out_win, "
@@ -164,9 +149,8 @@ gated_attention = define(
     saved=lambda inputs, outputs: (*inputs[:10], *outputs[1:], *inputs[10:_TENSORS]),
     gradients=_gradients,
 )
-"""``(q, k and v of every branch, gates, out and lse of the compressed branch, block_idx, the first
-token and the first block of each token's sequence and the block bounds of
-:func:`nsa.core.packing.block_places`, or None, the number of packed sequences, geometry, scale,
-whether every gate is in 0…1) -> sum, out of the selected branch and of the window, their lse``. The
+"""``(q, k and v of every branch, gates, out and lse of the compressed branch, block_idx, the four
+of :func:`nsa.core.packing.block_bounds` or None, the number of packed sequences, config, whether
+every gate is in 0…1) -> sum, out of the selected branch and of the window, their lse``. The
 gradient of ``out_cmp`` is part of that of q, k_cmp and v_cmp. See
 :mod:`nsa.backends.compiled.gated.launch`."""

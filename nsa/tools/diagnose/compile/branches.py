@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa.backends import left_by, load
+from nsa.backends import load
+from nsa.backends.dispatch import delegated
 from nsa.errors import BackendUnavailable
 from nsa.settings import Settings
 from nsa.testing.inputs import Inputs
@@ -58,7 +59,7 @@ def branch_kernels(
         except BackendUnavailable as error:
             refusal = str(error)
             continue
-        left = left_by(BACKEND, trial.problem, settings)
+        left = delegated(BACKEND, trial.problem, settings)
         inputs = trial.inputs()
         for branch, backend in per_branch.items():
             try:

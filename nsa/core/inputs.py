@@ -1,0 +1,48 @@
+"""One record of what attention reads, passed down from the public function to a backend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nsa.config import KV
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors of one call of :func:`nsa.nsa_attention`.
+
+    B batch, T query tokens, S key tokens, N compressed blocks, H query heads, K key/value heads,
+    D key size, V value size.
+    """
+
+    q: Tensor
+    """``[B, T, H, D]``"""
+    compressed: KV
+    """φ's output: k ``[B, N, K, D]``, v ``[B, N, K, V]``."""
+    selected: KV
+    """k ``[B, S, K, D]``, v ``[B, S, K, V]``; S is ``q_start + T``."""
+    window: KV
+    """The same shapes."""
+    gates: Tensor
+    """``[B, T, H, 3]``, activated."""
+    cu_seqlens: Tensor | None = None
+    """int32 ``[n_seq + 1]`` where sequences are packed (B is 1)."""
+    max_seqlen: int | None = None
+    """An upper bound of the packed lengths, in tokens."""
+    block_idx: Tensor | None = None
+    """int32 ``[B, T, K, n]``; None: selected here."""
+    q_start: int = 0
+    """The position of q's first row; keys start at position 0. 0 where packed."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence, as far as it is known without reading the device."""
+        if self.cu_seqlens is None or self.max_seqlen is None:
+            return self.q_start + self.q.shape[1]
+        return self.max_seqlen
+
+    @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        """The tensors that gradients flow to."""
+        return (self.q, *self.compressed, *self.selected, *self.window, self.gates)
