@@ -122,7 +122,7 @@ def select_blocks(
     length = max_seqlen if packed and max_seqlen is not None else q.shape[1]
     problem = Problem(config, q.device, q.dtype, length, packed, needs_grad=False)
     step = plan(problem, backend, settings).step("select").select_blocks
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
 
 
@@ -142,7 +142,7 @@ def run(
     where: dict[str, Any] = {"max_seqlen": inputs.max_seqlen, "q_start": inputs.q_start}
     gated = chosen.gated() if inputs.q_start == 0 else None
     ranges = nvtx and q.is_cuda and not torch.compiler.is_compiling()
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         # no autograd graph where something else computes the gradients
         no_graph = torch.no_grad() if gated is not None else contextlib.nullcontext()
         with _range("compressed", ranges), no_graph:
@@ -185,8 +185,11 @@ def combine(gates: Tensor, *outputs: Tensor) -> Tensor:
     gates ``[B, T, H, 3]``, outputs ``[B, T, H, V]`` each.
     """
     wide = accumulation_dtype(outputs[0])
+    # Copies: AOTAutograd would save slices beside the gates that their activation saves, and take
+    # each for a buffer of its own. Inductor's backward may then overwrite one while the other is
+    # still needed (torch 2.11 and 2.13): wrong gradients, in silence.
     terms = [
-        gate[..., None].to(wide) * out.to(wide)
+        gate.to(wide, copy=True)[..., None] * out.to(wide)
         for gate, out in zip(gates.unbind(-1), outputs, strict=True)
     ]
     return (terms[0] + terms[1] + terms[2]).to(outputs[0].dtype)
@@ -195,6 +198,13 @@ def combine(gates: Tensor, *outputs: Tensor) -> Tensor:
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast off; nothing where it is off: a graph that sets it is not cached on the disk."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _range(name: str, on: bool) -> contextlib.AbstractContextManager[object]:

@@ -62,10 +62,10 @@ def environment() -> Iterator[Callable[[Mapping[str, str]], None]]:
 @pytest.fixture
 def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the numbers out of ``diagnose``, for tests that are about something else."""
-    from nsa.tools.diagnose import __main__ as diagnose
+    from nsa.tools.diagnose import report
 
-    monkeypatch.setattr(diagnose, "attention_parity", lambda name, inputs: [])
-    monkeypatch.setattr(diagnose, "selection_faults", lambda name, inputs: [])
+    monkeypatch.setattr(report, "attention_parity", lambda name, inputs: [])
+    monkeypatch.setattr(report, "selection_faults", lambda name, inputs: [])
 
 
 @pytest.fixture

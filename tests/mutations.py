@@ -26,6 +26,7 @@ PIECES = ("tests/core/test_compress_rope.py",)
 LAYER = ("tests/api/test_module.py",)
 OPERATORS = ("tests/core/test_operators.py",)
 FUNC = ("tests/api/test_torch_func.py",)
+FLOPS = ("tests/core/test_flops.py",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ MUTATIONS = (
     Mutation("fa2: a resolution outlives the implementation", "nsa/backends/dispatch.py", "return _resolve(problem, backend, settings, fa2_providers.active_impl())", "return _resolve(problem, backend, settings, None)", ("tests/backends/fa2/test_aten.py",)),
     Mutation("workspace: a buffer for every call", "nsa/backends/shared/workspace.py", "buffer = self._buffers.get((name, dtype))", "buffer = None", ("tests/backends/fa2/test_workspace.py",)),
     Mutation("φ: a token's blocks are not summed", "nsa/core/block_tokens/op.py", "total[:, m * stride : (m + N) * stride] += tokens", "total[:, m * stride : (m + N) * stride] = tokens", LAYER),
+    Mutation("combine: views of gates are saved", "nsa/attention.py", "gate.to(wide, copy=True)[..., None]", "gate.to(wide)[..., None]", ("tests/compile/test_saved_tensors.py",)),
     Mutation("combine: gate order swapped", "nsa/attention.py", "zip(gates.unbind(-1), outputs, strict=True)", "zip(gates.flip(-1).unbind(-1), outputs, strict=True)", BACKENDS),
     Mutation("operators: an empty lse of another dtype", "nsa/core/operators.py", "q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q)),", "q.new_empty(q.shape[:-1]),", OPERATORS),
     Mutation("operators: strides that are not the fake's", "nsa/backends/sdpa/selected.py", "from_blocks(dv[:, : blocks.size], blocks, v).contiguous(),", "from_blocks(dv[:, : blocks.size], blocks, v).mT.contiguous().mT,", OPERATORS),
@@ -123,6 +125,11 @@ MUTATIONS = (
     Mutation("torch.func: second derivatives are zero", "nsa/core/operators.py", "torch.set_grad_enabled(nested)", "torch.set_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents end at vmap", "nsa/core/operators.py", "forward_ad._set_fwd_grad_enabled(nested)", "forward_ad._set_fwd_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents are dropped", "nsa/core/operators.py", "if reverse or forward_ad._current_level >= 0:", "if reverse:", FUNC),
+    Mutation("flops: D and V exchanged", "nsa/core/flops.py", "3 * D + 2 * V", "2 * D + 3 * V", FLOPS),
+    Mutation("flops: the first position forgotten", "nsa/core/flops.py", 'compressed_pairs(T, block, stride, x.get("q_start", 0))', "compressed_pairs(T, block, stride)", FLOPS),
+    Mutation("flops: the gated backward without a branch", "nsa/backends/compiled/gated/op.py", "return _two(x) + flops.compressed(x)", "return _two(x)", FLOPS),
+    Mutation("flops: counters that count already", "nsa/core/flops.py", "mode.counter.flop_registry.setdefault(packet,", "dict().setdefault(packet,", FLOPS),
+    Mutation("flops: a counter imported later", "nsa/core/operators.py", "if count is not None and torch._C._len_torch_dispatch_stack():", "if False:", FLOPS),
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _LOG = logging.getLogger("nsa")
 
@@ -28,11 +29,17 @@ R = TypeVar("R")
 
 
 def compile_glue(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap ``function``: compiled when it is called outside a trace, inlined within one."""
+    """Wrap ``function``: compiled when it is called outside a trace, inlined within one.
+
+    Under a dispatch mode, such as that of ``FlopCounterMode``, it runs as it is written, for the
+    mode to see its operators: torch compiles nothing there.
+    """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if COMPILER is None or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if is_in_torch_dispatch_mode(include_infra_modes=False):
             return function(*args, **kwargs)
         keep_saved_tensors()
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT), static_floats():

@@ -17,6 +17,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from nsa.config import NSAConfig
+from nsa.core import flops
 from nsa.core.dtypes import accumulation_dtype
 
 _LIBRARY = torch.library.Library("nsa", "FRAGMENT")
@@ -34,6 +35,7 @@ def define(
     kept: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None,
     cuda: Forward | None = None,
+    count: flops.Count | None = None,
 ) -> Any:
     """Registers ``nsa::`` + schema and returns the operator.
 
@@ -46,6 +48,7 @@ def define(
         gradients: ``(kept, saved tensors, dout)`` to a gradient for every input. Of several
             outputs only the first carries one.
         cuda: computes it on a GPU in place of ``forward``.
+        count: its floating-point operations, if they are worth counting.
 
     Without ``gradients`` a backward through the operator raises.
     """
@@ -81,12 +84,19 @@ def define(
             return gradients(ctx.kept, ctx.saved_tensors, grads[0])
 
     operator = getattr(torch.ops.nsa, name).default
-    _LIBRARY.impl(name, _differentiable(operator, setup, backward), "Autograd", with_keyset=True)
+    _LIBRARY.impl(
+        name, _differentiable(operator, setup, backward, count), "Autograd", with_keyset=True
+    )
+    if count is not None:
+        flops.register(operator, count)
     return operator
 
 
 def _differentiable(
-    operator: Any, setup: Callable[..., None], backward: Callable[..., Any]
+    operator: Any,
+    setup: Callable[..., None],
+    backward: Callable[..., Any],
+    count: flops.Count | None,
 ) -> Callable[..., Any]:
     """What runs for the dispatch key Autograd.
 
@@ -124,6 +134,8 @@ def _differentiable(
             )
 
     def run(keys: Any, *args: Any) -> Any:
+        if count is not None and torch._C._len_torch_dispatch_stack():
+            flops.register(operator, count)
         reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if reverse or forward_ad._current_level >= 0:
             with enable_single_level_autograd_function():
@@ -146,6 +158,7 @@ def define_attention(
     call: str,
     forward: Forward,
     backward: Forward,
+    pairs: flops.Count,
     *,
     fake: Forward | None = None,
 ) -> Any:
@@ -156,6 +169,7 @@ def define_attention(
         call: the schema of what follows q, k and v, tensors first; they get no gradient.
         forward: ``(q, k, v, *call) -> (out, lse)``.
         backward: ``(dout, q, k, v, out, lse, *call) -> (dq, dk, dv)``.
+        pairs: how many pairs of a query and a key see each other, for torch's flop counter.
         fake: empty results of ``forward``; None: out ``[…, H, V]`` and lse ``[…, H]`` of q
             ``[…, H, D]`` and v ``[…, V]``, contiguous.
     """
@@ -164,6 +178,7 @@ def define_attention(
         f"{call}) -> (Tensor, Tensor, Tensor)",
         backward,
         lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+        count=flops.of_backward(pairs),
     )
     count = len(call.split(","))
     tensors = 3 + sum(entry.strip().startswith("Tensor") for entry in call.split(","))
@@ -177,6 +192,7 @@ def define_attention(
         fake or _attention_outputs,
         saved=lambda inputs, outputs: (*inputs[:3], *outputs, *inputs[3:tensors]),
         gradients=gradients,
+        count=flops.of_forward(pairs),
     )
 
 

@@ -2,6 +2,7 @@
 
 from nsa.models.config import ModelConfig
 from nsa.models.dense import DenseAttention
+from nsa.models.generation import GenerationConfig, generate
 from nsa.models.language_model import LanguageModel
 
-__all__ = ["DenseAttention", "LanguageModel", "ModelConfig"]
+__all__ = ["DenseAttention", "GenerationConfig", "LanguageModel", "ModelConfig", "generate"]

@@ -30,7 +30,7 @@ class ModelConfig:
     attention: Attention = "nsa"
     """"nsa", or "dense": causal attention with one shared K/V projection, for comparison."""
     hidden_dim: int | None = None
-    """Width of the SwiGLU; None becomes 8/3 of ``dim``, rounded to a multiple of 64."""
+    """Width of the SwiGLU; by default 8/3 of ``dim``, rounded to a multiple of 64."""
     vocab_size: int = 256
     """Token ids; 256 for bytes."""
     tied_embeddings: bool = True
@@ -47,12 +47,7 @@ class ModelConfig:
             _require_positive_int(name, getattr(self, name))
         if not isinstance(self.nsa, NSAConfig):
             raise ConfigError(f"nsa: expected an NSAConfig, got {self.nsa!r}")
-        kinds = get_args(Attention)
-        if self.attention not in kinds:
-            raise ConfigError(
-                f"attention: expected one of the known names, got {self.attention!r}; "
-                f"{nearest(self.attention, kinds)}"
-            )
+        require_known("attention", self.attention, get_args(Attention))
         if not isinstance(self.tied_embeddings, bool):
             raise ConfigError(
                 f"tied_embeddings: expected True or False, got {self.tied_embeddings!r}"
@@ -63,17 +58,10 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
-        """A named model, with ``changes`` applied: "small" (GPT-2's size) or "tiny" (for a CPU)."""
-        if name not in PRESETS:
-            raise ConfigError(
-                f"preset: expected one of the known names, got {name!r}; {nearest(name, PRESETS)}"
-            )
+        """Name a model, ``changes`` applied: "small" (GPT-2's size) or "tiny" (for a CPU)."""
+        require_known("preset", name, tuple(PRESETS))
         _refuse_unknown(cls, changes)
-        dim, num_layers = _SIZES[name]
-        values = {"dim": dim, "num_layers": num_layers, **changes}
-        if "nsa" not in values:
-            values["nsa"] = NSAConfig.preset(name)
-        return cls(**values)
+        return cls(**{**PRESETS[name], "nsa": NSAConfig.preset(name), **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, the NSA configuration nested."""
@@ -81,7 +69,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of :meth:`to_dict`; unknown or missing names raise ConfigError."""
+        """Invert :meth:`to_dict`; unknown or missing names raise ConfigError."""
         _refuse_unknown(cls, values)
         missing = [name for name in ("dim", "num_layers", "nsa") if name not in values]
         if missing:
@@ -92,15 +80,25 @@ class ModelConfig:
         return cls(**{**values, "nsa": NSAConfig(**values["nsa"])})
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with ``changes`` applied and checked."""
+        """Copy with ``changes`` applied and checked."""
         _refuse_unknown(type(self), changes)
         if "dim" in changes and "hidden_dim" not in changes:
             changes["hidden_dim"] = None  # follows the new width, not the old one
         return replace(self, **changes)
 
 
-PRESETS = ("small", "tiny")
-_SIZES = {"small": (768, 12), "tiny": (128, 4)}
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {"dim": 768, "num_layers": 12},
+    "tiny": {"dim": 128, "num_layers": 4},
+}
+
+
+def require_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the known ones, and name the nearest."""
+    if value not in known:
+        raise ConfigError(
+            f"{name}: expected one of the known names, got {value!r}; {nearest(value, known)}"
+        )
 
 
 def _refuse_unknown(cls: type, values: Mapping[str, Any]) -> None:

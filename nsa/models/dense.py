@@ -42,14 +42,14 @@ class DenseAttention(nn.Module):
         self.o_proj = linear(heads * config.dv, dim)
 
     def reset_parameters(self) -> None:
-        """Draws the projections anew, as ``nn.Linear`` does."""
+        """Draw the projections anew, as ``nn.Linear`` does."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             projection.reset_parameters()
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
     ) -> Tensor:
-        """Attends over a regular batch.
+        """Attend over a regular batch.
 
         Args:
             x: ``[B, T, dim]``.

@@ -34,69 +34,56 @@ _INIT_STD = 0.02
 """Standard deviation of every matrix at the start, as in GPT-2 and Llama."""
 
 
-def _kept(
+def _policy(
     context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
-    """Of a checkpointed block the lists of selected blocks stay (int32, ``n`` a query and head).
+    """Save the selected block indices (int32, ``n`` a query and head) and recompute the rest.
 
-    Computed again, a list may come out otherwise where two scores nearly tie, and the gradients
-    would be those of another function. Everything else is computed again.
+    Recomputed indices may differ where two scores nearly tie, and the gradients would be those of
+    another function.
     """
     if operator is SELECT_BLOCKS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_keep_lists = functools.partial(create_selective_checkpoint_contexts, _kept)
+_save_block_idx = functools.partial(create_selective_checkpoint_contexts, _policy)
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202), without biases."""
+    """``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202), without biases.
 
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    ``factory``, here and below, is ``device`` and ``dtype`` of the parameters.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, **factory: Any) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False, device=device, dtype=dtype)
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=False, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False, device=device, dtype=dtype)
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False, **factory)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False, **factory)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., dim]`` to ``[..., dim]``."""
+        """Map ``[..., dim]`` to ``[..., dim]``."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     """One pre-norm layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        backend: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, backend: str | None = None, **factory: Any) -> None:
         super().__init__()
         assert config.hidden_dim is not None  # resolved by ModelConfig
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps, **factory)
         self.attention: NSAttention | DenseAttention
         if config.attention == "nsa":
-            self.attention = NSAttention(
-                config.dim, config.nsa, backend=backend, device=device, dtype=dtype
-            )
+            self.attention = NSAttention(config.dim, config.nsa, backend=backend, **factory)
         else:
-            self.attention = DenseAttention(config.dim, config.nsa, device=device, dtype=dtype)
-        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
-        self.mlp = SwiGLU(config.dim, config.hidden_dim, device=device, dtype=dtype)
+            self.attention = DenseAttention(config.dim, config.nsa, **factory)
+        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps, **factory)
+        self.mlp = SwiGLU(config.dim, config.hidden_dim, **factory)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
-        """``[B, T, dim]`` to ``[B, T, dim]``."""
+        """Map ``[B, T, dim]`` to ``[B, T, dim]``."""
         normed = self.attention_norm(x)
         x = x + self.attention(normed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return x + self.mlp(self.mlp_norm(x))
@@ -135,22 +122,20 @@ class LanguageModel(nn.Module):
             )
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embedding = nn.Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, **factory)
         self.blocks = nn.ModuleList(
-            Block(config, backend=backend, device=device, dtype=dtype)
-            for _ in range(config.num_layers)
+            Block(config, backend=backend, **factory) for _ in range(config.num_layers)
         )
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps, **factory)
         self.head: nn.Linear | None = None
         if not config.tied_embeddings:
-            self.head = nn.Linear(
-                config.dim, config.vocab_size, bias=False, device=device, dtype=dtype
-            )
+            self.head = nn.Linear(config.dim, config.vocab_size, bias=False, **factory)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws every parameter anew: normal(0, 0.02), the projections that write into the residual
+        """Draw every parameter anew: normal(0, 0.02), the projections that write into the residual
         stream smaller by ``sqrt(2 * num_layers)`` so that its variance does not grow with depth.
 
         φ and the gates keep the initialisation of their own layer.
@@ -170,15 +155,14 @@ class LanguageModel(nn.Module):
 
     @property
     def resolution(self) -> Resolution | None:
-        """Which NSA backend ran and why (:class:`nsa.Resolution`); None before the first forward,
-        and for a dense model."""
+        """The NSA backend that ran and why; None before a forward and for dense attention."""
         for module in self.modules():
             if isinstance(module, NSAttention):
                 return module.resolution
         return None
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles each block in place, as one graph (``nn.Module.compile(fullgraph=True)``).
+        """Compile each block in place, as one graph (``nn.Module.compile(fullgraph=True)``).
 
         The blocks are alike, so the first one's code serves all: compiling takes as long as for a
         model of one layer. Names of parameters stay as they are. What a block cannot compile raises
@@ -192,7 +176,7 @@ class LanguageModel(nn.Module):
             block.compile(fullgraph=True, **options)
 
     def compile_loss(self, **options: Any) -> Callable[..., Tensor]:
-        """:meth:`loss` as one graph, from the embedding to the cross-entropy.
+        """Compile :meth:`loss` as one graph, from the embedding to the cross-entropy.
 
         Compiling takes longer the more layers there are; embedding, head and cross-entropy gain
         too. The model itself stays as it is.
@@ -217,7 +201,7 @@ class LanguageModel(nn.Module):
         return loss
 
     def num_parameters(self) -> int:
-        """Trainable numbers in the model."""
+        """Count the trainable numbers."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
@@ -227,7 +211,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """Scores every possible next token after each token.
+        """Score every possible next token after each token.
 
         Args:
             tokens: int64 ``[B, T]``, values in ``[0, vocab_size)``.
@@ -246,20 +230,14 @@ class LanguageModel(nn.Module):
                 f"tokens: expected int64 [B, T], got {_name(tokens.dtype)} {list(tokens.shape)}"
             )
         x = self.embedding(tokens)
-        lists = self.config.attention == "nsa"
-        contexts: dict[str, Any] = {"context_fn": _keep_lists} if lists else {}
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        # Nothing in a block draws random numbers, so no RNG state is stashed per block.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.config.attention == "nsa":
+            options["context_fn"] = _save_block_idx
         for block in self.blocks:
-            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                # Nothing in a block draws random numbers, so no RNG state is stashed per block.
-                x = checkpoint(
-                    block,
-                    x,
-                    cu_seqlens,
-                    max_seqlen,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    **contexts,
-                )
+            if recompute:
+                x = checkpoint(block, x, cu_seqlens, max_seqlen, **options)
             else:
                 x = block(x, cu_seqlens, max_seqlen)
         weight = self.embedding.weight if self.head is None else self.head.weight
@@ -273,7 +251,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """Mean cross-entropy, in nats per token, in fp32 (fp64 for an fp64 model).
+        """Compute the mean cross-entropy in nats per token, in fp32 (fp64 for an fp64 model).
 
         Args:
             tokens: as in :meth:`forward`.
@@ -300,9 +278,9 @@ class LanguageModel(nn.Module):
 
 @contextlib.contextmanager
 def _checkpoints_in_a_graph() -> Iterator[None]:
-    """What a trace of checkpointed blocks needs: see :meth:`LanguageModel.compile_loss`.
+    """Set torch up to trace checkpointed blocks: see :meth:`LanguageModel.compile_loss`.
 
-    Torch also warns that kept results must not be written to; nothing writes to a list of blocks.
+    It also warns that saved results must not be written to; nothing writes to block indices.
     """
 
     def is_other(record: logging.LogRecord) -> bool:

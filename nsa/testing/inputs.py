@@ -6,6 +6,7 @@ B batch, T tokens, N compressed blocks, H query heads, K key/value heads, D key 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
     surplus: bool = False,
+    native: bool = False,
 ) -> Inputs:
     """Normally distributed inputs, uniform gates; the same numbers on every device.
 
@@ -89,6 +91,7 @@ def make_inputs(
         length: T of a regular batch of ``batch`` rows, in tokens.
         lengths: the sequences of a packed batch, instead of ``length``; zeros are legal.
         surplus: packed only: fill the compressed rows past the last block with NaN.
+        native: draw in the dtype on the device: fast at any length, other numbers on each.
     """
     if (length is None) == (lengths is None):
         raise ValueError("expected either length or lengths, got both or neither")
@@ -102,10 +105,13 @@ def make_inputs(
     else:
         assert length is not None
         used = rows = config.num_compressed(length)
-    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    if native:
+        drawn = {"dtype": dtype, "device": device}
+    drawn["generator"] = torch.Generator(drawn["device"]).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, **drawn)
 
     def finish(x: Tensor) -> Tensor:
         return x.to(device=device, dtype=dtype).requires_grad_()
@@ -115,7 +121,7 @@ def make_inputs(
     if surplus:
         for x in compressed:
             x[:, used:] = float("nan")
-    gates = torch.rand(batch, length, H, 3, generator=generator, dtype=torch.float64)
+    gates = torch.rand(batch, length, H, 3, **drawn)
     return Inputs(
         q=finish(normal(batch, length, H, D)),
         compressed=KV(*map(finish, compressed)),

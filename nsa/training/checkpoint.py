@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from nsa.errors import CheckpointError
-from nsa.training.atomic_files import replace_atomically, sync_folder, write_durably
+from nsa.training.files import replace_atomically, sync_folder, to_json, write_durably
 
 FORMAT = 1
 """Raised by one whenever what is written changes."""
@@ -48,7 +48,23 @@ class Checkpoint:
     state: dict[str, Any]
     """The JSON part."""
     tensors: dict[str, dict[str, Tensor]]
-    """The groups of tensors asked for, on the CPU."""
+    """The groups of tensors requested, on the CPU."""
+
+    def tensor(self, group: str, name: str, *, like: Tensor) -> Tensor:
+        """Look one tensor up.
+
+        Raises:
+            CheckpointError: it is missing, or of another shape or dtype than ``like``.
+        """
+        tensor = self.tensors[group].get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.path}: expected a tensor named {name!r}, got none")
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise CheckpointError(
+                f"{self.path}: {name}: expected {like.dtype} {list(like.shape)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+        return tensor
 
 
 class CheckpointStore:
@@ -65,7 +81,7 @@ class CheckpointStore:
         self.keep = keep
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint; None when nothing has been saved.
+        """Find the newest complete checkpoint; None when nothing has been saved.
 
         Raises:
             CheckpointError: ``latest`` does not name a folder that is there.
@@ -81,14 +97,14 @@ class CheckpointStore:
         if name not in checkpoints:
             raise CheckpointError(
                 f"{pointer}: expected the name of a checkpoint beside it, got {name!r} (found: "
-                f"{', '.join(checkpoints) or 'none'}); write one of those into it to go on from it"
+                f"{', '.join(checkpoints) or 'none'}); write one of those into it to resume from it"
             )
         return checkpoints[name]
 
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
     ) -> Path:
-        """Writes one checkpoint and makes it the latest.
+        """Write one checkpoint and make it the latest.
 
         Args:
             step: optimizer steps done.
@@ -125,18 +141,18 @@ class CheckpointStore:
         return final
 
     def _all(self) -> list[Path]:
-        """Every checkpoint, oldest first."""
+        """List every checkpoint, oldest first."""
         found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir()]
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def _remove(self, path: Path) -> None:
-        """Deletes a checkpoint; its name is gone before its files, so it is never half there."""
+        """Delete a checkpoint; its name is gone before its files, so it is never half there."""
         trash = self.folder / f".{path.name}.{os.getpid()}.old.tmp"
         os.rename(path, trash)
         shutil.rmtree(trash)
 
     def _sweep(self) -> None:
-        """Deletes what a killed save left."""
+        """Delete what a killed save left."""
         for path in self.folder.glob(".*.tmp"):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -147,26 +163,29 @@ class CheckpointStore:
 def _write(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> None:
-    save = _safetensors().save
+    """Write the files of one checkpoint, the manifest last."""
     folder.mkdir()
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": {}}
-
-    def write(name: str, data: bytes) -> None:
+    for name, data in _contents(tensors, state):
         write_durably(folder / name, data)
-        digest = hashlib.sha256(data).hexdigest()
-        manifest["files"][name] = {"bytes": len(data), "sha256": digest}
-
-    for group, named in tensors.items():
-        # Made contiguous here: safetensors refuses views.
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-        write(f"{group}.safetensors", save(on_cpu))
-    write(_STATE, _to_json(state))
-    write_durably(folder / _MANIFEST, _to_json(manifest))
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_durably(folder / _MANIFEST, to_json(manifest))
     sync_folder(folder)
 
 
+def _contents(
+    tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Iterator[tuple[str, bytes]]:
+    """Yield each file's name and content, so that one is in memory at a time."""
+    for group, named in tensors.items():
+        # Made contiguous here: safetensors refuses views.
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        yield f"{group}.safetensors", _safetensors().save(on_cpu)
+    yield _STATE, to_json(state)
+
+
 def load_checkpoint(path: Path, groups: Iterable[str]) -> Checkpoint:
-    """Reads one checkpoint back and checks sizes and checksums.
+    """Read one checkpoint back and check sizes and checksums.
 
     Args:
         path: a run's folder, its folder of checkpoints, or one checkpoint.
@@ -184,17 +203,17 @@ def load_checkpoint(path: Path, groups: Iterable[str]) -> Checkpoint:
     step, files = manifest.get("step"), manifest.get("files")
     if not isinstance(step, int) or not isinstance(files, dict):
         raise CheckpointError(f"{folder / _MANIFEST} is damaged: expected a step and files")
-    state = _parse_json(folder / _STATE, _read_checked(folder, _STATE, files))
-    load = _safetensors().load
+    state = _parse_json(folder / _STATE, _read_checked(folder / _STATE, files))
     # The checksums matched, so a file that does not parse would be a bug of ours, not damage.
     tensors = {
-        group: load(_read_checked(folder, f"{group}.safetensors", files)) for group in groups
+        group: _safetensors().load(_read_checked(folder / f"{group}.safetensors", files))
+        for group in groups
     }
     return Checkpoint(path=folder, step=step, state=state, tensors=tensors)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the latest of a run or a store.
+    """Find the checkpoint that a path means: itself, or the latest of a run or a store.
 
     Raises:
         CheckpointError: there is none.
@@ -202,13 +221,12 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_dir() and (path.name.startswith(_PREFIX) or (path / _MANIFEST).exists()):
         return path
     for folder in (path, path / "checkpoints"):
-        if (folder / _LATEST).is_file():
-            latest = CheckpointStore(folder, keep=1).latest()
-            assert latest is not None  # the pointer is there
+        latest = CheckpointStore(folder, keep=1).latest() if folder.is_dir() else None
+        if latest is not None:
             return latest
-    what = "a folder without one" if path.is_dir() else "nothing there"
-    if path.is_file():
-        what = "a file"
+    what = "a file" if path.is_file() else "nothing there"
+    if path.is_dir():
+        what = "a folder without one"
     raise CheckpointError(f"{path}: expected a run or a checkpoint folder, got {what}")
 
 
@@ -221,12 +239,13 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read_checked(folder: Path, name: str, files: Mapping[str, Any]) -> bytes:
-    path = folder / name
+def _read_checked(path: Path, files: Mapping[str, Any]) -> bytes:
+    """Read a file that must be as the manifest says."""
     data = _read(path)
-    entry = files.get(name)
+    entry = files.get(path.name)
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{folder / _MANIFEST} is damaged: expected an entry for {name}")
+        manifest = path.with_name(_MANIFEST)
+        raise CheckpointError(f"{manifest} is damaged: expected an entry for {path.name}")
     if entry.get("bytes") != len(data):
         raise CheckpointError(
             f"{path} is damaged: expected {entry.get('bytes')} bytes, got {len(data)}"
@@ -234,10 +253,6 @@ def _read_checked(folder: Path, name: str, files: Mapping[str, Any]) -> bytes:
     if entry.get("sha256") != hashlib.sha256(data).hexdigest():
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {_MANIFEST}")
     return data
-
-
-def _to_json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
@@ -251,7 +266,7 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _safetensors() -> ModuleType:
-    """The package, imported late: everything but checkpoints works without it."""
+    """Import the package late: everything but checkpoints works without it."""
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:

@@ -23,7 +23,7 @@ class CompileFailed(NSAError):
 
 
 def loss_function(model: LanguageModel, mode: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model's loss, compiled as ``--compile`` says.
+    """Return the model's loss, compiled as ``--compile`` says.
 
     Lengths are constants of the code: a run has one length and few batch sizes.
     """
@@ -35,7 +35,7 @@ def loss_function(model: LanguageModel, mode: str) -> Callable[[Tensor, Tensor],
 
 
 class Compilation:
-    """What a run says about compiling, and the file that it keeps.
+    """What a run says about compiling, and the file of compiled code that it keeps.
 
     Args:
         mode: of ``--compile``; for "none" nothing is said.
@@ -56,18 +56,38 @@ class Compilation:
         self._cache = None if cache is None else CompileCache(Path(cache), device)
         self._device = device
 
-    def begin(self, say: Callable[[str], None]) -> None:
-        """Call before the first step; ``say`` prints a line."""
+    @contextlib.contextmanager
+    def session(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Surround everything that may compile: load the file before, and turn what
+        ``torch.compile`` raises into one line.
+
+        Args:
+            say: prints a line.
+
+        Raises:
+            CompileFailed: with the first line of its reason.
+            NSAError: the error of this library that ended the trace, such as BackendUnavailable.
+        """
         if self.mode == "none":
+            yield
             return
+        from torch._dynamo import exc  # heavy, and needed for compiling alone
+
         if self._cache is not None:
             self._cache.load(say)
         self._use = CacheUse()
         say(f"compiling (--compile {self.mode}): the first step takes longer…")
         self._begun = time.perf_counter()
+        try:
+            yield
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+            raise own_error(error) or CompileFailed(
+                f"--compile {self.mode}: torch.compile failed: {first_words(error)}; train without "
+                "it: --compile none"
+            ) from error
 
     def ready(self, say: Callable[[str], None], what: str) -> None:
-        """Call once, after the first step; ``what`` says what came first if not a step."""
+        """Say how long compiling took; call once, after the first ``what``."""
         if self.mode == "none":
             return
         if self._device.type == "cuda":
@@ -77,50 +97,28 @@ class Compilation:
         self.keep(say)
 
     def keep(self, say: Callable[[str], None]) -> None:
-        """Writes the file if it lacks anything; call after what may have compiled."""
-        if self.mode == "none" or self._cache is None:
+        """Write the file if it lacks anything; call after what may have compiled."""
+        if self._cache is None:
             return
-        taken, compiled = self._use.since_asked()
+        taken, compiled = self._use.since_last_call()
         if compiled or (taken and not self._cache.loaded):
             self._cache.save(say)
 
-    @contextlib.contextmanager
-    def failures(self) -> Iterator[None]:
-        """Turns what ``torch.compile`` raises into one line.
 
-        Raises:
-            CompileFailed: with the first line of its reason.
-            NSAError: the error of this library that ended the trace, such as BackendUnavailable.
-        """
-        if self.mode == "none":
-            yield
-            return
-        from torch._dynamo import exc  # heavy: only who compiles needs it
-
-        try:
-            yield
-        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
-            raise _reason(error, self.mode) from error
-
-
-def _reason(error: BaseException, mode: str) -> BaseException:
-    """The error of ours, or of a full device, that ended a trace; else CompileFailed."""
+def own_error(error: BaseException) -> NSAError | torch.OutOfMemoryError | None:
+    """Find the error of this library, or of a full device, behind one of ``torch.compile``."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, NSAError):
-            text = str(cause).partition("\n\nfrom user code")[0]  # appended by torch
-            return type(cause)(text)
+            return type(cause)(str(cause).partition("\n\nfrom user code")[0])  # appended by torch
         if isinstance(cause, torch.OutOfMemoryError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    return CompileFailed(
-        f"--compile {mode}: torch.compile failed: {first_words(error)}; go on without it: "
-        "--compile none"
-    )
+    return None
 
 
 def first_words(error: BaseException) -> str:
-    """The first line of torch's reason, and the second where the first one only announces it."""
+    """Take the first line of torch's reason, and the second where the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     if first.endswith(":") and len(lines) > 1:  # "backend='inductor' raised:"

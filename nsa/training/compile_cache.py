@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from nsa.errors import ConfigError
-from nsa.training.atomic_files import replace_atomically, write_durably
+from nsa.training.files import replace_atomically, write_durably
 
 _KIND = "nsa compile cache"
 _FORMAT = 1
@@ -42,19 +42,17 @@ class CompileCache:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path = path
+        self.loaded = False
+        """Whether what the file holds was given to torch."""
         self._maker = _maker(device)
         self._parts: list[bytes] = []
         self._foreign = False
-        self.loaded = False
-        """Whether what the file holds was given to torch."""
-        self._stored: bytes | None = None
         if path.exists() and not path.is_file():
             raise ConfigError(f"--compile-cache: expected a file, got {path}, which is none")
+        trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                self._stored = path.read_bytes()
-            trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            self._stored = path.read_bytes() if path.exists() else b""
             try:
                 write_durably(trial, b"")
             finally:
@@ -65,8 +63,8 @@ class CompileCache:
             ) from error
 
     def load(self, say: Callable[[str], None]) -> None:
-        """Gives the file to torch; what is wrong with it is said in one line."""
-        stored, self._stored = self._stored, None
+        """Give the file to torch; say in one line what is wrong with it."""
+        stored, self._stored = self._stored, b""
         if not stored:
             return
         if not stored.startswith(_START):
@@ -74,7 +72,7 @@ class CompileCache:
             say(f"note: {self.path} is no compile cache; compiling anew, and leaving it as it is")
             return
         try:
-            for part in _parts(stored, self._maker):
+            for part in _split(stored, self._maker):
                 if torch.compiler.load_cache_artifacts(part) is None:
                     raise ValueError("torch cannot read it")
             self.loaded = True
@@ -82,50 +80,20 @@ class CompileCache:
             say(f"note: {self.path}: {error}; compiling anew")
 
     def save(self, say: Callable[[str], None]) -> None:
-        """Adds what was compiled since the last call, and writes the file; a refusal of the disk is
-        said in one line."""
-        if self._foreign:
-            return
-        artifacts = torch.compiler.save_cache_artifacts()
+        """Add what was compiled since the last call and write the file; say in one line what the
+        disk refuses."""
+        artifacts = None if self._foreign else torch.compiler.save_cache_artifacts()
         if artifacts is None:
             return
         self._parts.append(artifacts[0])
         try:
-            replace_atomically(self.path, _joined(self._parts, self._maker))
+            replace_atomically(self.path, _join(self._parts, self._maker))
         except OSError as error:
-            say(f"note: could not write {self.path}: {error.strerror or error}; going on without")
-
-
-class CacheUse:
-    """What torch's caches did since this was made, whoever filled them."""
-
-    def __init__(self) -> None:
-        self._hits, self._misses = self._asked = _counts()
-
-    def since_asked(self) -> tuple[int, int]:
-        """Graphs taken from a cache, and graphs compiled, since the last call."""
-        before, self._asked = self._asked, _counts()
-        return self._asked[0] - before[0], self._asked[1] - before[1]
-
-    def __str__(self) -> str:
-        hits, misses = _counts()
-        hits, misses = hits - self._hits, misses - self._misses
-        if hits and misses:
-            return f"{hits} of {hits + misses} graphs hit"
-        return "hit" if hits else "miss" if misses else "not used"
-
-
-def _counts() -> tuple[int, int]:
-    """Graphs that Inductor took from a cache, and graphs that it compiled, in this process."""
-    from torch._dynamo.utils import counters
-
-    inductor = counters["inductor"]
-    compiled = inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"]
-    return inductor["fxgraph_cache_hit"], compiled
+            say(f"note: could not write {self.path}: {error.strerror or error}; continuing without")
 
 
 def _maker(device: torch.device) -> dict[str, str]:
-    """What compiled code depends on, as far as a name says it; torch's own keys say the rest."""
+    """Name what compiled code depends on, as far as a name can; torch's own keys say the rest."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} (sm{major}{minor})"
@@ -135,14 +103,14 @@ def _maker(device: torch.device) -> dict[str, str]:
     return {"torch": torch.__version__, "python": version, "device": name}
 
 
-def _joined(parts: list[bytes], maker: dict[str, str]) -> bytes:
+def _join(parts: list[bytes], maker: dict[str, str]) -> bytes:
     listed = [{"bytes": len(part), "sha256": hashlib.sha256(part).hexdigest()} for part in parts]
     header = {"kind": _KIND, "format": _FORMAT, **maker, "parts": listed}
     return json.dumps(header).encode() + b"\n" + b"".join(parts)
 
 
-def _parts(stored: bytes, maker: dict[str, str]) -> list[bytes]:
-    """What :func:`_joined` joined.
+def _split(stored: bytes, maker: dict[str, str]) -> list[bytes]:
+    """Invert :func:`_join`.
 
     Raises:
         ValueError: damage, or another maker.
@@ -164,3 +132,30 @@ def _parts(stored: bytes, maker: dict[str, str]) -> list[bytes]:
             raise ValueError("damaged: its SHA-256 is not the one in its first line")
         parts.append(part)
     return parts
+
+
+class CacheUse:
+    """Counts what torch's caches did since this was made, whoever filled them."""
+
+    def __init__(self) -> None:
+        self._first = self._last = _counts()
+
+    def since_last_call(self) -> tuple[int, int]:
+        """Count graphs taken from a cache, and graphs compiled."""
+        before, self._last = self._last, _counts()
+        return self._last[0] - before[0], self._last[1] - before[1]
+
+    def __str__(self) -> str:
+        hits, misses = (now - before for now, before in zip(_counts(), self._first, strict=True))
+        if hits and misses:
+            return f"{hits} of {hits + misses} graphs hit"
+        return "hit" if hits else "miss" if misses else "not used"
+
+
+def _counts() -> tuple[int, int]:
+    """Graphs that Inductor took from a cache, and graphs that it compiled, in this process."""
+    from torch._dynamo.utils import counters
+
+    inductor = counters["inductor"]
+    compiled = inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"]
+    return inductor["fxgraph_cache_hit"], compiled

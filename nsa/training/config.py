@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
-from nsa.config import nearest
 from nsa.errors import ConfigError
 from nsa.models import ModelConfig
+from nsa.models.config import require_known
 
-PRECISIONS = ("fp32", "bf16")
-COMPILE_MODES = ("none", "blocks", "model")
+Precision = Literal["fp32", "bf16"]
+CompileMode = Literal["none", "blocks", "model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """Everything but the model; lengths are in bytes, which are this model's tokens.
 
-    Raises :class:`nsa.ConfigError` when a value is out of range.
+    The docstrings are the help of the flags. Raises :class:`nsa.ConfigError` when a value is out of
+    range.
     """
 
     data: str
-    """"stdlib", or an absolute path."""
+    """Text file or folder; by default "stdlib", Python's own standard library."""
     device: str
     """A torch device."""
-    precision: str
-    """"bf16": autocast; "fp32": none."""
-    backend: str | None
-    """The NSA backend asked for; None lets the settings decide."""
+    precision: Precision
+    """"bf16": autocast, the default on CUDA; "fp32": none."""
+    backend: str | None = None
+    """The NSA backend requested; None lets the settings decide."""
     seq_len: int
+    """Length of a sequence."""
     batch_size: int
     """Sequences in one forward pass."""
     steps: int
@@ -42,16 +44,21 @@ class TrainConfig:
     accumulate: int = 1
     """Forward passes in one optimizer step."""
     min_lr: float = 0.1
-    """What the cosine ends at, as a share of ``lr``."""
+    """What the cosine ends at, as a share of --lr."""
     weight_decay: float = 0.1
+    """Weight decay of matrices (AdamW)."""
     beta1: float = 0.9
+    """Decay of the mean gradient (AdamW)."""
     beta2: float = 0.95
+    """Decay of the mean squared gradient (AdamW)."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     activation_checkpointing: bool = False
-    compile: str = "none"
-    """"model": the loss as one graph; "blocks": each block, with one code for all; "none"."""
+    """Recompute activations in the backward pass: less memory, more time."""
+    compile: CompileMode = "none"
+    """What torch.compile sees: each block (one code for all), or model and loss as one graph."""
     seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
     eval_every: int
     """Steps between validations."""
     eval_windows: int
@@ -84,16 +91,11 @@ class TrainConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or not holds(value):
                 raise ConfigError(f"{flag(name)}: expected a number {expected}, got {value!r}")
-        for name, known in (("precision", PRECISIONS), ("compile", COMPILE_MODES)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(
-                    f"{flag(name)}: expected one of the known names, got {value!r}; "
-                    f"{nearest(value, known)}"
-                )
+        require_known("--precision", self.precision, get_args(Precision))
+        require_known("--compile", self.compile, get_args(CompileMode))
 
     def learning_rate(self, step: int) -> float:
-        """The rate of step ``step``, counted from 0: linear warm-up, then half a cosine."""
+        """Compute the rate of a step, counted from 0: linear warm-up, then half a cosine."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -101,40 +103,27 @@ class TrainConfig:
         return self.lr * (self.min_lr + (1 - self.min_lr) * cosine)
 
 
+_PACE = {
+    "steps": 300,
+    "warmup": 30,
+    "eval_every": 100,
+    "eval_windows": 128,
+    "save_every": 100,
+    "log_every": 10,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    # About two minutes on two CPU cores.
-    "tiny": {
-        "seq_len": 256,
-        "batch_size": 8,
-        "steps": 300,
-        "lr": 3e-3,
-        "warmup": 30,
-        "eval_every": 100,
-        "eval_windows": 128,
-        "save_every": 100,
-        "log_every": 10,
-    },
-    "small": {
-        "seq_len": 2048,
-        "batch_size": 8,
-        "steps": 300,
-        "lr": 1e-3,
-        "warmup": 30,
-        "eval_every": 100,
-        "eval_windows": 128,
-        "save_every": 100,
-        "log_every": 10,
-    },
+    "tiny": {"seq_len": 256, "batch_size": 8, "lr": 3e-3, **_PACE},  # two minutes on two CPU cores
+    "small": {"seq_len": 2048, "batch_size": 8, "lr": 1e-3, **_PACE},
 }
 
 _FREE = frozenset(
     {"data", "device", "eval_every", "eval_windows", "save_every", "log_every", "keep"}
 )
-"""May change when a run goes on: none of them touches what is computed (the bytes of the data are
-compared themselves)."""
+"""May change when a run is resumed: none of them touches what is computed (the bytes of the data
+are compared themselves)."""
 
 _ROUNDING = frozenset({"compile"})
-"""May change when a run goes on, and changes rounding: whoever goes on says so."""
+"""May change when a run is resumed, and changes rounding, which is then noted."""
 
 _ADDED_LATER = {"compile": "none"}
 """Settings that older runs do not have, and what those runs did."""
@@ -142,10 +131,19 @@ _ADDED_LATER = {"compile": "none"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """One run: the model and how it is trained."""
+    """One run: the model and how it is trained.
+
+    Raises :class:`nsa.ConfigError` when the two do not fit together.
+    """
 
     model: ModelConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.model.attention == "dense" and self.train.backend is not None:
+            raise ConfigError(
+                f"--backend: expected none with --attention dense, got {self.train.backend!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -153,7 +151,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of :meth:`to_dict`.
+        """Invert :meth:`to_dict`.
 
         Raises:
             ConfigError: a part, a name or a value is missing, unknown or out of range.
@@ -169,32 +167,27 @@ class RunConfig:
         return cls(model=ModelConfig.from_dict(values["model"]), train=TrainConfig(**train))
 
     def differences(self, other: RunConfig) -> list[str]:
-        """``name mine -> other's`` of every field that changes what is computed."""
-        return self._differences(other, lambda name: name not in _FREE | _ROUNDING)
+        """List the fields that change what is computed, each as ``name mine -> other's``."""
+        return [text for name, text in self._changes(other) if name not in _FREE | _ROUNDING]
 
     def rounding_differences(self, other: RunConfig) -> list[str]:
-        """The same of every field that changes the last bits of it alone."""
-        return self._differences(other, lambda name: name in _ROUNDING)
+        """List likewise the fields that change only the last bits of it."""
+        return [text for name, text in self._changes(other) if name in _ROUNDING]
 
-    def _differences(self, other: RunConfig, counts: Callable[[str], bool]) -> list[str]:
-        mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
+    def _changes(self, other: RunConfig) -> list[tuple[str, str]]:
+        mine, theirs = self._flat(), other._flat()
         return [
-            f"{name.rpartition('.')[2]} {mine[name]} -> {theirs[name]}"
+            (name, f"{name} {mine[name]} -> {theirs[name]}")
             for name in mine
-            if mine[name] != theirs[name] and counts(name.removeprefix("train."))
+            if mine[name] != theirs[name]
         ]
 
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
+    def _flat(self) -> dict[str, Any]:
+        """Every value by its name; no two parts share one."""
+        model = self.model.to_dict()
+        return {**model.pop("nsa"), **model, **asdict(self.train)}
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a field."""
+    """Name the command-line flag of a field."""
     return "--" + name.replace("_", "-")

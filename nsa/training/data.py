@@ -1,4 +1,4 @@
-"""Bytes to train on: finding text files, splitting them by file, drawing batches by position."""
+"""Bytes to train on: text files, their split, batches by position, and what counting achieves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ STDLIB = "stdlib"
 SEPARATOR = b"\0"
 """Stands before every document; text does not contain it."""
 
+_BYTES = 256
+_COUNTED_AT_ONCE = 1 << 24
 _VALIDATION_SHARE = 0.05
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _SKIPPED_IN_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -50,7 +53,7 @@ class Corpus:
 
 
 def load_corpus(source: str) -> Corpus:
-    """Reads a text file, every text file under a folder, or the Python standard library.
+    """Read a text file, every text file under a folder, or the Python standard library.
 
     Files go to the validation split by a hash of their path relative to the folder (about 5 %), so
     the split is the same on every machine that has the same files. A single file is cut: its last
@@ -106,7 +109,7 @@ def load_corpus(source: str) -> Corpus:
 
 
 def _walk(root: Path, *, suffix: str, skipped: frozenset[str]) -> Iterator[Path]:
-    """Files under a folder in sorted order, hidden ones and links to folders left out."""
+    """Yield files under a folder in sorted order, hidden ones and links to folders left out."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(
             name for name in subfolders if name not in skipped and not name.startswith(".")
@@ -117,12 +120,10 @@ def _walk(root: Path, *, suffix: str, skipped: frozenset[str]) -> Iterator[Path]
 
 
 def _read_text(path: Path) -> bytes | None:
-    """The bytes of a text file; None for one that is empty, unreadable, or not text."""
+    """Read a text file; None for one that is empty, unreadable, or not text."""
     try:
         # A pipe or a device under the folder would block or never end.
-        if not path.is_file():
-            return None
-        data = path.read_bytes()
+        data = path.read_bytes() if path.is_file() else b""
     except OSError:
         return None
     return data if data.strip() and SEPARATOR not in data else None
@@ -158,7 +159,7 @@ def _join(documents: list[bytes]) -> np.ndarray:
 
 
 def require_length(corpus: Corpus, seq_len: int) -> None:
-    """Refuses a corpus with a split too short for one sequence.
+    """Refuse a corpus with a split too short for one sequence.
 
     Raises:
         DataError: naming the split and both lengths.
@@ -175,7 +176,7 @@ def require_length(corpus: Corpus, seq_len: int) -> None:
 def training_batch(
     corpus: Corpus, *, seed: int, index: int, batch_size: int, seq_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Batch number ``index`` of a run: windows at random offsets.
+    """Draw batch number ``index`` of a run: windows at random offsets.
 
     The offsets depend on ``seed`` and ``index`` alone, so a resumed run draws what the interrupted
     one would have drawn, without replaying anything.
@@ -189,7 +190,7 @@ def training_batch(
 
 
 def validation_starts(corpus: Corpus, *, count: int, seq_len: int) -> np.ndarray:
-    """Offsets of at most ``count`` windows, none overlapping, evenly spread over the split."""
+    """Find offsets of at most ``count`` windows, none overlapping, evenly spread over the split."""
     available = (len(corpus.validation) - 1) // seq_len
     count = min(count, available)
     return np.arange(count, dtype=np.int64) * available // count * seq_len
@@ -198,7 +199,7 @@ def validation_starts(corpus: Corpus, *, count: int, seq_len: int) -> np.ndarray
 def validation_batches(
     corpus: Corpus, *, count: int, batch_size: int, seq_len: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The validation windows, ``batch_size`` at a time; tokens and targets, int64 ``[B, T]``."""
+    """Yield the validation windows in batches; tokens and targets, int64 ``[B, T]``."""
     starts = validation_starts(corpus, count=count, seq_len=seq_len)
     for first in range(0, len(starts), batch_size):
         yield _windows(corpus.validation, starts[first : first + batch_size], seq_len)
@@ -207,3 +208,35 @@ def validation_batches(
 def _windows(data: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
     window = torch.from_numpy(data[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
     return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+
+class Baselines(NamedTuple):
+    """What counting alone achieves on the validation windows, in nats per byte."""
+
+    unigram: float
+    bigram: float
+
+
+def baselines(corpus: Corpus, *, count: int, seq_len: int) -> Baselines:
+    """Fit byte frequencies on the training split and score the bytes that the model is scored on.
+
+    Unigram: add-one smoothing. Bigram: the pair counts, with one imaginary observation of every
+    first byte spread over the unigram, so that an unseen pair costs a finite amount. Arguments as
+    for :func:`validation_batches`.
+    """
+    train = corpus.train
+    counts = np.zeros(_BYTES**2, dtype=np.int64)
+    for first in range(0, len(train) - 1, _COUNTED_AT_ONCE):  # all of it as int32 would take 4x
+        chunk = train[first : first + _COUNTED_AT_ONCE + 1].astype(np.int32)
+        counts += np.bincount(chunk[:-1] * _BYTES + chunk[1:], minlength=_BYTES**2)
+    pairs = counts.reshape(_BYTES, _BYTES)
+    unigram = (np.bincount(train, minlength=_BYTES) + 1) / (len(train) + _BYTES)
+    bigram = (pairs + unigram) / (pairs.sum(1, keepdims=True) + 1)
+
+    starts = validation_starts(corpus, count=count, seq_len=seq_len)
+    window = corpus.validation[starts[:, None] + np.arange(seq_len + 1)]
+    before, after = window[:, :-1].ravel(), window[:, 1:].ravel()
+    return Baselines(
+        unigram=float(-np.log(unigram[after]).mean()),
+        bigram=float(-np.log(bigram[before, after]).mean()),
+    )

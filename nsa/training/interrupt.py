@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM only sets :attr:`requested`; a second one raises
-    KeyboardInterrupt at once, and a third ends the process even inside a call that hangs.
+    """Notes that somebody wants the training to stop; a context manager.
 
-    A context manager; outside the main thread, which alone may handle signals, it does nothing.
+    While active, the first SIGINT or SIGTERM only sets :attr:`requested`; a second one raises
+    KeyboardInterrupt at once, and a third ends the process even inside a call that hangs. Outside
+    the main thread, which alone may handle signals, it does nothing.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[signal.Signals, object] = {}
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            for known in self._previous:
-                signal.signal(known, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        self.requested = True
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -31,12 +25,14 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             # None: installed by C code; Python cannot put it back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            for known in self._previous:
+                signal.signal(known, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.requested = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +71,7 @@ class Trainer:
         self._model_loss = loss_function(self.model, train.compile)
 
     def train_step(self) -> StepResult:
-        """One optimizer step over ``accumulate`` batches."""
+        """Take one optimizer step over ``accumulate`` batches."""
         train = self.config.train
         rate = train.learning_rate(self.step)
         for group in self.optimizer.param_groups:
@@ -98,7 +97,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss on the validation windows, nats per byte; draws no random numbers."""
+        """Average the loss over the validation windows (nats per byte); draw no random numbers."""
         train = self.config.train
         self.model.eval()
         total, count = 0.0, 0
@@ -121,7 +120,7 @@ class Trainer:
             return self._model_loss(tokens, targets)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor that the next step depends on, in :data:`GROUPS`."""
+        """Collect every tensor that the next step depends on, in :data:`GROUPS`."""
         optimizer = {
             f"{name}.{key}": value
             for name, parameter in self.model.named_parameters()
@@ -137,7 +136,7 @@ class Trainer:
         return {"model": self.model.state_dict(), "optimizer": optimizer, "rng": rng}
 
     def state(self) -> dict[str, Any]:
-        """Everything else that a checkpoint holds, for JSON."""
+        """Collect everything else that a checkpoint holds, for JSON."""
         numpy_state = np.random.get_state(legacy=False)
         version, words, gauss = random.getstate()
         return {
@@ -160,7 +159,7 @@ class Trainer:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts back what :meth:`tensors` and :meth:`state` gave.
+        """Put back what :meth:`tensors` and :meth:`state` gave.
 
         Raises:
             CheckpointError: other data, or tensors that do not fit the model.
@@ -172,24 +171,19 @@ class Trainer:
                 f"got others from {self.corpus.source} ({mine[:12]}…); --data must be the same text"
             )
         load_model(self.model, checkpoint)
-        optimizer = checkpoint.tensors["optimizer"]
         for name, parameter in self.model.named_parameters():
-            # Copies into fresh tensors: those of the file may be aligned otherwise, and then a
-            # vectorised kernel may round otherwise.
-            self.optimizer.state[parameter] = {
-                key: torch.empty_like(like).copy_(
-                    _tensor(optimizer, f"{name}.{key}", like, checkpoint)
-                )
-                for key, like in (
-                    ("step", torch.zeros((), device=parameter.device)),
-                    ("exp_avg", parameter.detach()),
-                    ("exp_avg_sq", parameter.detach()),
-                )
-            }
+            like = parameter.detach()
+            for key, empty in (
+                ("step", torch.empty((), device=self.device)),
+                ("exp_avg", torch.empty_like(like)),
+                ("exp_avg_sq", torch.empty_like(like)),
+            ):
+                # A copy: the file's tensor may be aligned otherwise, and then a vectorised kernel
+                # may round otherwise.
+                value = checkpoint.tensor("optimizer", f"{name}.{key}", like=empty)
+                self.optimizer.state[parameter][key] = empty.copy_(value)
         self.step = checkpoint.step
-        self._restore_rng(checkpoint)
 
-    def _restore_rng(self, checkpoint: Checkpoint) -> None:
         tensors, values = checkpoint.tensors["rng"], checkpoint.state["rng"]
         torch.set_rng_state(tensors["torch_cpu"])
         if self.device.type == "cuda" and "torch_cuda" in tensors:
@@ -203,30 +197,15 @@ class Trainer:
 
 
 def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
-    """Copies a checkpoint's weights into a model.
+    """Copy a checkpoint's weights into a model.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     expected = model.state_dict()
-    saved = checkpoint.tensors["model"]
-    for name in saved:
+    for name in checkpoint.tensors["model"]:
         if name not in expected:
             raise CheckpointError(f"{checkpoint.path}: the model has no tensor named {name!r}")
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(_tensor(saved, name, parameter, checkpoint))
-
-
-def _tensor(
-    tensors: Mapping[str, Tensor], name: str, like: Tensor, checkpoint: Checkpoint
-) -> Tensor:
-    if name not in tensors:
-        raise CheckpointError(f"{checkpoint.path}: expected a tensor named {name!r}, got none")
-    tensor = tensors[name]
-    if tensor.shape != like.shape or tensor.dtype != like.dtype:
-        raise CheckpointError(
-            f"{checkpoint.path}: {name}: expected {like.dtype} {list(like.shape)}, "
-            f"got {tensor.dtype} {list(tensor.shape)}"
-        )
-    return tensor
+            parameter.copy_(checkpoint.tensor("model", name, like=parameter))

@@ -135,7 +135,7 @@ def test_what_it_prints_and_keeps(data, tmp_path, capsys, compiler):
     assert train.main(["--out", str(out), "--resume", "--compile", "none"]) == 0
     printed = capsys.readouterr().out
     assert (
-        "note: going on with compile blocks -> none: results may differ in the last bits" in printed
+        "note: resuming with compile blocks -> none: results may differ in the last bits" in printed
     )
     assert "compiling" not in printed
     assert json.loads((out / "config.json").read_text())["train"]["compile"] == "none"
@@ -196,14 +196,14 @@ def test_a_compiler_that_fails_is_one_line(data, tmp_path, capsys, compiler):
     error = error_of(capsys, [*argv, "--compile", "model"])
     assert error.startswith("--compile model: torch.compile failed: ")
     assert "no code for this" in error
-    assert error.endswith("; go on without it: --compile none")
+    assert error.endswith("; train without it: --compile none")
     assert "second line" not in error
 
 
 def test_a_full_device_stays_one():
     failure = torch._dynamo.exc.InternalTorchDynamoError("x")
     failure.__context__ = torch.OutOfMemoryError("y")
-    assert training_compile._reason(failure, "model") is failure.__context__
+    assert training_compile.own_error(failure) is failure.__context__
 
 
 # The file
@@ -309,7 +309,7 @@ def test_a_disk_that_refuses_does_not_end_the_run(stored, artifacts, monkeypatch
 
     monkeypatch.setattr(compile_cache, "replace_atomically", refuse)
     cache.save(notes.append)
-    assert notes == [f"note: could not write {stored}: No space left on device; going on without"]
+    assert notes == [f"note: could not write {stored}: No space left on device; continuing without"]
     assert stored.read_bytes() == before
 
 
@@ -323,8 +323,8 @@ def test_what_the_caches_did(monkeypatch, hits, misses, text):
     use = CacheUse()
     counts.pop(0)
     assert str(use) == text
-    assert use.since_asked() == (hits, misses)
-    assert use.since_asked() == (0, 0)
+    assert use.since_last_call() == (hits, misses)
+    assert use.since_last_call() == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -335,10 +335,10 @@ def test_the_file_is_written_when_it_lacks_something(tmp_path, monkeypatch, sinc
     compilation = training_compile.Compilation("model", CPU, str(tmp_path / "code"))
     calls = []
     monkeypatch.setattr(CompileCache, "save", lambda self, say: calls.append(say))
-    monkeypatch.setattr(CacheUse, "since_asked", lambda self: since)
-    compilation.begin(lambda line: None)
-    compilation._cache.loaded = loaded
-    compilation.keep(print)
+    monkeypatch.setattr(CacheUse, "since_last_call", lambda self: since)
+    with compilation.session(lambda line: None):
+        compilation._cache.loaded = loaded
+        compilation.keep(print)
     assert calls == [print] * saves
 
 
@@ -354,7 +354,7 @@ def test_when_the_file_is_written(data, tmp_path, compiler, monkeypatch):
 
     monkeypatch.setattr(Trainer, "__init__", remember)
     monkeypatch.setattr(CompileCache, "save", lambda self, say: saved.append(trainers[0].step))
-    monkeypatch.setattr(CacheUse, "since_asked", lambda self: (0, 1))
+    monkeypatch.setattr(CacheUse, "since_last_call", lambda self: (0, 1))
     argv = [*flags(data=data, steps=4, eval_every=2, attention="dense"), "--compile", "blocks"]
     code, out = tmp_path / "code", tmp_path / "run"
     assert train.main([*argv, "--compile-cache", str(code), "--out", str(out)]) == 0

@@ -177,7 +177,7 @@ def half(rank: int, path: str) -> None:
 
 def test_two_ranks_are_one_batch(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
-    code = "import sys; from tests.test_fsdp import half; half(1, sys.argv[1])"
+    code = "import sys; from tests.models.test_fsdp import half; half(1, sys.argv[1])"
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(
         [sys.executable, "-c", code, path], cwd=root, stderr=subprocess.PIPE, text=True

@@ -347,7 +347,7 @@ def test_a_checkpointed_block_does_not_select_again(monkeypatch, mode, kept):
     """The second selection, that of the recomputation, would come out otherwise; where the lists
     are not kept, gradients follow it without a word, and this test would see it."""
     if not kept:
-        monkeypatch.setattr(language_model, "_keep_lists", _EVERYTHING_AGAIN)
+        monkeypatch.setattr(language_model, "_save_block_idx", _EVERYTHING_AGAIN)
     select, calls = steps.select_impl, []
 
     def fickle(*inputs):

@@ -8,10 +8,10 @@ import torch
 from nsa import NSAConfig
 from nsa.tools.bench import __main__ as bench
 from nsa.tools.bench import run as bench_run
-from nsa.tools.bench.cases import Shape
 from nsa.tools.bench.parity import Parity
 from nsa.tools.bench.rows import Row
 from nsa.tools.bench.timing import Ceilings, Measurement, Timing
+from nsa.tools.common.problems import Trial
 
 CPU = torch.device("cpu")
 TINY = NSAConfig.preset("tiny")
@@ -28,7 +28,7 @@ ODD = NSAConfig(
     rope_theta=None,
 )
 CEILINGS = Ceilings(
-    flops_per_second={torch.float32: 1e11, torch.bfloat16: 2e11},
+    flops_per_second={"float32": 1e11, "bfloat16": 2e11},
     matmul_size=512,
     bytes_per_second=1e10,
 )
@@ -41,8 +41,8 @@ def be_quick(monkeypatch):
 
 def skip_parity(monkeypatch):
     """Takes out the parity checks, for tests that are about something else."""
-    monkeypatch.setattr(bench_run, "backend_parity", lambda name, shape: Parity(0.25))
-    monkeypatch.setattr(bench_run, "rival_parity", lambda rival, shape: Parity(0.5))
+    monkeypatch.setattr(bench_run, "backend_parity", lambda name, trial: Parity(0.25))
+    monkeypatch.setattr(bench_run, "baseline_parity", lambda baseline, trial: Parity(0.5))
 
 
 def run(capsys, *argv, lengths="64"):
@@ -64,18 +64,23 @@ def run_jsonl(capsys, tmp_path, *argv, **options):
     return code, lines[0], lines[1:], out
 
 
-def shape(config=TINY, *, dtype=torch.float32, length=64, sequences=0, batch=1):
+def problem(config=TINY, *, dtype=torch.float32, length=64, sequences=0, batch=1):
     """A problem on the CPU."""
-    return Shape(
-        config=config, device=CPU, dtype=dtype, length=length, sequences=sequences, batch=batch
+    trial = Trial(
+        config=config,
+        device=CPU,
+        dtype=dtype,
+        lengths=(0,) * (sequences or batch),
+        packed=sequences > 0,
     )
+    return trial.with_length(length)
 
 
 def both(backend, branch, length, seconds, *, runs_on=None, **options):
     """A row whose forward and backward together took so long."""
     timing = Timing(seconds, seconds, seconds, 5)
     return Row(
-        shape=shape(length=length, **options),
+        trial=problem(length=length, **options),
         backend=backend,
         branch=branch,
         runs_on=runs_on or backend,

@@ -120,7 +120,7 @@ def by_hand(layer: NSAttention, x: Tensor, cu_seqlens: Tensor | None = None) -> 
     logits = project("gate_proj", 3)
     gates = logits.sigmoid() if config.gate == "sigmoid" else logits.softmax(-1)
     q = rotated(project("q_proj", config.head_dim))
-    with torch.autocast("cpu", enabled=False):  # attention is never lowered
+    with torch.autocast(q.device.type, enabled=False):  # attention is never lowered
         out = reference.nsa_attention(
             q, *(pairs[branch] for branch in BRANCHES), gates, config, cu_seqlens=cu_seqlens
         )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nsa.tools.train import __main__ as train
-from nsa.tools.train.flags import new_config, train_parser
+from nsa.tools.train.flags import run_config, train_parser
 from nsa.training.config import RunConfig
 
 MODEL = {
@@ -81,8 +81,7 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
 
 def config_of(data: Path, **changes: object) -> RunConfig:
     """The configuration of a small run."""
-    arguments = train_parser().parse_strictly(flags(data=data, **changes))
-    return new_config({k: v for k, v in vars(arguments).items() if v is not None})
+    return run_config(vars(train_parser().parse_strictly(flags(data=data, **changes))))
 
 
 def error_of(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:

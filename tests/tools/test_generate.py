@@ -1,15 +1,10 @@
-"""Sampling from a trained checkpoint."""
+"""Sampling from a trained checkpoint: the command."""
 
 import pytest
-import torch
 
-from nsa import ConfigError
 from nsa.tools.generate import __main__ as generate
-from nsa.tools.generate.__main__ import check_sampling, sample
 from nsa.tools.train import __main__ as train
 from tests.support.training_runs import flags, start, write_texts
-
-LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -21,61 +16,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def shares(**options: object) -> list[float]:
-    """How often each token is drawn, of 4000."""
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(4)
-    for _ in range(4000):
-        counts[sample(LOGITS, generator=generator, **options)] += 1
-    return (counts / 4000).tolist()
-
-
-def test_greedy():
-    assert sample(LOGITS, temperature=0) == 1
-    assert sample(torch.zeros(5), temperature=0) == 0
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_temperature(temperature):
-    expected = (LOGITS / temperature).softmax(0).tolist()
-    assert shares(temperature=temperature) == pytest.approx(expected, abs=0.03)
-
-
-def test_top_k():
-    assert shares(temperature=1.0, top_k=1) == [0, 1, 0, 0]
-    expected = torch.tensor([3.0, 2.0]).softmax(0).tolist()
-    drawn = shares(temperature=1.0, top_k=2)
-    assert [drawn[1], drawn[2]] == pytest.approx(expected, abs=0.03)
-    assert drawn[0] == drawn[3] == 0
-    assert shares(temperature=1.0, top_k=99)[3] > 0
-
-
-def test_top_p():
-    # In order 0.657, 0.242, 0.089, 0.012.
-    assert shares(temperature=1.0, top_p=1e-9) == [0, 1, 0, 0]
-    assert shares(temperature=1.0, top_p=0.65) == [0, 1, 0, 0]
-    drawn = shares(temperature=1.0, top_p=0.67)
-    assert drawn[0] == drawn[3] == 0
-    assert drawn[1] == pytest.approx(0.657 / 0.899, abs=0.03)
-    assert shares(temperature=1.0, top_p=1.0)[3] > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ((-1.0, None, None), "--temperature: expected a finite number >= 0, got -1.0"),
-        ((float("nan"), None, None), "--temperature: .* got nan"),
-        ((1.0, 0, None), "--top-k: expected an int >= 1, got 0"),
-        ((1.0, None, 0.0), r"--top-p: expected a number in \(0, 1\], got 0.0"),
-        ((1.0, None, 1.1), r"--top-p: expected a number in \(0, 1\], got 1.1"),
-    ],
-)
-def test_sampling_refuses(arguments, text):
-    with pytest.raises(ConfigError, match=text):
-        check_sampling(*arguments)
-
-
-def test_it_goes_on_from_a_prompt(run, capsys):
+def test_it_continues_a_prompt(run, capsys):
     texts = []
     for seed in ("1", "1", "2"):
         argv = [str(run), "--prompt", "attention ", "--max-new-tokens", "40", "--seed", seed]
@@ -102,32 +43,6 @@ def test_a_checkpoint_inside_the_run(run, capsys):
     one = capsys.readouterr().out
     assert generate.main([str(run), "--max-new-tokens", "1", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == one
-
-
-class Scripted(torch.nn.Module):
-    """Says one byte after the other, and remembers how much it was shown."""
-
-    def __init__(self, script: bytes) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.script, self.seen = list(script), []
-
-    def forward(self, tokens):
-        self.seen.append(tokens[0].tolist())
-        logits = torch.zeros(*tokens.shape, 256)
-        logits[0, -1, self.script[len(self.seen) - 1]] = 50.0
-        return logits
-
-
-def test_it_stops_at_the_end_of_the_document():
-    model = Scripted(b"ab\0c")
-    assert bytes(generate.generate(model, b"\0", max_new_tokens=9, context=8)) == b"ab"
-
-
-def test_the_context_is_never_longer_than_in_training():
-    model = Scripted(b"efgh")
-    assert bytes(generate.generate(model, b"\0abcd", max_new_tokens=4, context=3)) == b"efgh"
-    assert [bytes(seen) for seen in model.seen] == [b"bcd", b"cde", b"def", b"efg"]
 
 
 def test_bytes_that_are_no_text_are_replaced(capsys):

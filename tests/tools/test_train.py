@@ -2,13 +2,14 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
 
 from nsa import ConfigError
-from nsa.tools.common.progress import Display
 from nsa.tools.train import __main__ as train
+from nsa.tools.train.display import Display
 from nsa.training.checkpoint import load_checkpoint
 from nsa.training.config import RunConfig, TrainConfig
 from nsa.training.data import load_corpus, training_batch
@@ -88,14 +89,30 @@ def test_the_backend_asked_for_runs(data, tmp_path, capsys):
     assert "backend      reference (" in capsys.readouterr().out
 
 
-def test_a_live_display(capsys):
-    with Display(step=0, steps=3, live=True) as display:
+def test_a_bar_on_a_terminal(capsys):
+    display = Display(step=0, steps=3, drawn=True)
+    with display.bar:
         display.line("[not markup]")
-        display.advance(1)
+        display.advance(2)
         display.report(2, loss=1.25, tokens_per_second=1e4)
+        assert display.bar.time_left is None  # one step may have compiled: no measure of others
+        display.advance(3)
     out = capsys.readouterr().out
-    for expected in ("[not markup]", "2/3", "loss 1.2500", "10,000 tokens/s", "0:00 left"):
+    for expected in ("[not markup]", "3/3", "loss 1.2500", "10,000 tokens/s", "00:00"):
         assert expected in out
+
+
+def test_the_time_left_without_a_bar(capsys):
+    display = Display(step=0, steps=100_000, drawn=False)
+    with display.bar:
+        for step in (1, 2):
+            display.advance(step)
+            display.report(step, loss=1.25, tokens_per_second=1e4)
+            time.sleep(0.2)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 1/100000  loss 1.2500  10,000 tokens/s  -:-- left"
+    hours, minutes, seconds = second.split()[-2].split(":")
+    assert 5 <= int(hours) < 50  # 0.2 s a step and whatever the machine adds
 
 
 def test_learning_rate():
@@ -172,7 +189,7 @@ def test_an_existing_run_is_not_overwritten(finished, data, capsys):
     before = (finished / "config.json").stat().st_mtime_ns
     error = error_of(capsys, [*flags(data=data), "--out", str(finished)])
     assert error == (
-        f"{finished} already holds a run: expected --resume to go on with it, or another --out"
+        f"{finished} already holds a run: expected --resume to continue it, or another --out"
     )
     assert (finished / "config.json").stat().st_mtime_ns == before
 

@@ -162,7 +162,6 @@ _KILL_EVERYWHERE = """
 import builtins, os, shutil, signal, sys, warnings
 from pathlib import Path
 import torch
-from nsa.tools import _checkpoint
 from nsa.training.checkpoint import CheckpointStore, load_checkpoint
 
 warnings.simplefilter("ignore")  # fork beside torch's threads; the child only writes files

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nsa import DataError
-from nsa.training.baselines import baselines
 from nsa.training.data import (
     Corpus,
+    baselines,
     load_corpus,
     require_length,
     training_batch,
@@ -208,7 +208,7 @@ def test_entropies_of_what_was_never_seen_are_finite():
 def test_entropies_do_not_hang_on_the_chunk(monkeypatch):
     corpus = corpus_of(bytes(np.random.default_rng(0).integers(97, 105, 1000)), b"abcabcabc")
     whole = baselines(corpus, count=4, seq_len=2)
-    monkeypatch.setattr("nsa.training.baselines._CHUNK", 7)
+    monkeypatch.setattr("nsa.training.data._COUNTED_AT_ONCE", 7)
     assert baselines(corpus, count=4, seq_len=2) == whole
 
 

@@ -1,6 +1,8 @@
-"""Going on with a run: bit for bit after any kind of stop, or a clear refusal."""
+"""Resuming a run: bit for bit after any kind of stop, or a clear refusal."""
 
 import errno
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -11,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nsa import CheckpointError
 from nsa.tools.train import __main__ as train
 from nsa.training.checkpoint import CheckpointStore, load_checkpoint
 from nsa.training.data import load_corpus
+from nsa.training.files import JsonlWriter
 from nsa.training.interrupt import StopRequest
-from nsa.training.metrics import MetricsFile
 from nsa.training.trainer import GROUPS, Trainer
 from tests.support.training_runs import config_of, error_of, flags, metrics, start, write_texts
 
@@ -47,9 +50,38 @@ def assert_same_run(run: Path, other: Path) -> None:
             assert torch.equal(tensor, theirs.tensors[group][name]), name
 
 
+def test_the_format_on_the_disk(finished):
+    """Read without the library: files of earlier runs must load, so this changes with FORMAT."""
+    folder = finished / "checkpoints" / (finished / "checkpoints" / "latest").read_text().strip()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+    assert (manifest["format"], manifest["step"], list(manifest["files"])) == (1, 12, names)
+    for name, entry in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    model, optimizer, rng = (load_file(folder / name) for name in names[:3])
+    assert {"embedding.weight", "blocks.0.attention.q_proj.weight", "norm.weight"} <= set(model)
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    assert set(optimizer) == {f"{name}.{kind}" for name in model for kind in kinds}
+    assert {name: tensor.dtype for name, tensor in rng.items()} == {
+        "torch_cpu": torch.uint8,
+        "numpy": torch.int64,
+    }
+    state = json.loads((folder / "state.json").read_text())
+    assert {name: sorted(values) for name, values in state.items() if name != "threads"} == {
+        "config": ["model", "train"],
+        "data": ["next_batch", "sha256", "source"],
+        "rng": ["numpy", "python"],
+        "versions": ["numpy", "torch"],
+    }
+    assert state["config"] == json.loads((finished / "config.json").read_text())
+    assert [len(state["rng"]["python"]), len(state["rng"]["numpy"])] == [3, 3]
+    assert state["threads"] == torch.get_num_threads()
+
+
 _KILLED = """
 import os, signal, sys
-from nsa.tools import train
+from nsa.tools.train.__main__ import main
 from nsa.training.trainer import Trainer
 
 original = Trainer.train_step
@@ -62,7 +94,7 @@ def step(self):
 
 
 Trainer.train_step = step
-train.main(sys.argv[1:])
+main(sys.argv[1:])
 """
 
 
@@ -77,7 +109,7 @@ def test_killed_and_resumed_is_the_same_run(finished, data, tmp_path):
     resumed = start("-m", "nsa.tools.train", "--out", out, "--resume")
     printed, errors = resumed.communicate()
     assert (resumed.returncode, errors) == (0, "")
-    assert "going on from step 4" in printed
+    assert "resuming from step 4" in printed
     assert "backend      sdpa" in printed
     assert_same_run(out, finished)
 
@@ -99,7 +131,7 @@ def test_a_signal_saves_first(data, tmp_path, number):
     assert 3 <= step == metrics(out)[-1]["step"]
     assert printed.splitlines()[-1] == (
         f"stopped and saved at step {step}; "
-        f"go on with: python -m nsa.tools.train --out {out} --resume"
+        f"resume with: python -m nsa.tools.train --out {out} --resume"
     )
 
 
@@ -179,7 +211,7 @@ def test_resuming_a_finished_run_shows_its_result(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     assert train.main(["--out", str(run), "--resume"]) == 0
     out = capsys.readouterr().out
-    assert "going on from step 12" in out
+    assert "resuming from step 12" in out
     assert "backend      sdpa" in out
     assert "bigram" in out
     assert_same_run(run, finished)
@@ -198,7 +230,7 @@ def test_what_changes_no_number_may_change(finished, data, tmp_path, monkeypatch
 def test_metrics_keep_their_lines_apart(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\nnot json\n[]\n{"step": "x"}\n{"step": 2}\n{"step": 3}\n{"st')
-    with MetricsFile(path, step=2) as file:
+    with JsonlWriter(path, step=2) as file:
         file.write(step=3, loss=0.5)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
 
@@ -290,7 +322,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
 
 
 def test_a_disk_that_refuses_metrics(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl", step=0)
+    file = JsonlWriter(tmp_path / "metrics.jsonl", step=0)
     file._file.close()
     file._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the context manager
     with pytest.raises(Exception, match="No space left on device"), file:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nsa.core import flops
 from nsa.core.operators import config_of, define_attention
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -43,6 +44,7 @@ window_attention = define_attention(
     "Tensor? seq_start, str config, SymInt q_start",
     _window,
     _window_backward,
+    flops.window,
 )
 """``(q [B, T, H, D], k [B, S, K, D], v [B, S, K, V], seq_start int32 [T] or None, config, q_start)
 -> out, lse``; see :func:`nsa.backends.compiled.window.launch.window_forward`."""
@@ -92,6 +94,7 @@ selected_attention = define_attention(
     "Tensor block_idx, Tensor? seq_start, SymInt sequences, str config, SymInt q_start",
     _selected,
     _selected_backward,
+    flops.selected,
 )
 """``(q, k, v, block_idx int32 [B, T, K, n], seq_start int32 [T] or None, number of packed
 sequences, config, q_start) -> out, lse``; see
@@ -137,6 +140,7 @@ compressed_attention = define_attention(
     "str config, SymInt q_start",
     _compressed,
     _compressed_backward,
+    flops.compressed,
 )
 """``(q, k [B, N, K, D], v [B, N, K, V], the four of :func:`nsa.core.packing.block_bounds` or None,
 config, q_start) -> out, lse``."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.backends.fa2.providers import Call, provider
+from nsa.core import flops
 from nsa.core.operators import define_attention
 
 
@@ -67,12 +69,23 @@ def _call(
     )
 
 
+def _pairs(x: flops.Arguments) -> int:
+    """Every call of ours is causal: the last query sees the last key."""
+    *batch, R, H, _ = x["q"]
+    S, window = x["k"][-3], x["window"]
+    if x["cu_q"] is None:
+        return prod(batch) * H * flops.window_pairs(R, window or S, S - R)
+    lengths = flops.longest_first(R, x["max_q"])
+    return H * sum(flops.window_pairs(n, window or n) for n in lengths)
+
+
 _FLASH = define_attention(
     "flash_attention_2",
     "Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k, float scale, bool causal, "
     "SymInt? window, str source",
     _forward,
     _backward,
+    _pairs,
 )
 
 

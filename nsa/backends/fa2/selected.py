@@ -30,6 +30,7 @@ from nsa.backends.shared.block_tiles import (
 )
 from nsa.backends.shared.workspace import Kind, Space, Store
 from nsa.config import NSAConfig
+from nsa.core import flops
 from nsa.core.dtypes import NEG_INF
 from nsa.core.operators import config_of, define_attention
 from nsa.core.packing import packed_select_blocks
@@ -288,6 +289,7 @@ _SELECTED = define_attention(
     "Tensor block_idx, Tensor? cu_seqlens, str config, SymInt q_start, str source, int[] workspace",
     _forward,
     _backward,
+    flops.selected,
 )
 
 

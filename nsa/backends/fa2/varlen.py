@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,16 +33,11 @@ class VarlenSteps(Steps):
         v: Tensor,
         config: NSAConfig,
         cu_seqlens: Tensor | None = None,
-        *,
-        max_seqlen: int | None = None,
-        q_start: int = 0,
+        **positions: Any,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`nsa.backends.fa2.steps.Steps`."""
-        step = super().compressed_attention
-        if not _whole(q, config.num_compressed(q.shape[1]), k, cu_seqlens, q_start):
-            return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
-        out, lse = step(_join(q), _join(k), _join(v), config, _cu(q), max_seqlen=q.shape[1])
-        return _split(out, q), _split(lse, q)
+        step, keys = super().compressed_attention, config.num_compressed(q.shape[1])
+        return _packed(step, keys, (q, k, v), config, cu_seqlens, **positions)
 
     def selected_attention(
         self,
@@ -49,20 +47,12 @@ class VarlenSteps(Steps):
         block_idx: Tensor,
         config: NSAConfig,
         cu_seqlens: Tensor | None = None,
-        *,
-        max_seqlen: int | None = None,
-        q_start: int = 0,
+        **positions: Any,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`nsa.backends.fa2.steps.Steps`."""
+        tensors = (q, k, v, block_idx)
         step = super().selected_attention
-        if not _whole(q, q.shape[1], k, cu_seqlens, q_start):
-            return step(
-                q, k, v, block_idx, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start
-            )
-        out, lse = step(
-            _join(q), _join(k), _join(v), _join(block_idx), config, _cu(q), max_seqlen=q.shape[1]
-        )
-        return _split(out, q), _split(lse, q)
+        return _packed(step, q.shape[1], tensors, config, cu_seqlens, **positions)
 
     def window_attention(
         self,
@@ -71,34 +61,29 @@ class VarlenSteps(Steps):
         v: Tensor,
         config: NSAConfig,
         cu_seqlens: Tensor | None = None,
-        *,
-        max_seqlen: int | None = None,
-        q_start: int = 0,
+        **positions: Any,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`nsa.backends.fa2.steps.Steps`."""
         step = super().window_attention
-        if not _whole(q, q.shape[1], k, cu_seqlens, q_start):
-            return step(q, k, v, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
-        out, lse = step(_join(q), _join(k), _join(v), config, _cu(q), max_seqlen=q.shape[1])
-        return _split(out, q), _split(lse, q)
+        return _packed(step, q.shape[1], (q, k, v), config, cu_seqlens, **positions)
 
 
-def _whole(q: Tensor, keys: int, k: Tensor, cu_seqlens: Tensor | None, q_start: int) -> bool:
-    """Whether the call is a regular batch of whole sequences, with as many keys as they have."""
-    return cu_seqlens is None and q_start == 0 and k.shape[1] == keys
-
-
-def _cu(q: Tensor) -> Tensor:
-    """``cu_seqlens`` of a regular batch."""
+def _packed(
+    step: Callable[..., tuple[Tensor, Tensor]],
+    keys: int,
+    tensors: tuple[Tensor, ...],
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    *,
+    max_seqlen: int | None = None,
+    q_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Run a step on a regular batch of whole sequences, with so many keys each, as packed ones."""
+    q, k = tensors[:2]
     B, T = q.shape[:2]
-    return torch.arange(B + 1, dtype=torch.int32, device=q.device) * T
-
-
-def _join(x: Tensor) -> Tensor:
-    """``[B, T, …]`` -> ``[1, B*T, …]``."""
-    return x.flatten(0, 1)[None]
-
-
-def _split(x: Tensor, q: Tensor) -> Tensor:
-    """The inverse, for the batch of q."""
-    return x.view(q.shape[0], q.shape[1], *x.shape[2:])
+    if cu_seqlens is not None or q_start != 0 or k.shape[1] != keys:
+        return step(*tensors, config, cu_seqlens, max_seqlen=max_seqlen, q_start=q_start)
+    cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=q.device) * T
+    joined = (x.flatten(0, 1)[None] for x in tensors)
+    out, lse = step(*joined, config, cu_seqlens, max_seqlen=T)
+    return out.view(B, T, *out.shape[2:]), lse.view(B, T, *lse.shape[2:])

@@ -30,6 +30,7 @@ from nsa.backends.shared.block_tiles import (
     to_blocks,
 )
 from nsa.config import NSAConfig
+from nsa.core import flops
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.operators import config_of, define_attention
 
@@ -165,6 +166,7 @@ _SELECTED = define_attention(
     "Tensor block_idx, Tensor? cu_seqlens, str config, SymInt q_start",
     _forward,
     _backward,
+    flops.selected,
 )
 
 

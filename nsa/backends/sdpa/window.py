@@ -21,6 +21,7 @@ from nsa.backends.sdpa.numerics import (
     heads_first,
     operand_dtype,
 )
+from nsa.core import flops
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.operators import define_attention
 
@@ -164,11 +165,17 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(B * K, R * M, D)
 
 
+def _pairs(x: flops.Arguments) -> int:
+    B, R, K, M, _ = x["q"]
+    return B * K * M * flops.window_pairs(R, x["width"], x["first_row"])
+
+
 _BAND = define_attention(
     "band",
     "Tensor? row_seq, SymInt width, SymInt first_row, float scale",
     _forward,
     _backward,
+    _pairs,
     fake=_forward_fake,
 )
 

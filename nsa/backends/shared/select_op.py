@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.core import flops
 from nsa.core.operators import config_of, define
 from nsa.registry import TABLE
 from nsa.selection.rules import rule_of
@@ -50,11 +51,20 @@ def _fake(
     return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], n, dtype=torch.int32)
 
 
+def _flops(x: flops.Arguments) -> int:
+    """The scores of the compressed blocks; ranking is not counted."""
+    T = x["q"][1]
+    lengths = [T] if x["cu_seqlens"] is None else flops.longest_first(T, x["longest"])
+    seen = (flops.compressed(x | {"q": (*x["q"][:1], n, *x["q"][2:])}) for n in lengths)
+    return 2 * x["q"][-1] * sum(seen)
+
+
 SELECT_BLOCKS = define(
     "select_blocks(Tensor q, Tensor k_cmp, Tensor lse, Tensor? cu_seqlens, SymInt longest, "
     "SymInt q_start, str config, str backend) -> Tensor",
     _forward,
     _fake,
+    count=_flops,
 )
 
 

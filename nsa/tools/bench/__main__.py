@@ -4,7 +4,7 @@ Every backend that can run, branch by branch and as a whole, on one machine in o
 causal attention beside it. What does not agree with the oracle on a small problem is not timed.
 
 Exit code 0: everything was measured, or said why not. 1: a parity check failed, a kernel failed, or
-a backend that was asked for cannot run. 2: the command line is wrong. 130: interrupted; what was
+a backend that was requested cannot run. 2: the command line is wrong. 130: interrupted; what was
 measured until then is printed.
 """
 
@@ -13,27 +13,25 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from nsa.backends import unavailable
 from nsa.settings import Settings, current_settings, use_settings
 from nsa.tools.bench.advice import advice
-from nsa.tools.bench.facts import facts, heading, print_facts
-from nsa.tools.bench.flags import make_plan
-from nsa.tools.bench.plan import Plan
+from nsa.tools.bench.flags import Plan, make_plan
 from nsa.tools.bench.plot import draw, require_matplotlib
-from nsa.tools.bench.rows import Journal, Row, groups
+from nsa.tools.bench.report import header, heading, print_header, print_rows
+from nsa.tools.bench.rows import JsonlWriter, Row, groups
 from nsa.tools.bench.run import Runner
-from nsa.tools.bench.table import print_rows, title
-from nsa.tools.bench.timing import Ceilings, make_clock, measure_ceilings
+from nsa.tools.bench.timing import make_clock, measure_ceilings
 from nsa.tools.common.cli import fail, run
+from nsa.tools.common.progress import progress
 
 _WIDTH = 100
 """Columns of the tables where stdout is no terminal."""
@@ -50,7 +48,10 @@ def _main(argv: Sequence[str] | None) -> int:
     if plan.find_min_len:  # what is looked for must not decide
         changes |= {"use_fa2_win": None, "use_fa2_cmp": None}
         changes |= {"fa2_min_len_win": 1, "fa2_min_len_cmp": 1}
-    with use_settings(current_settings(), **changes) as settings, _on(plan.device):
+    with contextlib.ExitStack() as stack:
+        settings = stack.enter_context(use_settings(current_settings(), **changes))
+        if plan.device.type == "cuda":  # kernels run and events are recorded on the current device
+            stack.enter_context(torch.cuda.device(plan.device))
         if plan.plot is not None:
             require_matplotlib()
             _check_writable(plan.plot)
@@ -58,111 +59,64 @@ def _main(argv: Sequence[str] | None) -> int:
         if why_not is not None:
             fail(why_not)
             return 1
-        with _opened(plan.jsonl) as file:
-            return _bench(plan, settings, Journal(file), argv)
+        file = None
+        if plan.jsonl is not None:
+            file = stack.enter_context(open(plan.jsonl, "w", encoding="utf-8"))
+        return _bench(plan, settings, JsonlWriter(file), argv)
 
 
-def _bench(plan: Plan, settings: Settings, journal: Journal, argv: Sequence[str] | None) -> int:
+def _bench(plan: Plan, settings: Settings, writer: JsonlWriter, argv: Sequence[str] | None) -> int:
     clock = make_clock(plan.device)
-    ceilings = measure_ceilings(plan.device, plan.dtypes, clock)
-    known = facts(plan, settings, ceilings, argv)
-    journal.write(known)
+    dtypes = tuple(dict.fromkeys(trial.dtype for trial in plan.trials))
+    ceilings = measure_ceilings(plan.device, dtypes, clock)
+    known = header(plan.device, settings, ceilings, argv)
+    writer.write(known)
     runner = Runner(plan, settings, clock)
-    console = _console()
-    print_facts(known, ceilings, runner.skipped, console)
-    progress = _Progress(runner.steps(), journal, console)
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+    print_header(known, runner.skipped, console)
+    rows: list[Row] = []
     try:
-        with progress:
-            runner.run(progress)
+        _measure(runner, writer, rows, console)
     finally:  # Ctrl-C keeps what was measured
-        rows = progress.rows
         _print_advice(rows, console)
         _print_faults(runner.faults, console)
         if plan.plot is not None:
-            _draw(rows, ceilings, known, plan.plot, console)
+            drawn = draw(rows, ceilings, heading(known), plan.plot)
+            text = "plot written to" if drawn else "nothing of the whole to draw in"
+            console.print(Text(f"{text} {plan.plot}"), soft_wrap=True)
     return 1 if runner.faults else 0
+
+
+def _measure(runner: Runner, writer: JsonlWriter, rows: list[Row], console: Console) -> None:
+    """Fills ``rows``, writes each, and prints each table when it is complete."""
+    printed = 0
+    bar = progress(runner.steps)
+
+    def doing(text: str) -> None:
+        bar.update(description=text, completed=runner.done)
+
+    try:
+        with bar:
+            for row in runner.rows(doing):
+                if len(groups([*rows[-1:], row])) > 1:
+                    bar.stop()  # it would be in the way of the table
+                    print_rows(rows[printed:], console)
+                    printed = len(rows)
+                    bar.start()
+                rows.append(row)
+                writer.write(row.to_dict())
+    finally:
+        print_rows(rows[printed:], console)
 
 
 def _cannot_find(plan: Plan, settings: Settings) -> str | None:
     """Why ``--find-fa2-min-len`` has nothing to compare, if so."""
-    for shape in plan.shapes() if plan.find_min_len else ():
+    for trial in plan.trials if plan.find_min_len else ():
         for name in plan.backends:
-            why_not = unavailable(name, shape.problem, settings)
+            why_not = unavailable(name, trial.problem, settings)
             if why_not is not None:
                 return f"--find-fa2-min-len: {name} cannot run here: {why_not}"
     return None
-
-
-class _Progress:
-    """Keeps the rows, writes them to the journal, and prints each table when it is complete.
-
-    On a terminal it draws a bar on stderr, too.
-    """
-
-    def __init__(self, steps: int, journal: Journal, console: Console) -> None:
-        self._journal, self._console = journal, console
-        self.rows: list[Row] = []
-        self._printed = 0
-        self._bar = Progress(
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-        self._task = self._bar.add_task("", total=steps)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-        self._print_table()
-
-    def doing(self, text: str) -> None:
-        """See :class:`nsa.tools.bench.run.Listener`."""
-        self._bar.update(self._task, description=text)
-
-    def row(self, row: Row) -> None:
-        """See :class:`nsa.tools.bench.run.Listener`."""
-        if self.rows and len(groups([self.rows[-1], row])) > 1:
-            self._bar.stop()  # it would be in the way of the table
-            self._print_table()
-            self._bar.start()
-        self.rows.append(row)
-        self._journal.write(row.to_dict())
-
-    def advance(self) -> None:
-        """See :class:`nsa.tools.bench.run.Listener`."""
-        self._bar.advance(self._task)
-
-    def _print_table(self) -> None:
-        """The rows since the last table."""
-        print_rows(self.rows[self._printed :], self._console)
-        self._printed = len(self.rows)
-
-
-@contextlib.contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """Makes a CUDA device the current one, on whose stream kernels run and events are recorded."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device):
-        yield
-
-
-@contextlib.contextmanager
-def _opened(path: Path | None) -> Iterator[TextIO | None]:
-    """The file of the JSON lines, empty; None without a path."""
-    if path is None:
-        yield None
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        yield file
 
 
 def _check_writable(path: Path) -> None:
@@ -174,16 +128,11 @@ def _check_writable(path: Path) -> None:
         os.unlink(path)
 
 
-def _console() -> Console:
-    """Stdout; as wide as the tables where it is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-
-
 def _print_advice(rows: list[Row], console: Console) -> None:
     for group in groups(rows):
         lines = advice(group)
         if lines:
-            console.print(Text(f"FA-2 or sdpa, {title(group[0])}:", style="bold"))
+            console.print(Text(f"FA-2 or sdpa, {group[0].title}:", style="bold"))
             for line in lines:
                 console.print(Text(line), soft_wrap=True)  # to be copied as they are
             console.print()
@@ -194,14 +143,6 @@ def _print_faults(faults: list[str], console: Console) -> None:
         console.print(Text("Problems", style="bold red"))
         for fault in dict.fromkeys(faults):
             console.print(Text(f"  - {fault}"))
-
-
-def _draw(
-    rows: list[Row], ceilings: Ceilings, known: dict[str, Any], path: Path, console: Console
-) -> None:
-    drawn = draw(rows, ceilings, heading(known), path)
-    text = f"plot written to {path}" if drawn else f"nothing of the whole to draw in {path}"
-    console.print(Text(text), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from nsa.tools.bench.flags import DECIDED
 from nsa.tools.bench.rows import Row
 
-FLAGS = {"window": "WIN", "compressed": "CMP"}
-"""The branches that a length may send to ``sdpa``, and what their flags end in."""
 ALWAYS = 1
 
 
@@ -37,29 +36,26 @@ def advice(rows: Iterable[Row]) -> list[str]:
             forward and backward together decide.
     """
     rows = list(rows)
-    found = []
-    for branch, flag in FLAGS.items():
-        times = _times(rows, branch)
-        if times:
-            found += _lines(branch, flag, times)
-    return found
+    times = {branch: _times(rows, branch) for branch in DECIDED}
+    return [line for branch, of in times.items() if of for line in _lines(branch, of)]
 
 
 def _times(rows: list[Row], branch: str) -> list[tuple[int, float, float]]:
     """``(longest sequence, FA-2, sdpa)``; FA-2's own backend for the kind of batch."""
     seconds: dict[str, dict[int, float]] = {"fa2": {}, "sdpa": {}}
     for row in rows:
-        wanted = "fa2-varlen" if row.shape.sequences else "fa2-dense"
+        wanted = "fa2-varlen" if row.trial.packed else "fa2-dense"
         kind = {"sdpa": "sdpa", wanted: "fa2"}.get(row.backend)
         timing = row.measured.both
         if row.branch == branch and kind and timing is not None and row.runs_on == row.backend:
-            seconds[kind][max(row.shape.lengths)] = timing.median
+            seconds[kind][max(row.trial.lengths)] = timing.median
     return [
         (T, fa2, seconds["sdpa"][T]) for T, fa2 in seconds["fa2"].items() if T in seconds["sdpa"]
     ]
 
 
-def _lines(branch: str, flag: str, times: list[tuple[int, float, float]]) -> list[str]:
+def _lines(branch: str, times: list[tuple[int, float, float]]) -> list[str]:
+    flag = DECIDED[branch]
     lengths = sorted(T for T, _, _ in times)
     measured = f"T = {lengths[0]}"
     if len(lengths) > 1:

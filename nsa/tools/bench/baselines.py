@@ -1,15 +1,23 @@
 """What NSA is measured against in the same run: dense causal attention, and a peer.
 
+The peer is the selected branch of ``fla-core`` (flash-linear-attention), if it is installed; this
+is written against version 0.6.0. Its list of blocks is ours: −1, past the end of a short list, is
+skipped by its kernels. It differs in three ways, of which each is either met or refused here: the
+width of the list must be a power of two, which more −1 make it; the heads of a group must be a
+power of two of at least 16; a query must see some key, which lists that a selection made allow.
+
 B batch, T tokens, H query heads, K key/value heads, D key size, V value size.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,160 +25,113 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.backends import load, unavailable
-from nsa.backends.protocol import Problem
 from nsa.errors import NSAError
 from nsa.settings import Settings
 from nsa.testing.inputs import Inputs
 from nsa.tools.bench.cases import DENSE, Timed
+from nsa.tools.common.machine import version_of
+from nsa.tools.common.problems import Trial
+
+FLA = "fla"
+_DISTRIBUTIONS = ("fla-core", "flash-linear-attention")
+_LEAST_GROUP = 16
+_BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
+"""What importing a package that does not fit this machine may raise."""
 
 
-class Refusal(NSAError):
-    """A kernel that cannot run a problem, and says why."""
+class Unsupported(NSAError):
+    """A kernel cannot run a problem, and says why."""
 
 
-class Rival(Protocol):
+@dataclass(frozen=True, slots=True)
+class Baseline:
     """One kernel that is not a backend."""
 
     name: str
     branch: str
     """"selected", or "dense"."""
-
-    def timed(self, inputs: Inputs) -> Timed:
-        """Its call; leaves are q, k, v as ``[B, T, H or K, D or V]``, the output ``[B, T, H, V]``.
-
-        Raises:
-            Refusal: here, or when it is called.
-        """
-        ...
-
-    def tune(self) -> None:
-        """Before every new problem: forgets what was tuned for another one."""
-        ...
+    timed: Callable[[Inputs], Timed]
+    """Its call; leaves are q, k, v as ``[B, T, H or K, D or V]``, the output ``[B, T, H, V]``.
+    Raises :class:`Unsupported`, here or when it is called."""
+    tune: Callable[[], None] = lambda: None
+    """Before every new problem: forgets what was tuned for another one."""
 
 
-def dense_rivals(device: torch.device, packed: bool, settings: Settings) -> tuple[Rival, ...]:
+def dense_baselines(device: torch.device, packed: bool, settings: Settings) -> tuple[Baseline, ...]:
     """The ways to compute dense causal attention on a device, all of which get a row."""
     if device.type != "cuda":
-        return (DensePacked("dense SDPA") if packed else DenseSdpa("dense SDPA", None),)
+        return (dense("dense SDPA", _one_by_one if packed else _causal),)
     if packed:
-        cudnn = Refusing("dense cuDNN", DENSE, "dense cuDNN: takes regular batches only")
-        return (DenseFlash("dense FA-2", settings), cudnn)
+        cudnn = unsupported("dense cuDNN", DENSE, "dense cuDNN: takes regular batches only")
+        if settings.fa2_provider == "math":  # a stand-in for tests
+            settings = replace(settings, fa2_provider="auto")
+        return (dense_flash("dense FA-2", settings), cudnn)
     return (
-        DenseSdpa("dense FA-2", SDPBackend.FLASH_ATTENTION),
-        DenseSdpa("dense cuDNN", SDPBackend.CUDNN_ATTENTION),
+        dense_kernel("dense FA-2", SDPBackend.FLASH_ATTENTION),
+        dense_kernel("dense cuDNN", SDPBackend.CUDNN_ATTENTION),
     )
 
 
-class _Dense:
+def dense(name: str, attend: Callable[[Tensor, Tensor, Tensor, Inputs], Tensor]) -> Baseline:
     """Dense causal attention over the window branch's keys and values."""
 
-    branch = DENSE
+    def timed(inputs: Inputs) -> Timed:
+        leaves = (inputs.q, *inputs.window)
+        return Timed(lambda: attend(*leaves, inputs), leaves, inputs.dout)
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def tune(self) -> None:
-        """Nothing is tuned."""
-
-    def timed(self, inputs: Inputs) -> Timed:
-        """See :class:`Rival`."""
-        q, (k, v) = inputs.q, inputs.window
-        return Timed(lambda: self._attend(q, k, v, inputs), (q, k, v), inputs.dout)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        raise NotImplementedError
+    return Baseline(name, DENSE, timed)
 
 
-class DenseSdpa(_Dense):
-    """``scaled_dot_product_attention`` on one of its kernels, or on what it chooses (None)."""
+def dense_kernel(name: str, kernel: SDPBackend) -> Baseline:
+    """``scaled_dot_product_attention`` on one of its kernels."""
 
-    def __init__(self, name: str, kernel: SDPBackend | None) -> None:
-        super().__init__(name)
-        self._kernel = kernel
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        if self._kernel is None:
-            return _causal(q, k, v, inputs)
+    def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         try:
-            with sdpa_kernel(self._kernel):
+            with sdpa_kernel(kernel):
                 return _causal(q, k, v, inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            why = self._explain(lambda: _causal(q, k, v, inputs)) or str(error)
-            raise Refusal(f"{self.name}: {why}") from error
+            why = _explain(kernel, lambda: _causal(q, k, v, inputs)) or str(error)
+            raise Unsupported(f"{name}: {why}") from error
 
-    def _explain(self, call: Callable[[], object]) -> str:
-        """Why no kernel took it: PyTorch says so in warnings, once each."""
-        assert self._kernel is not None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with contextlib.suppress(RuntimeError), sdpa_kernel(self._kernel):
-                call()
-        said = [str(warning.message).split(" (Triggered")[0] for warning in caught]
-        noise = ("not used because", "runtime disabled")  # of the kernels that were not asked
-        reasons = [text for text in said if not any(part in text for part in noise)]
-        return "; ".join(dict.fromkeys(" ".join(text.split()) for text in reasons))
+    return dense(name, attend)
 
 
-class DensePacked(_Dense):
-    """One sequence after the other, for a CPU, which has no kernel for packed ones."""
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        assert inputs.cu_seqlens is not None
-        sizes = inputs.cu_seqlens.diff().tolist()
-        parts = zip(*(x.split(sizes, 1) for x in (q, k, v)), strict=True)
-        return torch.cat([_causal(q, k, v, inputs) for q, k, v in parts if q.shape[1]], 1)
-
-
-class DenseFlash(_Dense):
+def dense_flash(name: str, settings: Settings) -> Baseline:
     """FlashAttention-2 on packed sequences: the window step of ``fa2-varlen``, as wide as they are.
 
     A window that reaches past the longest sequence makes FlashAttention-2 run its causal kernel.
     """
 
-    def __init__(self, name: str, settings: Settings) -> None:
-        super().__init__(name)
-        source = "auto" if settings.fa2_provider == "math" else settings.fa2_provider
-        self._settings = replace(settings, fa2_provider=source)
-
-    def timed(self, inputs: Inputs) -> Timed:
-        """See :class:`Rival`."""
-        q, longest = inputs.q, inputs.max_seqlen
-        assert longest is not None
-        problem = Problem(
-            config=inputs.config,
-            device=q.device,
-            dtype=q.dtype,
-            length=longest,
-            packed=True,
-            needs_grad=True,
-        )
-        why_not = unavailable("fa2-varlen", problem, self._settings)
-        if why_not is not None:
-            raise Refusal(f"{self.name}: {why_not}")
-        return super().timed(inputs)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         longest = inputs.max_seqlen
         assert longest is not None
         wide = replace(inputs.config, window=longest + 1)
-        steps = load("fa2-varlen", self._settings)
+        steps = load("fa2-varlen", settings)
         return steps.window_attention(q, k, v, wide, inputs.cu_seqlens, max_seqlen=longest)[0]
 
+    def timed(inputs: Inputs) -> Timed:
+        q, longest = inputs.q, inputs.max_seqlen
+        assert longest is not None
+        trial = Trial(
+            config=inputs.config, device=q.device, dtype=q.dtype, lengths=(longest,), packed=True
+        )
+        why_not = unavailable("fa2-varlen", trial.problem, settings)
+        if why_not is not None:
+            raise Unsupported(f"{name}: {why_not}")
+        return dense(name, attend).timed(inputs)
 
-class Refusing:
+    return Baseline(name, DENSE, timed)
+
+
+def unsupported(name: str, branch: str, reason: str) -> Baseline:
     """Something that cannot run at all, and still gets a row."""
 
-    def __init__(self, name: str, branch: str, reason: str) -> None:
-        self.name, self.branch, self._reason = name, branch, reason
+    def timed(inputs: Inputs) -> Timed:
+        raise Unsupported(reason)
 
-    def tune(self) -> None:
-        """Nothing is tuned."""
-
-    def timed(self, inputs: Inputs) -> Timed:
-        """See :class:`Rival`."""
-        raise Refusal(self._reason)
+    return Baseline(name, branch, timed)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
@@ -179,3 +140,89 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         q, k, v, is_causal=True, scale=inputs.config.softmax_scale, enable_gqa=True
     )
     return out.transpose(1, 2)
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+    """One packed sequence after the other, for a CPU, which has no kernel for them."""
+    assert inputs.cu_seqlens is not None
+    sizes = inputs.cu_seqlens.diff().tolist()
+    parts = zip(*(x.split(sizes, 1) for x in (q, k, v)), strict=True)
+    return torch.cat([_causal(q, k, v, inputs) for q, k, v in parts if q.shape[1]], 1)
+
+
+def _explain(kernel: SDPBackend, call: Callable[[], object]) -> str:
+    """Why no kernel took it: PyTorch says so in warnings, once each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(RuntimeError), sdpa_kernel(kernel):
+            call()
+    said = [str(warning.message).split(" (Triggered")[0] for warning in caught]
+    noise = ("not used because", "runtime disabled")  # of the kernels that were not requested
+    reasons = [text for text in said if not any(part in text for part in noise)]
+    return "; ".join(dict.fromkeys(" ".join(text.split()) for text in reasons))
+
+
+def installed_fla() -> str | None:
+    """Name and version of the distribution, without importing it; None if there is none."""
+    for name in _DISTRIBUTIONS:
+        version = version_of(name)
+        if version is not None:
+            return f"{name} {version}"
+    return None
+
+
+def find_fla(device: torch.device) -> Baseline:
+    """The peer's selected branch.
+
+    Raises:
+        Unsupported: it is not there, or not for this machine.
+    """
+    found = installed_fla()
+    if found is None:
+        raise Unsupported("fla is not installed: pip install fla-core")
+    if device.type != "cuda":
+        raise Unsupported(f"{found} needs a CUDA device, got {device.type}")
+    try:
+        module = importlib.import_module("fla.ops.nsa.parallel")
+        function = module.ParallelNSAFunction
+    except _BROKEN as error:
+        text = " ".join(str(error).split())
+        raise Unsupported(f"{found} does not import ({type(error).__name__}: {text})") from error
+    return fla_selected(module, function)
+
+
+def fla_selected(module: ModuleType, function: Any) -> Baseline:
+    """The function inside ``parallel_nsa``, which itself pools keys and values first, whether or
+    not anything uses that."""
+
+    def timed(inputs: Inputs) -> Timed:
+        config, listed = inputs.config, inputs.block_idx
+        assert listed is not None
+        group = config.group
+        if group < _LEAST_GROUP or group & (group - 1):
+            raise Unsupported(
+                f"fla takes 16, 32, 64, … query heads on a key/value head, got {group}"
+            )
+        width = 1 << (listed.shape[-1] - 1).bit_length()
+        lists = F.pad(listed, (0, width - listed.shape[-1]), value=-1)
+        cu_seqlens = None if inputs.cu_seqlens is None else inputs.cu_seqlens.long()
+        leaves = (inputs.q, *inputs.selected)
+        call = (lists, width, config.select_block, config.softmax_scale, cu_seqlens)
+        return Timed(lambda: function.apply(*leaves, *call), leaves, inputs.dout)
+
+    return Baseline(FLA, "selected", timed, lambda: forget_tuning(module))
+
+
+def forget_tuning(module: ModuleType) -> None:
+    """Makes its kernels choose their options anew.
+
+    They remember the choice for a head size, whatever the length, and keep it on disk: it would be
+    the one that was best for the small problem of the parity check.
+    """
+    for value in vars(module).values():
+        layer = value  # a kernel is wrapped in what picks its options, each inside the next
+        while layer is not None:
+            if hasattr(layer, "configs") and isinstance(getattr(layer, "cache", None), dict):
+                layer.cache.clear()
+                layer.cache_results = False
+            layer = getattr(layer, "fn", None)

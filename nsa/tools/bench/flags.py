@@ -1,11 +1,12 @@
-"""The flags of ``bench``, their defaults and their mistakes."""
+"""The flags of ``bench``, their defaults and their mistakes, and the plan that they make."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,32 +16,31 @@ from nsa.backends import TABLE
 from nsa.config import NSAConfig, nearest
 from nsa.errors import ConfigError, UsageError
 from nsa.settings import PROVIDERS
-from nsa.tools.bench import fla as bench_fla
-from nsa.tools.bench.advice import FLAGS
+from nsa.tools.bench.baselines import FLA
 from nsa.tools.bench.cases import BRANCHES, WHOLE
-from nsa.tools.bench.plan import Plan
-from nsa.tools.bench.timing import PASSES
 from nsa.tools.common.cli import Parser, choose_device, integer, number
+from nsa.tools.common.problems import Trial, short
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
+DECIDED = {"window": "WIN", "compressed": "CMP"}
+"""The branches that a length may send to ``sdpa``, and what their settings end in."""
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
 }
-_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-PRESETS = ("paper", "small", "tiny")
-_BACKENDS = (*TABLE, bench_fla.NAME)
-_Item = TypeVar("_Item")
+_DTYPE_NAMES = {**{short(dtype): dtype for dtype in _DTYPES.values()}, **_DTYPES}
+_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+_PRESETS = ("paper", "small", "tiny")
+_BACKENDS = (*TABLE, FLA)
 _LAYOUT = re.compile(r"(\d+)/(\d+)(?::(\d+)(?:/(\d+))?)?")
 _DEFAULT_LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (2048, 8192, 32768)}
-_DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-_DEFAULT_PRESET = {"cpu": "tiny", "cuda": ""}
+_DEFAULT_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 _THRESHOLD_LENGTHS = {
     "cuda": tuple(64 * 2**i for i in range(9)),
     "cpu": tuple(64 * 2**i for i in range(5)),  # FA-2 on a CPU is there for tests, and quadratic
 }
+_Item = TypeVar("_Item")
 
 _EXAMPLES = """\
 examples:
@@ -49,6 +49,26 @@ examples:
   python -m nsa.tools.bench --backends sdpa,fa2-varlen --packed 4 --jsonl bench.jsonl
   python -m nsa.tools.bench --find-fa2-min-len
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that one run measures."""
+
+    trials: tuple[Trial, ...]
+    """Every problem, those of one table after each other."""
+    device: torch.device
+    backends: tuple[str, ...]
+    """Those requested, which must run; empty: all that can, except the oracle."""
+    branches: tuple[str, ...]
+    provider: str | None
+    """Where FA-2 comes from; None leaves that to the settings."""
+    find_min_len: bool
+    """Whether only what decides FA-2's least lengths is timed."""
+    seconds: float
+    runs: int
+    jsonl: Path | None
+    plot: Path | None
 
 
 def bench_parser() -> Parser:
@@ -60,43 +80,39 @@ def bench_parser() -> Parser:
     parser.epilog = _EXAMPLES
     what = parser.add_argument_group("what is timed (lists are separated by commas)")
     add = what.add_argument
-    add(
-        "--backends",
-        metavar="NAMES",
-        help=f"of {', '.join(_BACKENDS)} (default: those that run)",
-    )
-    add("--branches", metavar="NAMES", help=f"of {', '.join(BRANCHES)} (default: all)")
-    add("--lengths", metavar="T", help="tokens (default: 2048,8192,32768; CPU: 512 to 4096)")
+
+    def names(flag: str, known: Iterable[str], default: str) -> None:
+        text = f"of {', '.join(known)} (default: {default})"
+        add(flag, type=partial(_names, flag, tuple(known)), metavar="NAMES", help=text)
+
+    names("--backends", _BACKENDS, "those that run")
+    names("--branches", BRANCHES, "all")
+    text = "tokens (default: 2048,8192,32768; CPU: 512 to 4096)"
+    add("--lengths", type=_lengths, metavar="T", help=text)
     add("--heads", metavar="LAYOUTS", help="Hq/Hkv[:Dk[/Dv]] (default: 64/4:128; CPU: 4/2:32)")
-    add(
-        "--dtypes",
-        metavar="NAMES",
-        help=f"of {', '.join(_SHORT_DTYPES)} (default: bf16; CPU: fp32)",
-    )
-    add("--preset", metavar="NAME", help=f"geometry and heads: {', '.join(PRESETS)} (CPU: tiny)")
-    add("--batch", type=integer, metavar="B", help="sequences in a regular batch (default: 1)")
-    add("--packed", type=integer, metavar="N", help="pack T tokens as N sequences, 1 : 2 : … : N")
+    text = f"of {', '.join(_DTYPES)} (default: bf16; CPU: fp32)"
+    add("--dtypes", type=_dtypes, metavar="NAMES", help=text)
+    text = f"geometry and heads: {', '.join(_PRESETS)} (CPU: tiny)"
+    add("--preset", type=partial(_name, "--preset", _PRESETS), metavar="NAME", help=text)
+    text = "sequences in a regular batch (default: 1)"
+    add("--batch", type=_count("--batch"), default=1, metavar="B", help=text)
+    text = "pack T tokens as N sequences, 1 : 2 : … : N"
+    add("--packed", type=_count("--packed"), metavar="N", help=text)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--provider", metavar="NAME", help=f"where FA-2 comes from: {', '.join(PROVIDERS)}")
-    add(
-        "--find-fa2-min-len",
-        action="store_true",
-        help="time only what decides NSA_FA2_MIN_LEN_WIN and _CMP, and print both",
-    )
+    text = f"where FA-2 comes from: {', '.join(PROVIDERS)}"
+    add("--provider", type=partial(_name, "--provider", PROVIDERS), metavar="NAME", help=text)
+    text = "time only what decides NSA_FA2_MIN_LEN_WIN and _CMP, and print both"
+    add("--find-fa2-min-len", action="store_true", help=text, dest="find_min_len")
     how = parser.add_argument_group("how")
-    add = how.add_argument
-    add(
-        "--seconds",
-        type=number,
-        default=0.2,
-        metavar="S",
-        help="about, of each timing (default: 0.2)",
-    )
-    add("--runs", type=integer, default=5, metavar="N", help="of each, at least (default: 5)")
+    text = "about, of each timing (default: 0.2)"
+    how.add_argument("--seconds", type=number, default=0.2, metavar="S", help=text)
+    text = "of each, at least (default: 5)"
+    how.add_argument("--runs", type=_count("--runs"), default=5, metavar="N", help=text)
     output = parser.add_argument_group("output")
-    add = output.add_argument
-    add("--jsonl", metavar="FILE", help="write a line for each row as it comes; replaces FILE")
-    add("--plot", metavar="FILE", help=f"draw time over T: {', '.join(PLOT_SUFFIXES)}")
+    text = "write a line for each row as it comes; replaces FILE"
+    output.add_argument("--jsonl", type=Path, metavar="FILE", help=text)
+    text = f"draw time over T: {', '.join(_PLOT_SUFFIXES)}"
+    output.add_argument("--plot", type=Path, metavar="FILE", help=text)
     return parser
 
 
@@ -107,65 +123,65 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
         UsageError, ConfigError: naming the flag.
     """
     given = bench_parser().parse_strictly(argv)
-    device = choose_device(given.device)
-    kind = device.type
-    find = given.find_fa2_min_len
-    if find:
-        _refuse_with_find(given)
-    preset = _DEFAULT_PRESET[kind] if given.preset is None else given.preset
-    if given.preset is not None:
-        _known("--preset", preset, PRESETS)
-    base = replace(NSAConfig.preset(preset) if preset else NSAConfig(), rope_theta=None)
-    if given.provider is not None:
-        _known("--provider", given.provider, PROVIDERS)
-    sequences = 0 if given.packed is None else _at_least(1, "--packed", given.packed)
-    batch = 1 if given.batch is None else _at_least(1, "--batch", given.batch)
-    if sequences and batch > 1:
-        raise UsageError(f"--packed: expected --batch 1, got --batch {batch}")
-    lengths = (_THRESHOLD_LENGTHS if find else _DEFAULT_LENGTHS)[kind]
-    if given.lengths is not None:
-        lengths = _list("--lengths", given.lengths, lambda text: _length(text, sequences))
-    backends = _names("--backends", given.backends, _BACKENDS) if given.backends else ()
-    branches = _names("--branches", given.branches, BRANCHES) if given.branches else BRANCHES
-    if find:
-        backends = ("sdpa", "fa2-varlen" if sequences else "fa2-dense")
-        branches = tuple(branch for branch in BRANCHES if branch in FLAGS)
-    if bench_fla.NAME in backends and "selected" not in branches:
-        raise UsageError(f"--backends fla: expected selected in --branches, got {given.branches!r}")
+    device, packed = choose_device(given.device), given.packed
+    for name in ("backends", "branches", "plot") if given.find_min_len else ():
+        if getattr(given, name) is not None:
+            raise UsageError(f"--find-fa2-min-len: expected no --{name}, which it chooses itself")
+    if packed and given.batch > 1:
+        raise UsageError(f"--packed: expected --batch 1, got --batch {given.batch}")
+    backends, branches = given.backends or (), given.branches or BRANCHES
+    if given.find_min_len:
+        backends = ("sdpa", "fa2-varlen" if packed else "fa2-dense")
+        branches = tuple(branch for branch in BRANCHES if branch in DECIDED)
+    if FLA in backends and "selected" not in branches:
+        got = ",".join(branches)
+        raise UsageError(f"--backends fla: expected selected in --branches, got {got!r}")
     if given.plot is not None and not set(WHOLE) & set(branches):
         raise UsageError(f"--plot: expected {' or '.join(WHOLE)} in --branches, which is drawn")
+    if given.plot is not None and given.plot.suffix not in _PLOT_SUFFIXES:
+        suffixes = ", ".join(_PLOT_SUFFIXES)
+        raise UsageError(f"--plot: expected a name in {suffixes}, got {str(given.plot)!r}")
     if not 0 < given.seconds < 3600:
         raise UsageError(f"--seconds: expected a number in (0, 3600), got {given.seconds}")
     return Plan(
+        trials=_trials(given, device),
+        device=device,
         backends=backends,
         branches=branches,
-        passes=("both",) if find else PASSES,
-        dense=not find,
-        lengths=tuple(sorted(lengths)),
-        configs=_configs(given.heads, base),
-        dtypes=_dtypes(given.dtypes or _DEFAULT_DTYPE[kind]),
-        batch=batch,
-        sequences=sequences,
-        device=device,
         provider=given.provider,
+        find_min_len=given.find_min_len,
         seconds=given.seconds,
-        runs=_at_least(1, "--runs", given.runs),
-        jsonl=None if given.jsonl is None else Path(given.jsonl),
-        plot=None if given.plot is None else _plot_path(given.plot),
-        find_min_len=find,
+        runs=given.runs,
+        jsonl=given.jsonl,
+        plot=given.plot,
     )
 
 
-def _refuse_with_find(given: argparse.Namespace) -> None:
-    for name in ("backends", "branches", "plot"):
-        if getattr(given, name) is not None:
-            raise UsageError(f"--find-fa2-min-len: expected no --{name}, which it chooses itself")
-
-
-def _configs(text: str | None, base: NSAConfig) -> tuple[NSAConfig, ...]:
-    if text is None:
-        return (base,)
-    return _list("--heads", text, lambda part: _layout(part, base))
+def _trials(given: argparse.Namespace, device: torch.device) -> tuple[Trial, ...]:
+    preset = given.preset or ("tiny" if device.type == "cpu" else None)
+    base = NSAConfig.preset(preset) if preset else NSAConfig()
+    base = replace(base, rope_theta=None)
+    lengths = given.lengths or _DEFAULT_LENGTHS[device.type]
+    if given.find_min_len and not given.lengths:
+        lengths = _THRESHOLD_LENGTHS[device.type]
+    least = given.packed or 1
+    if min(lengths) < least:
+        raise UsageError(f"--lengths: expected an int >= {least}, got {min(lengths)}")
+    configs: tuple[NSAConfig, ...] = (base,)
+    if given.heads is not None:
+        configs = _list("--heads", lambda part: _layout(part, base), given.heads)
+    batches = [
+        Trial(
+            config=config,
+            device=device,
+            dtype=dtype,
+            lengths=(0,) * (given.packed or given.batch),
+            packed=given.packed is not None,
+        )
+        for dtype in given.dtypes or (_DEFAULT_DTYPE[device.type],)
+        for config in configs
+    ]
+    return tuple(batch.with_length(length) for batch in batches for length in sorted(lengths))
 
 
 def _layout(text: str, base: NSAConfig) -> NSAConfig:
@@ -182,25 +198,10 @@ def _layout(text: str, base: NSAConfig) -> NSAConfig:
         raise ConfigError(f"--heads {text}: {error}") from None
 
 
-def _dtypes(text: str) -> tuple[torch.dtype, ...]:
-    names = _list("--dtypes", text, lambda part: _SHORT_DTYPES.get(part, part))
-    known = (*DTYPES, *_SHORT_DTYPES)
-    return tuple(DTYPES[_known("--dtypes", name, known)] for name in names)
+# Types for argparse, whose own message would not name what is known
 
 
-def _names(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    return _list(flag, text, lambda part: _known(flag, part, known))
-
-
-def _known(flag: str, name: str, known: tuple[str, ...]) -> str:
-    if name not in known:
-        raise UsageError(
-            f"{flag}: expected one of the known names, got {name!r}; {nearest(name, known)}"
-        )
-    return name
-
-
-def _list(flag: str, text: str, parse: Callable[[str], _Item]) -> tuple[_Item, ...]:
+def _list(flag: str, parse: Callable[[str], _Item], text: str) -> tuple[_Item, ...]:
     """The parts between commas, each once."""
     parts = [part.strip() for part in text.split(",")]
     if "" in parts:
@@ -208,22 +209,36 @@ def _list(flag: str, text: str, parse: Callable[[str], _Item]) -> tuple[_Item, .
     return tuple(dict.fromkeys(parse(part) for part in parts))
 
 
-def _length(text: str, sequences: int) -> int:
-    try:
-        length = int(text)
-    except ValueError:
-        raise UsageError(f"--lengths: expected integers, got {text!r}") from None
-    return _at_least(max(1, sequences), "--lengths", length)
+def _name(flag: str, known: Collection[str], text: str) -> str:
+    if text not in known:
+        hint = nearest(text, tuple(known))
+        raise UsageError(f"{flag}: expected one of the known names, got {text!r}; {hint}")
+    return text
 
 
-def _at_least(least: int, flag: str, value: int) -> int:
-    if value < least:
-        raise UsageError(f"{flag}: expected an int >= {least}, got {value}")
-    return value
+def _names(flag: str, known: Collection[str], text: str) -> tuple[str, ...]:
+    return _list(flag, partial(_name, flag, known), text)
 
 
-def _plot_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in PLOT_SUFFIXES:
-        raise UsageError(f"--plot: expected a name in {', '.join(PLOT_SUFFIXES)}, got {text!r}")
-    return path
+def _dtypes(text: str) -> tuple[torch.dtype, ...]:
+    return _list("--dtypes", lambda part: _DTYPE_NAMES[_name("--dtypes", _DTYPE_NAMES, part)], text)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    def parse(part: str) -> int:
+        try:
+            return int(part)
+        except ValueError:
+            raise UsageError(f"--lengths: expected integers, got {part!r}") from None
+
+    return _list("--lengths", parse, text)
+
+
+def _count(flag: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = integer(text)
+        if value < 1:
+            raise UsageError(f"{flag}: expected an int >= 1, got {value}")
+        return value
+
+    return parse

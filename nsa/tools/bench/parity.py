@@ -10,12 +10,13 @@ import torch
 
 from nsa import reference
 from nsa.settings import use_settings
-from nsa.testing.inputs import Inputs, make_inputs, random_blocks
+from nsa.testing.inputs import Inputs
 from nsa.testing.parity import ParityRow, attention_parity, selection_faults
 from nsa.testing.tolerances import expected
-from nsa.tools.bench.baselines import Refusal, Rival
-from nsa.tools.bench.cases import DENSE, Shape
+from nsa.tools.bench.baselines import Baseline, Unsupported
+from nsa.tools.bench.cases import DENSE
 from nsa.tools.common.failures import failures, one_line
+from nsa.tools.common.problems import Trial
 
 _LENGTH = 203
 _PACKED = (131, 0, 72)
@@ -32,8 +33,8 @@ class Parity:
     """What is wrong, if something is."""
 
 
-def backend_parity(name: str, shape: Shape) -> Parity:
-    """Holds a backend to the oracle on small problems of the shape's heads, dtype and device.
+def backend_parity(name: str, trial: Trial) -> Parity:
+    """Holds a backend to the oracle on small problems of the trial's heads, dtype and device.
 
     Outputs, gradients, log-sum-exps and the choice of blocks, with the configuration as it is and
     with one whose window and lists are short enough to leave something out.
@@ -41,7 +42,7 @@ def backend_parity(name: str, shape: Shape) -> Parity:
     rows: list[ParityRow] = []
     # problems this short must not be sent elsewhere: the long ones are not
     with use_settings(fa2_min_len_win=1, fa2_min_len_cmp=1):
-        for inputs in _trials(shape, empty=True):
+        for inputs in _small(trial, empty=True):
             try:
                 rows += attention_parity(name, inputs)
                 faults = selection_faults(name, inputs)
@@ -52,33 +53,33 @@ def backend_parity(name: str, shape: Shape) -> Parity:
     return _verdict(rows)
 
 
-def rival_parity(rival: Rival, shape: Shape) -> Parity:
+def baseline_parity(baseline: Baseline, trial: Trial) -> Parity:
     """The same for a kernel that computes one branch or dense causal attention.
 
     The gates of the oracle let that branch alone through: its outputs and gradients, and their
     bounds, are then the kernel's. Dense causal attention is a window of any length.
 
     Raises:
-        Refusal: the kernel cannot run this.
+        Unsupported: the kernel cannot run this.
     """
-    branch = "window" if rival.branch == DENSE else rival.branch
+    branch = "window" if baseline.branch == DENSE else baseline.branch
     rows: list[ParityRow] = []
-    for inputs in _trials(shape, empty=False):
+    for inputs in _small(trial, empty=False):
         config = inputs.config
-        if rival.branch == DENSE:
+        if baseline.branch == DENSE:
             config = replace(config, window=max(config.window, inputs.q.shape[1]))
         one = replace(_one_branch(inputs, branch), config=config)
         try:
             with warnings.catch_warnings():  # a kernel that refuses says so once more than we do
                 warnings.simplefilter("ignore")
-                timed = rival.timed(one)
+                timed = baseline.timed(one)
                 out = timed.forward()
                 grads = torch.autograd.grad(out, timed.leaves, timed.dout)
-        except Refusal:
+        except Unsupported:
             raise
         except failures() as error:
-            if rival.branch == DENSE:  # PyTorch's own kernels, which refuse like this
-                raise Refusal(f"{rival.name}: {one_line(error)}") from error
+            if baseline.branch == DENSE:  # PyTorch's own kernels, which refuse like this
+                raise Unsupported(f"{baseline.name}: {one_line(error)}") from error
             return Parity(float("inf"), f"parity check failed: {one_line(error)}")
         names = ("out", "dq", f"d{branch}.k", f"d{branch}.v")
         want = expected(one)
@@ -101,9 +102,9 @@ def _share(row: ParityRow) -> float:
     return 0.0 if row.ok else float("inf")
 
 
-def _trials(shape: Shape, *, empty: bool) -> Iterator[Inputs]:
-    """Small problems of the shape's kind, with block lists; packed ones with an empty sequence."""
-    config = shape.config
+def _small(trial: Trial, *, empty: bool) -> Iterator[Inputs]:
+    """Small problems of the trial's kind, with block lists; packed ones with an empty sequence."""
+    config = trial.config
     forced = config.num_initial + config.num_local
     sparse = replace(
         config,
@@ -112,16 +113,10 @@ def _trials(shape: Shape, *, empty: bool) -> Iterator[Inputs]:
     )
     longer = max(331, 5 * config.select_block + 11)
     for geometry, length in ((config, _LENGTH), (sparse, longer)):
-        packed = tuple(n for n in (*_PACKED, length - sum(_PACKED)) if n or empty)
-        inputs = make_inputs(
-            geometry,
-            length=None if shape.sequences else length,
-            batch=min(shape.batch, 2),
-            lengths=packed if shape.sequences else None,
-            dtype=shape.dtype,
-            device=shape.device,
-        )
-        yield replace(inputs, block_idx=random_blocks(inputs, geometry.num_selected))
+        lengths = (length,) * min(trial.batch, 2)
+        if trial.packed:
+            lengths = tuple(n for n in (*_PACKED, length - sum(_PACKED)) if n or empty)
+        yield replace(trial, config=geometry, lengths=lengths).inputs()
 
 
 def _one_branch(inputs: Inputs, branch: str) -> Inputs:

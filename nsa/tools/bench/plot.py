@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nsa.errors import NSAError
 from nsa.tools.bench.cases import DENSE, WHOLE
-from nsa.tools.bench.flops import Work, backward_work, forward_work
+from nsa.tools.bench.report import rate
 from nsa.tools.bench.rows import Row, groups
-from nsa.tools.bench.table import rate, title
 from nsa.tools.bench.timing import Ceilings
+from nsa.tools.bench.work import work
+from nsa.tools.common.problems import short
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 _STYLES: dict[str, dict[str, Any]] = {
@@ -71,9 +71,9 @@ def draw(rows: Iterable[Row], ceilings: Ceilings, heading: str, path: Path) -> b
     figure.suptitle(heading, fontsize=11)
     panels = figure.subplots(len(tables), 2, squeeze=False, sharex="row", sharey="row")
     for (left, right), group in zip(panels, tables, strict=True):
-        _panel(left, group, "forward", ceilings, lambda work: work[0])
-        _panel(right, group, "both", ceilings, lambda work: _sum(*work))
-        left.set_title(f"{title(group[0])}: forward", fontsize=10, loc="left")
+        _panel(left, group, "forward", ceilings)
+        _panel(right, group, "both", ceilings)
+        left.set_title(f"{group[0].title}: forward", fontsize=10, loc="left")
         right.set_title("forward + backward", fontsize=10, loc="left")
         left.set_ylabel("time (ms)")
     for panel in panels[-1]:
@@ -98,36 +98,28 @@ def _drawn(group: list[Row]) -> list[Row]:
     return [row for row in found if row.branch in (branches[0], DENSE)]
 
 
-def _panel(
-    panel: Any,
-    group: list[Row],
-    name: str,
-    ceilings: Ceilings,
-    pick: Callable[[tuple[Work, Work]], Work],
-) -> None:
+def _panel(panel: Any, group: list[Row], name: str, ceilings: Ceilings) -> None:
     for backend in dict.fromkeys(row.backend for row in group):
         mine = [row for row in group if row.backend == backend]
-        points = [(row.shape.length, getattr(row.measured, name)) for row in mine]
+        points = [(row.trial.length, getattr(row.measured, name)) for row in mine]
         times = [(length, timing) for length, timing in points if timing is not None]
         label = backend if mine[0].branch == DENSE else f"{backend}, {mine[0].branch}"
         milliseconds = [timing.median * 1e3 for _, timing in times]
         style = {"linestyle": "-", "linewidth": 1.8, "markersize": 6, **_STYLES.get(backend, {})}
         panel.plot([length for length, _ in times], milliseconds, label=label, **style)
-    lengths = sorted({row.shape.length for row in group})
+    lengths = sorted({row.trial.length for row in group})
     whole = next((row for row in group if row.branch != DENSE), group[0])
     grid = _grid(lengths)
-    works = [pick(_work(whole, length)) for length in grid]
-    flops = ceilings.flops_per_second[whole.shape.dtype]
+    works = [work(whole.branch, whole.trial.with_length(length)) for length in grid]
+    passes = [both[:1] if name == "forward" else both for both in works]
+    flops = ceilings.flops_per_second[short(whole.trial.dtype)]
     moved = ceilings.bytes_per_second
-    for label, style, seconds in (
-        (
-            f"NSA's floor: arithmetic at {rate(flops, 'FLOP/s')}",
-            _ARITHMETIC,
-            [w.flops / flops for w in works],
-        ),
-        (f"NSA's floor: bytes at {rate(moved, 'B/s')}", _BYTES, [w.bytes / moved for w in works]),
-    ):
-        panel.plot(grid, [1e3 * x for x in seconds], label=label, linewidth=1.8, **style)
+    label = f"NSA's floor: arithmetic at {rate(flops, 'FLOP/s')}"
+    floor = [1e3 * sum(one.flops for one in of) / flops for of in passes]
+    panel.plot(grid, floor, label=label, linewidth=1.8, **_ARITHMETIC)
+    label = f"NSA's floor: bytes at {rate(moved, 'B/s')}"
+    floor = [1e3 * sum(one.bytes for one in of) / moved for of in passes]
+    panel.plot(grid, floor, label=label, linewidth=1.8, **_BYTES)
     _axes(panel, lengths)
 
 
@@ -136,17 +128,6 @@ def _grid(lengths: list[int]) -> list[int]:
     low, high = lengths[0], lengths[-1]
     ratio = high / low
     return sorted({round(low * ratio ** (i / _POINTS)) for i in range(_POINTS + 1)})
-
-
-def _work(row: Row, length: int) -> tuple[Work, Work]:
-    """What forward and backward of the row's branch have to do at another length."""
-    shape = replace(row.shape, length=length)
-    given = (row.branch, shape.config, shape.lengths, shape.dtype.itemsize)
-    return forward_work(*given), backward_work(*given)
-
-
-def _sum(forward: Work, backward: Work) -> Work:
-    return Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
 
 
 def _axes(panel: Any, lengths: list[int]) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-import torch
-
-from nsa.tools.bench.cases import Shape
-from nsa.tools.bench.flops import Work
-from nsa.tools.bench.timing import PASSES, Measurement, Timing
+from nsa.tools.bench.cases import heads_label
+from nsa.tools.bench.timing import PASSES, Measurement
+from nsa.tools.bench.work import work
+from nsa.tools.common.problems import Trial, short
 
 ANY = "any"
 """The branch of a row that says why a backend was not timed at all."""
@@ -21,7 +20,7 @@ ANY = "any"
 class Row:
     """One branch of one backend on one problem: measured, or why not."""
 
-    shape: Shape
+    trial: Trial
     backend: str
     """A backend of the table, "fla", or a way to compute dense attention."""
     branch: str
@@ -31,31 +30,44 @@ class Row:
     measured: Measurement = field(default_factory=Measurement)
     parity: float | None = None
     """The largest error of the parity check that ran before, as a share of its bound."""
-    work: tuple[Work, Work] | None = None
-    """The least that forward and backward have to do."""
     note: str = ""
     """Why it was not measured; empty if it was."""
 
+    @property
+    def title(self) -> str:
+        """What the rows of a table have in common."""
+        trial = self.trial
+        batch = f"batch {trial.batch}"
+        if trial.packed:
+            batch = f"{len(trial.lengths)} packed sequences"
+        heads, dtype = heads_label(trial.config), short(trial.dtype)
+        return f"heads {heads}, {dtype}, {batch}, on {trial.device}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: times in milliseconds, work in operations and bytes."""
-        shape = self.shape
+        trial = self.trial
         values: dict[str, Any] = {
             "kind": "row",
-            "heads": shape.heads,
-            "dtype": short(shape.dtype),
-            "batch": shape.batch,
-            "length": shape.length,
-            "packed_lengths": list(shape.lengths) if shape.sequences else None,
+            "heads": heads_label(trial.config),
+            "dtype": short(trial.dtype),
+            "batch": trial.batch,
+            "length": trial.length,
+            "packed_lengths": list(trial.lengths) if trial.packed else None,
             "backend": self.backend,
             "branch": self.branch,
             "runs_on": self.runs_on,
         }
         for name in PASSES:
-            values |= _timing_values(name, getattr(self.measured, name))
+            timing = getattr(self.measured, name)
+            seconds = (None,) * 3 if timing is None else timing[:3]
+            for suffix, x in zip(("ms", "p10_ms", "p90_ms"), seconds, strict=True):
+                values[f"{name}_{suffix}"] = None if x is None else x * 1e3
+            values[f"{name}_runs"] = None if timing is None else timing.runs
         values["peak_bytes"] = self.measured.peak_bytes
-        for name, work in zip(PASSES[:2], self.work or (None, None), strict=True):
-            values[f"{name}_flops"] = None if work is None else work.flops
-            values[f"{name}_bytes"] = None if work is None else work.bytes
+        least = (None, None) if self.note else work(self.branch, trial)
+        for name, one in zip(PASSES[:2], least, strict=True):
+            values[f"{name}_flops"] = None if one is None else one.flops
+            values[f"{name}_bytes"] = None if one is None else one.bytes
         # JSON has no infinity, and says null for "never within its bound"
         finite = self.parity is not None and self.parity < float("inf")
         values["parity"] = self.parity if finite else None
@@ -63,18 +75,7 @@ class Row:
         return values
 
 
-def _timing_values(name: str, timing: Timing | None) -> dict[str, float | int | None]:
-    if timing is None:
-        return dict.fromkeys((f"{name}_ms", f"{name}_p10_ms", f"{name}_p90_ms", f"{name}_runs"))
-    return {
-        f"{name}_ms": timing.median * 1e3,
-        f"{name}_p10_ms": timing.low * 1e3,
-        f"{name}_p90_ms": timing.high * 1e3,
-        f"{name}_runs": timing.runs,
-    }
-
-
-class Journal:
+class JsonlWriter:
     """JSON lines, each written and flushed at once, so that an end in between loses none.
 
     Args:
@@ -91,16 +92,11 @@ class Journal:
             self._file.flush()
 
 
-def short(dtype: torch.dtype) -> str:
-    """``float32`` of ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows that differ in length, backend and branch only, in the order in which they came."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        shape = row.shape
-        key = (shape.config, shape.device, shape.dtype, shape.batch, shape.sequences)
+        trial = row.trial
+        key = (trial.config, trial.device, trial.dtype, trial.packed, len(trial.lengths))
         found.setdefault(key, []).append(row)
     return list(found.values())

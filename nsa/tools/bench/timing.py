@@ -1,22 +1,29 @@
-"""Clocks and what is measured with them: times, peak memory, and the machine's own ceilings."""
+"""Clocks and what is measured with them: times, peak memory, and the machine's own ceilings.
+
+Medians and percentiles of single calls, the first one apart, which compiles and tunes.
+``triton.testing.do_bench`` clears the L2 cache and reports quantiles as this does; it needs triton
+and runs a call at least eight times, however long one takes. ``blocked_autorange`` of
+``torch.utils.benchmark.Timer`` times blocks of calls, which hides the spread of single ones, and
+leaves the L2 cache warm. The medians of all three agree (tests).
+"""
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from nsa.tools.bench.cases import Timed
+from nsa.tools.common.problems import short
 
+PASSES = ("forward", "backward", "both")
 MAX_RUNS = 1000
 _FLUSH_BYTES = 256 * 2**20
 """More than any GPU's L2 cache holds, so that each run starts with a cold one."""
-PASSES = ("forward", "backward", "both")
 
 
 class Timing(NamedTuple):
@@ -35,73 +42,56 @@ class Timing(NamedTuple):
         return (self.high - self.low) / 2 / self.median if self.median > 0 else 0.0
 
 
-class Clock(Protocol):
-    """Times calls on one device."""
-
-    def times(self, call: Callable[[], object], runs: int) -> list[float]:
-        """Seconds of each of ``runs`` calls."""
-        ...
+Clock = Callable[[Callable[[], object], int], "list[float]"]
+"""Seconds of each of so many calls, on one device."""
 
 
-class WallClock:
-    """For a CPU, which is done when the call returns."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
-
-    def times(self, call: Callable[[], object], runs: int) -> list[float]:
-        """See :class:`Clock`."""
-        seconds = []
-        for _ in range(runs):
-            start = self._now()
-            call()
-            seconds.append(self._now() - start)
-        return seconds
+def wall_clock(
+    call: Callable[[], object], runs: int, now: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """The clock of a CPU, which is done when the call returns."""
+    seconds = []
+    for _ in range(runs):
+        start = now()
+        call()
+        seconds.append(now() - start)
+    return seconds
 
 
-class CudaClock:
+def cuda_clock(device: torch.device) -> Clock:
     """CUDA events around each call, on the current device and stream.
 
-    The L2 cache is overwritten before every run, as ``triton.testing.do_bench`` does; that also
-    gives the CPU time to run ahead, so that short calls are not timed as launches. Nothing waits
-    for the device until all runs are queued.
+    The L2 cache is overwritten before every run, which also gives the CPU time to run ahead, so
+    that short calls are not timed as launches. Nothing waits for the device until all runs are
+    queued.
     """
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    event = partial(torch.cuda.Event, enable_timing=True)
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def times(self, call: Callable[[], object], runs: int) -> list[float]:
-        """See :class:`Clock`."""
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(runs)
-        ]
-        torch.cuda.synchronize(self._device)
+    def times(call: Callable[[], object], runs: int) -> list[float]:
+        events = [(event(), event()) for _ in range(runs)]
+        torch.cuda.synchronize(device)
         for start, end in events:
-            self._flush.zero_()
+            flush.zero_()
             start.record()
             call()
             end.record()
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(device)
         return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+    return times
 
 
 def make_clock(device: torch.device) -> Clock:
     """The clock of a device."""
-    return CudaClock(device) if device.type == "cuda" else WallClock()
+    return cuda_clock(device) if device.type == "cuda" else wall_clock
 
 
 def summarize(seconds: list[float]) -> Timing:
     """Median and percentiles, interpolated between runs."""
-    ordered = sorted(seconds)
-
-    def percentile(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-        return low + (high - low) * (place - math.floor(place))
-
-    return Timing(statistics.median(ordered), percentile(0.1), percentile(0.9), len(ordered))
+    shares = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    median, low, high = torch.tensor(seconds, dtype=torch.float64).quantile(shares).tolist()
+    return Timing(median, low, high, len(seconds))
 
 
 def measure(call: Callable[[], object], clock: Clock, *, seconds: float, runs: int) -> Timing:
@@ -113,13 +103,13 @@ def measure(call: Callable[[], object], clock: Clock, *, seconds: float, runs: i
         seconds: about how long the timed runs may take together.
         runs: the fewest of them, even if they take longer.
     """
-    clock.times(call, 1)  # compiles, tunes, allocates
-    [once] = clock.times(call, 1)
+    clock(call, 1)  # compiles, tunes, allocates
+    [once] = clock(call, 1)
     if once * runs >= seconds:  # too slow to throw a run away
-        return summarize([once, *clock.times(call, runs - 1)])
+        return summarize([once, *clock(call, runs - 1)])
     count = min(MAX_RUNS, max(runs, int(seconds / max(once, 1e-9))))
-    clock.times(call, max(1, count // 10))  # the clock rate settles
-    return summarize(clock.times(call, count))
+    clock(call, max(1, count // 10))  # the clock rate settles
+    return summarize(clock(call, count))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +136,6 @@ def measure_passes(
     passes: tuple[str, ...] = PASSES,
 ) -> Measurement:
     """Times the passes of one call and takes its peak memory."""
-    found: dict[str, Timing] = {}
 
     def forward() -> object:
         with torch.no_grad():
@@ -155,22 +144,20 @@ def measure_passes(
     def both() -> object:
         return torch.autograd.grad(timed.forward(), timed.leaves, timed.dout)
 
-    def take(name: str, call: Callable[[], object]) -> None:
-        if name in passes:
-            found[name] = measure(call, clock, seconds=seconds, runs=runs)
-
+    take = partial(measure, clock=clock, seconds=seconds, runs=runs)
     if not timed.leaves:
-        found["both"] = found["forward"] = measure(forward, clock, seconds=seconds, runs=runs)
-        return Measurement(**found, peak_bytes=peak_memory(forward, device))
-    take("forward", forward)
+        once = take(forward)
+        return Measurement(forward=once, both=once, peak_bytes=peak_memory(forward, device))
+    found = {}
+    if "forward" in passes:
+        found["forward"] = take(forward)
     if "backward" in passes:
         out = timed.forward()
-        take(
-            "backward",
-            lambda: torch.autograd.grad(out, timed.leaves, timed.dout, retain_graph=True),
-        )
-        del out  # the graph, which would count in what follows
-    take("both", both)
+        grad = partial(torch.autograd.grad, out, timed.leaves, timed.dout, retain_graph=True)
+        found["backward"] = take(grad)
+        del out, grad  # the graph, which would count in what follows
+    if "both" in passes:
+        found["both"] = take(both)
     return Measurement(**found, peak_bytes=peak_memory(both, device))
 
 
@@ -193,21 +180,12 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
 class Ceilings:
     """What this machine reaches on the simplest work there is."""
 
-    flops_per_second: dict[torch.dtype, float]
-    """Of a product of two large square matrices, for each dtype."""
+    flops_per_second: dict[str, float]
+    """Of a product of two large square matrices, by the name of their dtype."""
     matmul_size: int
     """Rows of those matrices."""
     bytes_per_second: float
     """Of a large copy, bytes read and written."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        rates = {str(k).removeprefix("torch."): v for k, v in self.flops_per_second.items()}
-        return {
-            "flops_per_second": rates,
-            "matmul_size": self.matmul_size,
-            "bytes_per_second": self.bytes_per_second,
-        }
 
 
 def measure_ceilings(
@@ -219,18 +197,12 @@ def measure_ceilings(
     rates = {}
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
-        product = torch.empty_like(a)
-        timing = measure(_matmul(a, b, product), clock, seconds=0.2, runs=3)
-        rates[dtype] = 2 * size**3 / timing.median
+        product = partial(torch.mm, a, b, out=torch.empty_like(a))
+        rates[short(dtype)] = 2 * size**3 / measure(product, clock, seconds=0.2, runs=3).median
     source = torch.zeros(2**30 if cuda else 2**27, dtype=torch.int8, device=device)
-    target = torch.zeros_like(source)
-    timing = measure(lambda: target.copy_(source), clock, seconds=0.2, runs=3)
+    copy = partial(torch.zeros_like(source).copy_, source)
     return Ceilings(
         flops_per_second=rates,
         matmul_size=size,
-        bytes_per_second=2 * source.numel() / timing.median,
+        bytes_per_second=2 * source.numel() / measure(copy, clock, seconds=0.2, runs=3).median,
     )
-
-
-def _matmul(a: torch.Tensor, b: torch.Tensor, product: torch.Tensor) -> Callable[[], object]:
-    return lambda: torch.mm(a, b, out=product)

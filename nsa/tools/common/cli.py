@@ -1,19 +1,24 @@
-"""What the command-line tools share: one-line errors, did-you-mean, exit codes, devices."""
+"""What the command-line tools share: flags of a dataclass, one-line errors, exit codes, devices."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
+import inspect
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from dataclasses import MISSING, fields
+from itertools import pairwise
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 
 from nsa.errors import ConfigError, NSAError, UsageError
+from nsa.registry import names
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
@@ -23,10 +28,19 @@ _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`UsageError`, with the closest flag named."""
 
-    def __init__(self, *, prog: str, description: str) -> None:
+    def __init__(
+        self,
+        *,
+        prog: str,
+        description: str,
+        epilog: str | None = None,
+        argument_default: object = None,
+    ) -> None:
         super().__init__(
             prog=prog,
             description=description,
+            epilog=epilog,
+            argument_default=argument_default,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -63,6 +77,81 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+_TYPES: dict[type, tuple[Callable[[str], object], str | None]] = {
+    int: (integer, "N"),
+    float: (number, "X"),
+    str: (str, None),
+}
+"""Of a field's type, what argparse parses the flag's value with, and what the help calls it."""
+
+
+def add_fields(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    config: type,
+    *,
+    leave_out: Sequence[str] = (),
+    show_defaults: bool = False,
+    **options: dict[str, Any],
+) -> None:
+    """Add a flag for each field of a dataclass.
+
+    The field's type says what the flag takes (int, float, str, bool or a Literal, each also with
+    ``| None``), and the docstring below the field is its help. A flag that is not given is left to
+    ``argument_default`` of the parser, whatever the field's default is.
+
+    Args:
+        parser: gets the flags.
+        config: a dataclass with a docstring below every field.
+        leave_out: names of fields without a flag.
+        show_defaults: whether the help names the field's default, where it has one.
+        options: by the name of a field, what ``add_argument`` gets besides.
+    """
+    kinds, docs = get_type_hints(config), _docs_of_fields(config)
+    for field in fields(config):
+        if field.name in leave_out:
+            continue
+        kind, text = kinds[field.name], docs[field.name]
+        if type(None) in get_args(kind):
+            kind = get_args(kind)[0]
+        arguments: dict[str, Any] = {}
+        if get_origin(kind) is Literal:
+            arguments["choices"] = get_args(kind)
+        elif kind is bool:
+            arguments["action"] = "store_true"
+        else:
+            arguments["type"], arguments["metavar"] = _TYPES[kind]
+        if show_defaults and kind is not bool and field.default not in (MISSING, None):
+            text += f" (default: {field.default})"
+        arguments["help"] = text.replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, **{**arguments, **options.get(field.name, {})})
+
+
+def _docs_of_fields(config: type) -> dict[str, str]:
+    """Read the docstring below each field of a dataclass, as help: one line, no final stop, a small
+    first letter."""
+    (definition,) = ast.parse(inspect.getsource(config)).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, below in pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant), (
+                f"{config.__name__}.{field.target.id} has no docstring"
+            )
+            text = " ".join(str(below.value.value).replace("``", "").split()).removesuffix(".")
+            is_word = not text[1].isupper()  # no abbreviation
+            docs[field.target.id] = text[0].lower() + text[1:] if is_word else text
+    return docs
+
+
+def add_backend_and_device(parser: argparse.ArgumentParser) -> None:
+    """Add the flags ``--backend`` and ``--device``."""
+    parser.add_argument(
+        "--backend", choices=names(), help="what computes NSA (default: the settings decide)"
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
 def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:

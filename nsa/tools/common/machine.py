@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -42,7 +44,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """The facts that ``diagnose`` prints first."""
+    """What ``diagnose`` prints first; ``bench`` writes it beside its numbers."""
 
     os: str
     cpu: str
@@ -69,10 +71,10 @@ class Machine:
     """Variables of other libraries that matter here, where set."""
 
 
-def look_at_machine() -> Machine:
-    """Reads all of it."""
-    driver, gpus_of_driver = _ask_driver()
-    gpus, messages = _ask_torch()
+def collect_machine() -> Machine:
+    """Reads all of it, in milliseconds; ``torch.utils.collect_env`` takes most of a second."""
+    driver, gpus_of_driver = _collect_driver()
+    gpus, messages = _collect_gpus()
     names = (*ALLOCATOR_VARIABLES, "CUDA_VISIBLE_DEVICES", *COMPILE_SWITCHES)
     variables = {name: foreign_variable(name) for name in names}
     return Machine(
@@ -103,7 +105,7 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def _ask_torch() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+def _collect_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
     """The devices torch sees, and its complaints (an old driver is one)."""
     messages = []
     gpus: tuple[Gpu, ...] = ()
@@ -123,8 +125,8 @@ def _gpu(index: int) -> Gpu:
     built_for = torch.cuda.get_arch_list()
     # Code for sm_80 runs on every 8.x, for sm_90a on 9.0 alone, for compute_90 (PTX) from 9.0 on.
     names = {f"sm_{major}{low}" for low in range(minor + 1)} | {f"sm_{major}{minor}a"}
-    ptx = [name for name in built_for if name.startswith("compute_")]
-    later = [name for name in ptx if int("0" + _digits(name)) <= 10 * major + minor]
+    ptx = [re.fullmatch(r"compute_(\d+)\w*", name) for name in built_for]
+    later = any(found and int(found[1]) <= 10 * major + minor for found in ptx)
     return Gpu(
         name=properties.name,
         capability=f"{major}.{minor}",
@@ -133,11 +135,7 @@ def _gpu(index: int) -> Gpu:
     )
 
 
-def _digits(text: str) -> str:
-    return "".join(letter for letter in text if letter.isdigit())
-
-
-def _ask_driver() -> tuple[str | None, tuple[str, ...]]:
+def _collect_driver() -> tuple[str | None, tuple[str, ...]]:
     """Version and device names from nvidia-smi; (None, ()) without a working one."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -152,15 +150,11 @@ def _ask_driver() -> tuple[str | None, tuple[str, ...]]:
 
 
 def _cpu_name() -> str:
-    try:
-        for line in (
-            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        ):
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    text = ""
+    with contextlib.suppress(OSError):  # not Linux
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"^model name\s*:\s*(.*\S)", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _cores() -> int:

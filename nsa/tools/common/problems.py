@@ -1,13 +1,16 @@
-"""The problems that ``diagnose`` asks the backends to run."""
+"""The problems that ``diagnose`` and ``bench`` give the backends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
+from nsa.backends import Resolution, resolve
 from nsa.backends.protocol import Problem
 from nsa.config import NSAConfig
+from nsa.settings import Settings
 from nsa.testing.inputs import Inputs, make_inputs, random_blocks
 
 
@@ -16,10 +19,10 @@ class Trial:
     """One problem, regular or packed."""
 
     config: NSAConfig
-    lengths: tuple[int, ...]
-    """Tokens of the packed sequences; their sum is the regular batch's length."""
     device: torch.device
     dtype: torch.dtype
+    lengths: tuple[int, ...]
+    """Tokens of each sequence; those of a regular batch are equal."""
     packed: bool
 
     def __str__(self) -> str:
@@ -31,25 +34,70 @@ class Trial:
         return f"{'packed' if self.packed else 'regular'} {short(self.dtype)}"
 
     @property
+    def batch(self) -> int:
+        """Rows of q; packed sequences share one."""
+        return 1 if self.packed else len(self.lengths)
+
+    @property
+    def length(self) -> int:
+        """T, the tokens of a row; of all sequences together where they are packed."""
+        return sum(self.lengths) if self.packed else self.lengths[0]
+
+    @property
     def problem(self) -> Problem:
         return Problem(
             config=self.config,
             device=self.device,
             dtype=self.dtype,
-            length=max(self.lengths) if self.packed else sum(self.lengths),
+            length=max(self.lengths),
             packed=self.packed,
             needs_grad=True,
         )
 
-    def inputs(self) -> Inputs:
-        """Random inputs of the problem, with a list of blocks."""
-        inputs = make_inputs(
+    def with_length(self, length: int) -> Trial:
+        """The same batch of another T.
+
+        Packed sequences are as 1 : 2 : 3 : …, since equal ones are rare.
+        """
+        n = len(self.lengths)
+        if not self.packed:
+            return replace(self, lengths=(length,) * n)
+        ends = [length * i * (i + 1) // (n * (n + 1)) for i in range(n + 1)]
+        return replace(self, lengths=tuple(end - start for start, end in pairwise(ends)))
+
+    def resolve(self, backend: str | None, settings: Settings | None = None) -> Resolution:
+        """What the library decides to run each step on.
+
+        Raises:
+            BackendUnavailable: the backend cannot run this.
+        """
+        problem = self.problem
+        return resolve(
+            problem.config,
+            device=problem.device,
+            dtype=problem.dtype,
+            length=problem.length,
+            packed=problem.packed,
+            needs_grad=problem.needs_grad,
+            backend=backend,
+            settings=settings,
+        )
+
+    def bare_inputs(self, *, native: bool = False) -> Inputs:
+        """Random inputs without a list of blocks; see :func:`nsa.testing.make_inputs`."""
+        return make_inputs(
             self.config,
-            length=None if self.packed else sum(self.lengths),
+            length=None if self.packed else self.length,
+            batch=self.batch,
             lengths=self.lengths if self.packed else None,
             dtype=self.dtype,
             device=self.device,
+            native=native,
         )
+
+    def inputs(self) -> Inputs:
+        """The same with a list of blocks, random as well."""
+        inputs = self.bare_inputs()
         return replace(inputs, block_idx=random_blocks(inputs, self.config.num_selected))
 
 
@@ -64,8 +112,15 @@ def typical_trials(device: torch.device) -> list[Trial]:
 
 
 def _trials(config: NSAConfig, lengths: tuple[int, ...], device: torch.device) -> list[Trial]:
+    """Packed sequences, and one as long as all of them, in every dtype."""
     return [
-        Trial(config=config, lengths=lengths, device=device, dtype=dtype, packed=packed)
+        Trial(
+            config=config,
+            device=device,
+            dtype=dtype,
+            lengths=lengths if packed else (sum(lengths),),
+            packed=packed,
+        )
         for dtype in _dtypes(device)
         for packed in (False, True)
     ]

@@ -1,20 +1,24 @@
-"""What runs here: the backend of every branch, and whose FlashAttention-2 that is."""
+"""The backend of every branch under the settings in force, and whose FlashAttention-2 it is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from nsa.backends import Resolution, resolve
 from nsa.backends.dispatch import delegated
 from nsa.backends.fa2.providers import describe
+from nsa.backends.protocol import Backend
 from nsa.errors import BackendUnavailable
+from nsa.registry import TABLE
 from nsa.settings import Settings
+from nsa.testing.inputs import Inputs
 from nsa.tools.common.problems import Trial, short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchChoice:
-    """What runs one branch."""
+    """The backend of one branch."""
 
     branch: str
     backend: str
@@ -23,12 +27,12 @@ class BranchChoice:
     provider: str | None
     """FA-2's provider and its version; None for other backends."""
     why: str
-    """Why the backend chosen leaves the branch to this one; else empty."""
+    """Why the backend chosen delegates the branch to this one; else empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What runs one kind of input."""
+    """The backends of one kind of input."""
 
     kind: str
     packed: bool
@@ -43,56 +47,50 @@ class Choice:
 
 
 def choose(trial: Trial, backend: str | None, settings: Settings) -> Choice:
-    """What a call runs, or the refusal."""
-    refused = Choice(
+    """Decide as a call of the library would; a refusal is a choice without a backend."""
+    name = None
+    branches: tuple[BranchChoice, ...] = ()
+    try:
+        resolution = resolve(**trial.problem._asdict(), backend=backend)
+        name, reason = resolution.backend, resolution.reason
+        branches = _branches(resolution, trial, settings)
+    except BackendUnavailable as error:
+        reason = str(error)
+    return Choice(
         kind=trial.kind,
         packed=trial.packed,
         dtype=short(trial.dtype),
         length=trial.problem.length,
-        backend=None,
-        reason="",
-        branches=(),
-    )
-    try:
-        resolution = resolved(trial, backend)
-    except BackendUnavailable as error:
-        return replace(refused, reason=str(error))
-    return replace(
-        refused,
-        backend=resolution.backend,
-        reason=resolution.reason,
-        branches=_branches(resolution, trial, settings),
-    )
-
-
-def resolved(trial: Trial, backend: str | None) -> Resolution:
-    """What the library decides for a trial; raises as it does."""
-    problem = trial.problem
-    return resolve(
-        problem.config,
-        device=problem.device,
-        dtype=problem.dtype,
-        length=problem.length,
-        packed=problem.packed,
-        needs_grad=problem.needs_grad,
-        backend=backend,
+        backend=name,
+        reason=reason,
+        branches=branches,
     )
 
 
 def _branches(resolution: Resolution, trial: Trial, settings: Settings) -> tuple[BranchChoice, ...]:
-    left = delegated(resolution.backend, trial.problem, settings)
-    if resolution.backend.startswith("fa2-"):
-        left = {"select": "FA-2 has no such step", **left}
+    reasons = delegated(resolution.backend, trial.problem, settings)
+    if not TABLE[resolution.backend].selects:
+        reasons = {"select": "FA-2 has no such step", **reasons}
     found = []
     for branch, backend in resolution.per_branch.items():
-        fa2 = backend.startswith("fa2-")
+        fa2 = TABLE[backend].fa2
         found.append(
             BranchChoice(
                 branch=branch,
                 backend=backend,
                 fa2=fa2 and settings.fa2_provider != "math",
                 provider=describe(settings.fa2_provider, trial.device) if fa2 else None,
-                why=left[branch] if backend != resolution.backend else "",
+                why=reasons[branch] if backend != resolution.backend else "",
             )
         )
     return tuple(found)
+
+
+def run_branch(steps: Backend, branch: str, inputs: Inputs, **options: Any) -> Any:
+    """Run one step of a backend forward; ``options`` are further arguments of the step."""
+    options |= {"cu_seqlens": inputs.cu_seqlens, "max_seqlen": inputs.max_seqlen}
+    if branch == "select":
+        return steps.select_blocks(inputs.q, inputs.compressed.k, inputs.config, **options)
+    step = getattr(steps, f"{branch}_attention")
+    blocks = (inputs.block_idx,) if branch == "selected" else ()
+    return step(inputs.q, *getattr(inputs, branch), *blocks, inputs.config, **options)

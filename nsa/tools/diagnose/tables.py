@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -14,44 +14,49 @@ from nsa.tools.common.styles import BAD, DIM, GOOD, WARN, listed, table_of
 from nsa.tools.diagnose.choices import BranchChoice, Choice
 from nsa.tools.diagnose.compile.tables import compile_answer, compile_tables
 from nsa.tools.diagnose.profile import BranchProfile
-from nsa.tools.diagnose.report import Diagnosis, ParityResult
+from nsa.tools.diagnose.report import BackendRow, Diagnosis, ParityResult
 
 _COMPILE_HINT = "torch.compile: --compile shows graphs, recompiles, caches and kernels"
+_STATUS_STYLES = {WORKS: GOOD, BROKEN: BAD, WRONG: BAD}
 
 
-def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Prints every table and the advice; last the verdict, or what is wrong and how to mend it."""
-    console.print(_machine(diagnosis.machine))
-    console.print(_providers(diagnosis.providers))
-    console.print(_settings(diagnosis))
-    console.print(_backends(diagnosis))
-    console.print(_parity(diagnosis.parity))
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    """Print every table and the advice; last the verdict, or what is wrong and how to mend it."""
+    # what is printed is data: no part of it is markup
+    console = Console(markup=False, emoji=False, highlight=False)
+    for part in _parts(diagnosis):
+        console.print(part)
+
+
+def _parts(diagnosis: Diagnosis) -> Iterator[RenderableType]:
+    yield _machine(diagnosis.machine)
+    yield _providers(diagnosis.providers)
+    yield _settings(diagnosis)
+    yield _backends(diagnosis.backends)
+    yield _parity(diagnosis.parity)
     if diagnosis.choices:
-        console.print(_choices(diagnosis.choices))
+        yield _choices(diagnosis.choices)
     if diagnosis.profile is not None:
-        console.print(_profile(diagnosis.profile))
+        yield _profile(diagnosis.profile)
     if diagnosis.compile is not None:
-        console.print(*compile_tables(diagnosis.compile), sep="\n")
+        yield from compile_tables(diagnosis.compile)
     if diagnosis.advice:
-        console.print(listed("Advice", diagnosis.advice, WARN))
-    if diagnosis.compile is None:
-        console.print(Text(_COMPILE_HINT))
-    else:
-        console.print(compile_answer(diagnosis.compile))
+        yield listed("Advice", diagnosis.advice, WARN)
+    yield _COMPILE_HINT if diagnosis.compile is None else compile_answer(diagnosis.compile)
     if diagnosis.choices:
-        console.print(_fa2(diagnosis))
+        yield _fa2(diagnosis)
     if not diagnosis.problems:
-        console.print(Text("Everything asked for works.", style=GOOD))
+        yield Text("Everything asked for works.", style=GOOD)
         return
-    console.print(listed("Something is wrong:", diagnosis.problems, BAD))
+    yield listed("Something is wrong:", diagnosis.problems, BAD)
     if diagnosis.way_out is not None:
-        console.print(Text(diagnosis.way_out))
+        yield diagnosis.way_out
 
 
 def _machine(machine: Machine) -> Table:
     table = table_of("Machine")
     memory = "?" if machine.memory_gib is None else f"{machine.memory_gib} GiB"
-    rows: list[tuple[str, str]] = [
+    rows = [
         ("system", machine.os),
         ("cpu", f"{machine.cpu}, {machine.cores} cores, {memory}"),
         ("python", machine.python),
@@ -63,29 +68,21 @@ def _machine(machine: Machine) -> Table:
         ("NVIDIA driver", machine.cuda_driver or "none found"),
     ]
     for gpu in machine.gpus:
-        kernels = "" if gpu.has_kernels else ", no code for it in this torch"
-        rows.append(
-            ("gpu", f"{gpu.name}, capability {gpu.capability}, {gpu.memory_gib} GiB{kernels}")
-        )
+        code = "" if gpu.has_kernels else ", no code for it in this torch"
+        rows.append(("gpu", f"{gpu.name}, capability {gpu.capability}, {gpu.memory_gib} GiB{code}"))
     if not machine.gpus:
         rows.append(("gpu", "none that torch sees"))
-    rows += sorted(machine.variables.items())
-    for name, text in rows:
-        table.add_row(Text(name, style=DIM), Text(text))
+    for name, text in (*rows, *sorted(machine.variables.items())):
+        table.add_row(Text(name, style=DIM), text)
     return table
 
 
 def _providers(providers: Iterable[Report]) -> Table:
     table = table_of("FlashAttention-2", "provider", "version", "status", "detail")
     for report in providers:
-        style = {WORKS: GOOD, BROKEN: BAD, WRONG: BAD}.get(report.status, DIM)
+        status = Text(report.status, style=_STATUS_STYLES.get(report.status, DIM))
         fix = f" (fix: {report.fix})" if report.fix is not None else ""
-        table.add_row(
-            report.name,
-            Text(report.version or "-"),
-            Text(report.status, style=style),
-            Text(f"{report.detail}{fix}"),
-        )
+        table.add_row(report.name, report.version or "-", status, f"{report.detail}{fix}")
     return table
 
 
@@ -93,9 +90,7 @@ def _settings(diagnosis: Diagnosis) -> Table:
     table = table_of("Settings", "flag", "value", "source")
     for row in diagnosis.settings:
         style = DIM if row.source == "default" else ""
-        table.add_row(
-            Text(row.flag), Text(_as_text(row.value), style=style), Text(row.source, style=style)
-        )
+        table.add_row(row.flag, Text(_as_text(row.value), style), Text(row.source, style))
     return table
 
 
@@ -106,14 +101,14 @@ def _as_text(value: object) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def _backends(diagnosis: Diagnosis) -> Table:
+def _backends(backends: Iterable[BackendRow]) -> Table:
     table = table_of("Backends", "backend", "here", "what it is", "what it cannot run, and why")
-    for row in diagnosis.backends:
-        name = Text(f"{row.name} (requested)" if row.requested else row.name)
-        here = Text("available", style=GOOD) if row.available else Text("no", style=DIM)
-        if row.requested and not row.available:
-            here = Text("no", style=BAD)
-        table.add_row(name, here, Text(row.summary), Text(row.detail))
+    for row in backends:
+        here = Text("no", style=BAD if row.requested else DIM)
+        if row.available:
+            here = Text("available", style=GOOD)
+        name = f"{row.name} (requested)" if row.requested else row.name
+        table.add_row(name, here, row.summary, row.detail)
     return table
 
 
@@ -144,13 +139,12 @@ def _choices(choices: Iterable[Choice]) -> Table:
     for choice in choices:
         length = Text(f"{choice.length:,} tokens", style=DIM)
         if choice.backend is None:
-            refused = Text("refused", style=BAD)
-            kind = Text("\n").join([Text(choice.kind), length])
-            table.add_row(kind, "every", refused, Text(choice.reason))
-        for i, branch in enumerate(choice.branches):
-            kind = (Text(choice.kind), length)[i] if i < 2 else Text()
+            kind = Text.assemble(choice.kind, "\n", length)
+            table.add_row(kind, "every", Text("refused", style=BAD), choice.reason)
+        first: list[RenderableType] = [choice.kind, length]
+        for branch in choice.branches:
             backend = Text(branch.backend, style=GOOD if branch.fa2 else "")
-            table.add_row(kind, branch.branch, backend, _source(branch))
+            table.add_row(first.pop(0) if first else "", branch.branch, backend, _source(branch))
         if choice.branches:
             table.add_row("", Text("why", style=DIM), "", Text(choice.reason, style=DIM))
         table.add_section()
@@ -175,26 +169,25 @@ def _profile(profiles: Iterable[BranchProfile]) -> Table:
         ran = Text(f"ran: {branch.fa2_ran}", style=GOOD if branch.fa2_ran == "yes" else "")
         table.add_row(name, str(calls), f"{total:,.0f}", ran)
         for kernel in branch.kernels:
+            cells = f"  {kernel.name}", str(kernel.calls), f"{kernel.microseconds:,.0f}"
             style = GOOD if kernel.fa2 else DIM
-            numbers = (str(kernel.calls), f"{kernel.microseconds:,.0f}")
-            cells = (f"  {kernel.name}", *numbers, "FA-2" if kernel.fa2 else "")
-            table.add_row(*(Text(cell, style=style) for cell in cells))
+            table.add_row(*cells, "FA-2" if kernel.fa2 else "", style=style)
         table.add_section()
     return table
 
 
-def _fa2(diagnosis: Diagnosis) -> Text:
+def _fa2(diagnosis: Diagnosis) -> str:
     """The answer to "is FlashAttention-2 really used?"."""
     if diagnosis.profile is not None:
         ran = [(row.kind, row.branch) for row in diagnosis.profile if row.fa2_ran == "yes"]
-        return Text(f"FA-2 ran: {f'yes, for {_by_kind(ran)}' if ran else 'no'}")
+        return f"FA-2 ran: {f'yes, for {_by_kind(ran)}' if ran else 'no'}"
     chosen = [(choice.kind, row) for choice in diagnosis.choices for row in choice.branches]
     chosen = [(kind, row) for kind, row in chosen if row.fa2]
     if not chosen:
-        return Text("FA-2 is used: no")
+        return "FA-2 is used: no"
     sources = ", ".join(sorted({str(row.provider) for _, row in chosen}))
     where = _by_kind((kind, row.branch) for kind, row in chosen)
-    return Text(f"FA-2 is used: yes, {sources}, for {where}; --profile shows the kernels")
+    return f"FA-2 is used: yes, {sources}, for {where}; --profile shows the kernels"
 
 
 def _by_kind(branches: Iterable[tuple[str, str]]) -> str:

@@ -13,15 +13,23 @@ from nsa import NSAConfig, reference
 from nsa.backends import load
 from nsa.settings import Settings
 from nsa.testing.parity import ParityRow
-from nsa.tools.bench import fla as bench_fla
+from nsa.tools.bench import baselines
 from nsa.tools.bench import parity as bench_parity
 from nsa.tools.bench import run as bench_run
-from nsa.tools.bench.baselines import DenseFlash, DenseSdpa, Refusal, Refusing, dense_rivals
+from nsa.tools.bench.baselines import (
+    Unsupported,
+    dense,
+    dense_baselines,
+    dense_flash,
+    dense_kernel,
+    find_fla,
+    fla_selected,
+    unsupported,
+)
 from nsa.tools.bench.cases import heads_label
-from nsa.tools.bench.fla import FlaSelected, find_fla
-from nsa.tools.bench.parity import Parity, backend_parity, rival_parity
+from nsa.tools.bench.parity import Parity, backend_parity, baseline_parity
 from tests.support import benching
-from tests.support.benching import CPU, ODD, TINY, run_jsonl, shape
+from tests.support.benching import CPU, ODD, TINY, problem, run_jsonl
 
 
 @pytest.fixture
@@ -60,13 +68,13 @@ def test_a_failed_parity_check_stops_the_timing(capsys, tmp_path, quick, monkeyp
 def test_a_parity_that_is_no_number_fails(monkeypatch, error):
     rows = [ParityRow("out", error, 1.0)]
     monkeypatch.setattr(bench_parity, "attention_parity", lambda name, inputs: rows)
-    assert "out is" in backend_parity("sdpa", shape()).fault
+    assert "out is" in backend_parity("sdpa", problem()).fault
 
 
 def test_a_wrong_selection_fails(monkeypatch):
     monkeypatch.setattr(bench_parity, "attention_parity", lambda name, inputs: [])
     monkeypatch.setattr(bench_parity, "selection_faults", lambda name, inputs: ["a block is off"])
-    assert backend_parity("sdpa", shape()).fault == "parity failed: selection: a block is off"
+    assert backend_parity("sdpa", problem()).fault == "parity failed: selection: a block is off"
 
 
 def test_a_backend_that_raises_in_the_check(monkeypatch):
@@ -74,7 +82,7 @@ def test_a_backend_that_raises_in_the_check(monkeypatch):
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(bench_parity, "attention_parity", fail)
-    fault = backend_parity("sdpa", shape()).fault
+    fault = backend_parity("sdpa", problem()).fault
     assert fault == "parity check failed: RuntimeError: no kernel image is available"
 
 
@@ -88,7 +96,7 @@ def test_parity_looks_at_windows_and_lists_that_leave_something_out(monkeypatch)
     monkeypatch.setattr(bench_parity, "attention_parity", look)
     monkeypatch.setattr(bench_parity, "selection_faults", lambda name, inputs: [])
     config = NSAConfig(num_heads=2, num_kv_heads=1, head_dim=8)
-    backend_parity("sdpa", shape(config, sequences=2))
+    backend_parity("sdpa", problem(config, sequences=2))
     (given, T, cu_seqlens), (sparse, longer, _) = seen
     assert (given, T) == (config, 203)
     assert 0 in cu_seqlens.diff()
@@ -108,7 +116,7 @@ def test_short_checks_are_not_sent_elsewhere(monkeypatch, environment):
         return window(self, q, *given, **options)
 
     monkeypatch.setattr(steps, "window_attention", look)
-    assert backend_parity("fa2-dense", shape()).fault is None
+    assert backend_parity("fa2-dense", problem()).fault is None
     assert True in seen
 
 
@@ -118,49 +126,48 @@ def test_short_checks_are_not_sent_elsewhere(monkeypatch, environment):
 @pytest.mark.parametrize(
     "wanted",
     [
-        shape(),
-        shape(ODD, dtype=torch.bfloat16, batch=2),
-        shape(sequences=2),
-        shape(NSAConfig(num_heads=4, num_kv_heads=1, head_dim=16, scale=0.1), sequences=2),
+        problem(),
+        problem(ODD, dtype=torch.bfloat16, batch=2),
+        problem(sequences=2),
+        problem(NSAConfig(num_heads=4, num_kv_heads=1, head_dim=16, scale=0.1), sequences=2),
     ],
     ids=["regular", "odd", "packed", "scale"],
 )
 def test_dense_attention_is_held_to_the_oracle(wanted):
-    [rival] = dense_rivals(CPU, wanted.sequences > 0, Settings())
-    parity = rival_parity(rival, wanted)
+    [baseline] = dense_baselines(CPU, wanted.packed, Settings())
+    parity = baseline_parity(baseline, wanted)
     assert parity.fault is None
     assert 0 < parity.worst < 1
 
 
 def test_dense_attention_that_is_wrong_is_seen():
-    class NotCausal(DenseSdpa):
-        def _attend(self, q, k, v, inputs):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-            return out.transpose(1, 2)
+    def not_causal(q, k, v, inputs):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return out.transpose(1, 2)
 
-    assert "out is" in rival_parity(NotCausal("x", None), shape()).fault
+    assert "out is" in baseline_parity(dense("x", not_causal), problem()).fault
 
 
 def test_the_varlen_step_as_dense_attention():
     """What packed sequences run on a GPU, through the provider that needs none."""
-    rival = DenseFlash("dense FA-2", Settings())
-    rival._settings = Settings(fa2_provider="math")
-    assert rival_parity(rival, shape(sequences=2)).fault is None
+    baseline = dense_flash("dense FA-2", Settings(fa2_provider="math"))
+    assert baseline_parity(baseline, problem(sequences=2)).fault is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FA-2 may run here")
 def test_dense_kernels_that_refuse_say_why():
-    with pytest.raises(Refusal, match="dense cuDNN: .*[Nn]o "):
-        rival_parity(DenseSdpa("dense cuDNN", SDPBackend.CUDNN_ATTENTION), shape())
-    with pytest.raises(Refusal, match="dense FA-2: .*needs a CUDA device, got cpu"):
-        rival_parity(DenseFlash("dense FA-2", Settings(fa2_provider="math")), shape(sequences=2))
+    with pytest.raises(Unsupported, match="dense cuDNN: .*[Nn]o "):
+        baseline_parity(dense_kernel("dense cuDNN", SDPBackend.CUDNN_ATTENTION), problem())
+    baseline, _ = dense_baselines(torch.device("cuda"), True, Settings(fa2_provider="math"))
+    with pytest.raises(Unsupported, match="dense FA-2: .*needs a CUDA device, got cpu"):
+        baseline_parity(baseline, problem(sequences=2))
 
 
 def test_a_refusal_of_a_dense_kernel_is_a_row_and_no_fault(capsys, tmp_path, quick, monkeypatch):
-    refusing = Refusing("dense cuDNN", "dense", "dense cuDNN: head sizes up to 128, got 192")
-    monkeypatch.setattr(bench_run, "dense_rivals", lambda *given: (refusing,))
-    monkeypatch.setattr(bench_run, "backend_parity", lambda name, shape: Parity(0.25))
+    refusing = unsupported("dense cuDNN", "dense", "dense cuDNN: head sizes up to 128, got 192")
+    monkeypatch.setattr(bench_run, "dense_baselines", lambda *given: (refusing,))
+    monkeypatch.setattr(bench_run, "backend_parity", lambda name, trial: Parity(0.25))
     code, _, rows, out = run_jsonl(capsys, tmp_path, "--branches", "window")
     assert code == 0
     assert rows[-1]["note"] == "dense cuDNN: head sizes up to 128, got 192"
@@ -169,7 +176,9 @@ def test_a_refusal_of_a_dense_kernel_is_a_row_and_no_fault(capsys, tmp_path, qui
 
 def test_on_a_gpu_both_dense_kernels_get_a_row():
     for packed in (False, True):
-        names = [rival.name for rival in dense_rivals(torch.device("cuda"), packed, Settings())]
+        names = [
+            baseline.name for baseline in dense_baselines(torch.device("cuda"), packed, Settings())
+        ]
         assert names == ["dense FA-2", "dense cuDNN"]
 
 
@@ -206,8 +215,8 @@ WIDE = NSAConfig(num_heads=16, num_kv_heads=1, head_dim=8, num_selected=5, scale
 @pytest.mark.parametrize("sequences", [0, 2])
 def test_the_peer_is_given_what_it_takes(sequences):
     FlaLike.calls.clear()
-    peer = FlaSelected(types.ModuleType("fla"), FlaLike)
-    assert rival_parity(peer, shape(WIDE, sequences=sequences)).fault is None
+    peer = fla_selected(types.ModuleType("fla"), FlaLike)
+    assert baseline_parity(peer, problem(WIDE, sequences=sequences)).fault is None
     assert {width for width, _ in FlaLike.calls} == {8, 4}
     for _, cu_seqlens in FlaLike.calls:
         assert sequences == 0 or (cu_seqlens.diff() > 0).all()
@@ -220,7 +229,7 @@ def test_a_peer_that_is_wrong_is_not_timed(capsys, tmp_path, quick, monkeypatch)
             return FlaLike.apply(q, k, v, *given) * 1.01
 
     monkeypatch.setattr(
-        bench_run, "find_fla", lambda device: FlaSelected(types.ModuleType("fla"), Wrong)
+        bench_run, "find_fla", lambda device: fla_selected(types.ModuleType("fla"), Wrong)
     )
     argv = ("--backends", "fla", "--branches", "selected", "--heads", "16/1:8")
     code, _, rows, _ = run_jsonl(capsys, tmp_path, *argv)
@@ -230,10 +239,10 @@ def test_a_peer_that_is_wrong_is_not_timed(capsys, tmp_path, quick, monkeypatch)
 
 
 def test_groups_that_the_peer_does_not_take():
-    peer = FlaSelected(types.ModuleType("fla"), FlaLike)
+    peer = fla_selected(types.ModuleType("fla"), FlaLike)
     for config in (TINY, dataclasses.replace(WIDE, num_heads=24)):
-        with pytest.raises(Refusal, match="16, 32, 64, … query heads on a key/value head, got"):
-            rival_parity(peer, shape(config))
+        with pytest.raises(Unsupported, match="16, 32, 64, … query heads on a key/value head, got"):
+            baseline_parity(peer, problem(config))
 
 
 def test_the_peer_tunes_anew():
@@ -242,28 +251,28 @@ def test_the_peer_tunes_anew():
     tuner.cache_results = True
     module = types.ModuleType("fla")
     module.kernel = types.SimpleNamespace(fn=tuner)
-    FlaSelected(module, FlaLike).tune()
+    fla_selected(module, FlaLike).tune()
     assert (tuner.cache, tuner.cache_results) == ({}, False)
 
 
 def test_a_peer_that_is_not_there(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(bench_fla, "version_of", lambda name: None)
-    with pytest.raises(Refusal, match="pip install fla-core"):
+    monkeypatch.setattr(baselines, "version_of", lambda name: None)
+    with pytest.raises(Unsupported, match="pip install fla-core"):
         find_fla(cuda)
-    monkeypatch.setattr(bench_fla, "version_of", {"fla-core": "0.6.0"}.get)
-    with pytest.raises(Refusal, match="fla-core 0.6.0 needs a CUDA device, got cpu"):
+    monkeypatch.setattr(baselines, "version_of", {"fla-core": "0.6.0"}.get)
+    with pytest.raises(Unsupported, match="fla-core 0.6.0 needs a CUDA device, got cpu"):
         find_fla(CPU)
     monkeypatch.setitem(sys.modules, "fla", None)
-    with pytest.raises(Refusal, match="fla-core 0.6.0 does not import .ModuleNotFoundError: "):
+    with pytest.raises(Unsupported, match="fla-core 0.6.0 does not import .ModuleNotFoundError: "):
         find_fla(cuda)
 
 
 def test_an_installed_peer_is_found(monkeypatch):
-    monkeypatch.setattr(bench_fla, "version_of", {"flash-linear-attention": "0.6.0"}.get)
+    monkeypatch.setattr(baselines, "version_of", {"flash-linear-attention": "0.6.0"}.get)
     for name in ("fla", "fla.ops", "fla.ops.nsa", "fla.ops.nsa.parallel"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    with pytest.raises(Refusal, match="does not import .AttributeError"):
+    with pytest.raises(Unsupported, match="does not import .AttributeError"):
         find_fla(torch.device("cuda"))
     sys.modules["fla.ops.nsa.parallel"].ParallelNSAFunction = FlaLike
     assert find_fla(torch.device("cuda")).name == "fla"

@@ -1,25 +1,31 @@
 """The numbers of `bench`: clocks, floors, the lengths from which FA-2 is faster."""
 
+import time
+from functools import partial
+
 import pytest
 import torch
+from torch.utils import benchmark
 
 from nsa import NSAConfig, reference
+from nsa.core.flops import branch_pairs as pairs
 from nsa.reference.masks import compressed_mask, selected_mask, window_mask
 from nsa.testing.inputs import make_inputs
 from nsa.tools.bench.advice import ALWAYS, advice, least_length
 from nsa.tools.bench.cases import Timed
-from nsa.tools.bench.flops import Work, backward_work, forward_work, pairs
 from nsa.tools.bench.timing import (
     MAX_RUNS,
     Timing,
-    WallClock,
+    make_clock,
     measure,
     measure_ceilings,
     measure_passes,
     summarize,
+    wall_clock,
 )
+from nsa.tools.bench.work import Work, work
 from tests.support import benching
-from tests.support.benching import CPU, ODD, TINY, both, run, run_jsonl
+from tests.support.benching import CPU, ODD, TINY, both, problem, run, run_jsonl
 
 
 @pytest.fixture
@@ -52,12 +58,12 @@ class Ticks:
 
     @property
     def clock(self):
-        return WallClock(lambda: self.seconds)
+        return partial(wall_clock, now=lambda: self.seconds)
 
 
 def test_a_clock_times_every_call():
     ticks = Ticks()
-    assert ticks.clock.times(ticks.call([1.0, 2.0, 4.0]), 3) == [1.0, 2.0, 4.0]
+    assert ticks.clock(ticks.call([1.0, 2.0, 4.0]), 3) == [1.0, 2.0, 4.0]
 
 
 def test_median_and_percentiles():
@@ -86,14 +92,30 @@ def test_the_number_of_runs_has_an_end():
     assert measure(ticks.call([0.0]), ticks.clock, seconds=1.0, runs=5).runs == MAX_RUNS
 
 
+def test_torchs_own_timer_agrees():
+    """Both report the median; each sleeps a little longer than it is told."""
+    mine = measure(lambda: time.sleep(0.01), wall_clock, seconds=0.1, runs=5)
+    theirs = benchmark.Timer("time.sleep(0.01)", "import time").blocked_autorange(min_run_time=0.1)
+    assert mine.median == pytest.approx(theirs.median, rel=0.3)
+
+
+@pytest.mark.gpu
+def test_tritons_own_timer_agrees():
+    testing = pytest.importorskip("triton.testing")
+    a = torch.randn(4096, 4096, device="cuda")
+    clock = make_clock(torch.device("cuda"))
+    mine = measure(lambda: a @ a, clock, seconds=0.2, runs=5)
+    theirs = testing.do_bench(lambda: a @ a, quantiles=[0.5])
+    assert mine.median * 1e3 == pytest.approx(theirs, rel=0.1)
+
+
 def test_passes_are_what_they_say():
     seen = []
 
-    class Clock:
-        def times(self, call, runs):
-            for _ in range(runs):
-                call()
-            return [1.0] * runs
+    def clock(call, runs):
+        for _ in range(runs):
+            call()
+        return [1.0] * runs
 
     x = torch.ones(3, requires_grad=True)
 
@@ -102,21 +124,21 @@ def test_passes_are_what_they_say():
         return x * 2
 
     timed = Timed(forward, (x,), torch.ones(3))
-    found = measure_passes(timed, Clock(), CPU, seconds=1, runs=1)
+    found = measure_passes(timed, clock, CPU, seconds=1, runs=1)
     assert None not in (found.forward, found.backward, found.both)
     assert found.peak_bytes is None  # nothing to read on a CPU
     # forward without a graph, the one graph of backward, and both with a new graph each time
     assert seen == [False, False, True, True, True]
-    found = measure_passes(Timed(forward), Clock(), CPU, seconds=1, runs=1)
+    found = measure_passes(Timed(forward), clock, CPU, seconds=1, runs=1)
     assert found.backward is None
     assert found.both == found.forward
 
 
 def test_the_ceilings_of_this_machine():
-    found = measure_ceilings(CPU, (torch.float32,), WallClock())
-    assert 1e8 < found.flops_per_second[torch.float32] < 1e14
+    found = measure_ceilings(CPU, (torch.float32,), wall_clock)
+    assert 1e8 < found.flops_per_second["float32"] < 1e14
     assert 1e7 < found.bytes_per_second < 1e13
-    assert found.to_dict()["flops_per_second"].keys() == {"float32"}
+    assert found.flops_per_second.keys() == {"float32"}
 
 
 # Floors
@@ -152,7 +174,7 @@ def test_operations_of_the_papers_size():
     """
     config = NSAConfig()
     counted = {
-        branch: forward_work(branch, config, (65536,), 2).flops / 1e12
+        branch: work(branch, problem(config, length=65536))[0].flops / 1e12
         for branch in ("compressed", "select", "selected", "window", "dense")
     }
     assert counted == {
@@ -166,29 +188,27 @@ def test_operations_of_the_papers_size():
 
 def test_work_counted_by_hand():
     """T = 13, N = 2 blocks of 8: block 0 is seen by 6 queries, block 1 by 2."""
-    lengths, q, out = (13,), 13 * 6 * 5, 13 * 6 * 3
-    assert forward_work("compressed", ODD, lengths, 4) == Work(
-        2 * 6 * (5 + 3) * (6 + 2), 4 * (q + 2 * 2 * (5 + 3) + out)
+    trial, q, out = problem(ODD, length=13), 13 * 6 * 5, 13 * 6 * 3
+    assert work("compressed", trial) == (
+        Work(2 * 6 * (5 + 3) * (6 + 2), 4 * (q + 2 * 2 * (5 + 3) + out)),
+        Work(2 * 6 * (3 * 5 + 2 * 3) * (6 + 2), 4 * (2 * (q + 2 * 2 * (5 + 3)) + out)),
     )
-    assert backward_work("compressed", ODD, lengths, 4) == Work(
-        2 * 6 * (3 * 5 + 2 * 3) * (6 + 2), 4 * (2 * (q + 2 * 2 * (5 + 3)) + out)
-    )
+    trial = problem(ODD, length=13, dtype=torch.bfloat16)
     lists, lse = 4 * 13 * 2 * 4, 4 * 13 * 6
-    assert forward_work("select", ODD, lengths, 2) == Work(
-        2 * 6 * 5 * (6 + 2), 2 * (q + 2 * 2 * 5) + lists + lse
+    assert work("select", trial) == (
+        Work(2 * 6 * 5 * (6 + 2), 2 * (q + 2 * 2 * 5) + lists + lse),
+        Work(0, 0),
     )
-    assert backward_work("select", ODD, lengths, 2) == Work(0, 0)
-    assert forward_work("selected", ODD, lengths, 2).bytes == (
-        2 * (q + 13 * 2 * (5 + 3) + out) + lists
-    )
-    assert forward_work("dense", ODD, lengths, 2).bytes == 2 * (q + 13 * 2 * (5 + 3) + out)
+    assert work("selected", trial)[0].bytes == 2 * (q + 13 * 2 * (5 + 3) + out) + lists
+    assert work("dense", trial)[0].bytes == 2 * (q + 13 * 2 * (5 + 3) + out)
 
 
 def test_the_whole_is_its_parts():
-    parts = [forward_work(part, ODD, (100,), 2) for part in ("compressed", "selected", "window")]
-    whole, selecting = (forward_work(name, ODD, (100,), 2) for name in ("all", "all+select"))
+    trial = problem(ODD, length=100, dtype=torch.bfloat16)
+    parts = [work(part, trial)[0] for part in ("compressed", "selected", "window")]
+    whole, selecting = (work(name, trial)[0] for name in ("all", "all+select"))
     assert whole.flops == sum(part.flops for part in parts)
-    assert selecting.flops == whole.flops + forward_work("select", ODD, (100,), 2).flops
+    assert selecting.flops == whole.flops + work("select", trial)[0].flops
     assert selecting.bytes == whole.bytes - 4 * 100 * 2 * 4  # the list stays inside
     # q and the output once, not three times; gates on top
     once = 2 * 2 * 100 * 6 * (5 + 3)

@@ -16,14 +16,14 @@ from nsa.settings import Settings
 from nsa.testing.inputs import make_inputs
 from nsa.tools.bench import __main__ as bench
 from nsa.tools.bench import run as bench_run
-from nsa.tools.bench.cases import BRANCHES, heads_label, random_inputs
+from nsa.tools.bench.cases import BRANCHES, heads_label
 from nsa.tools.bench.flags import make_plan
-from nsa.tools.bench.flops import backward_work, forward_work
 from nsa.tools.bench.plot import draw
-from nsa.tools.bench.table import milliseconds, rate
+from nsa.tools.bench.report import milliseconds, rate
 from nsa.tools.bench.timing import Measurement, Timing
+from nsa.tools.bench.work import work
 from tests.support import benching
-from tests.support.benching import CEILINGS, ODD, TINY, both, run, run_jsonl, shape
+from tests.support.benching import CEILINGS, ODD, TINY, both, problem, run, run_jsonl
 
 
 @pytest.fixture
@@ -112,12 +112,12 @@ def test_a_step_of_another_backend_is_measured_once_and_named(
 
 def test_the_library_runs_what_is_timed():
     """What a row calls is what `nsa_attention` calls, with the same selection for everyone."""
-    inputs = random_inputs(shape(length=100))
-    data = bench_run.make_data(shape(length=100))
+    inputs = problem(length=100).bare_inputs(native=True)
+    data = bench_run.make_data(problem(length=100))
     steps = load("sdpa")
     blocks = steps.select_blocks(inputs.q, inputs.compressed.k, TINY)
     assert torch.equal(data.inputs.block_idx, blocks)
-    resolution = shape(length=100).resolve("sdpa", Settings())
+    resolution = problem(length=100).resolve("sdpa", Settings())
     outs = {
         name: bench_run.timed_branch(name, data, resolution, Settings()).forward()
         for name in BRANCHES
@@ -139,7 +139,7 @@ def test_the_library_runs_what_is_timed():
 
 @pytest.mark.parametrize("sequences", [0, 3])
 def test_inputs_are_those_of_the_tests(sequences):
-    mine = random_inputs(shape(ODD, length=100, sequences=sequences))
+    mine = problem(ODD, length=100, sequences=sequences).bare_inputs(native=True)
     lengths = (16, 34, 50) if sequences else None
     theirs = make_inputs(ODD, length=None if sequences else 100, lengths=lengths)
     for x, y in zip((*mine.leaves(), mine.dout), (*theirs.leaves(), theirs.dout), strict=True):
@@ -347,10 +347,10 @@ def test_what_the_plot_shows(tmp_path):
     }
     assert list(lines["sdpa, all+select"].get_ydata()) == [64.0, 128.0, 256.0]
     floor = lines["NSA's floor: arithmetic at 100 GFLOP/s"]
-    work = forward_work("all+select", TINY, (256,), 4)
+    forward, backward = work("all+select", problem(length=256))
     assert floor.get_xdata()[-1] == 256
-    assert floor.get_ydata()[-1] == pytest.approx(work.flops / 1e11 * 1e3)
-    more = work.bytes + backward_work("all+select", TINY, (256,), 4).bytes
+    assert floor.get_ydata()[-1] == pytest.approx(forward.flops / 1e11 * 1e3)
+    more = forward.bytes + backward.bytes
     [floor] = [line for line in right.get_lines() if "bytes" in line.get_label()]
     assert floor.get_ydata()[-1] == pytest.approx(more / 1e10 * 1e3)
 
@@ -433,13 +433,19 @@ def test_a_bad_environment_is_one_line(capsys, nothing_runs, environment):
 
 def test_defaults():
     plan = make_plan(["--device", "cpu"])
-    assert plan.lengths == (512, 1024, 2048, 4096)
-    assert [heads_label(config) for config in plan.configs] == ["4/2:32"]
-    assert plan.dtypes == (torch.float32,)
+    assert [trial.lengths for trial in plan.trials] == [(512,), (1024,), (2048,), (4096,)]
+    assert {heads_label(trial.config) for trial in plan.trials} == {"4/2:32"}
+    assert {trial.dtype for trial in plan.trials} == {torch.float32}
     assert plan.branches == BRANCHES
-    plan = make_plan(["--device", "cpu", "--preset", "paper", "--heads", "8/2,8/2:64"])
-    assert [heads_label(config) for config in plan.configs] == ["8/2:192/128", "8/2:64"]
-    assert plan.configs[0].window == 512
+    argv = ["--preset", "paper", "--heads", "8/2,8/2:64", "--lengths", "9,8"]
+    plan = make_plan(["--device", "cpu", *argv])
+    assert [(heads_label(trial.config), trial.length) for trial in plan.trials] == [
+        ("8/2:192/128", 8),
+        ("8/2:192/128", 9),
+        ("8/2:64", 8),
+        ("8/2:64", 9),
+    ]
+    assert plan.trials[0].config.window == 512
 
 
 def test_it_runs_as_a_module_and_needs_what_is_always_installed():

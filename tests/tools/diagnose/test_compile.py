@@ -18,20 +18,16 @@ from nsa.config import NSAConfig
 from nsa.errors import BackendUnavailable
 from nsa.settings import Settings, use_settings
 from nsa.tools.common import problems as trials
-from nsa.tools.common.machine import COMPILE_SWITCHES, look_at_machine
+from nsa.tools.common.machine import COMPILE_SWITCHES, collect_machine
 from nsa.tools.diagnose import __main__ as diagnose
+from nsa.tools.diagnose import choices
 from nsa.tools.diagnose.advice import advice
-from nsa.tools.diagnose.compile import (
-    branches as compile_kernels,
-)
-from nsa.tools.diagnose.compile import (
-    report as compile_report,
-)
-from nsa.tools.diagnose.compile import (
-    trials as compile_trials,
-)
+from nsa.tools.diagnose.choices import choose
+from nsa.tools.diagnose.compile import branches as compile_kernels
+from nsa.tools.diagnose.compile import report as compile_report
+from nsa.tools.diagnose.compile import trials as compile_trials
 from nsa.tools.diagnose.compile.branches import branch_kernels, classify
-from nsa.tools.diagnose.compile.toolchain import UNKNOWN, look_at_toolchain, read_variables
+from nsa.tools.diagnose.compile.toolchain import UNKNOWN, collect_toolchain, read_variables
 from nsa.tools.diagnose.compile.trials import (
     CompileTrial,
     Recompile,
@@ -100,7 +96,7 @@ def test_a_backend_is_one_graph(monkeypatch):
     assert (found.failure, found.breaks, found.recompiles, found.graphs) == (None, (), (), 1)
     assert found.ok
     assert found.seconds > 0
-    assert said == ["T = 64", "T = 100"]
+    assert said == [f"sdpa, packed float32: T = {length}, eager" for length in (64, 100)]
 
 
 def test_a_graph_that_serves_no_other_length(monkeypatch):
@@ -339,7 +335,7 @@ def test_switched_off(capsys, no_parity, untried, monkeypatch, switch):
 )
 def test_a_switch_is_advised_against_with_and_without_the_flag(monkeypatch, name, text):
     def advised():
-        return [line for line in advice(look_at_machine(), (), Settings(), None) if name in line]
+        return [line for line in advice(collect_machine(), (), Settings(), None) if name in line]
 
     assert advised() == []
     monkeypatch.setenv(name, "0")
@@ -350,7 +346,7 @@ def test_a_switch_is_advised_against_with_and_without_the_flag(monkeypatch, name
 
 
 def toolchain(device=CPU, triton="3.6.0"):
-    return look_at_toolchain(device, read_variables(), triton)
+    return collect_toolchain(device, read_variables(), triton)
 
 
 def test_no_compiler_of_cpp(capsys, no_parity, untried, monkeypatch):
@@ -453,7 +449,6 @@ def test_variables_with_their_values(capsys, no_parity, untried, monkeypatch):
     ("backend", "operators", "kernel", "detail"),
     [
         ("sdpa", {"aten::_scaled_dot_product_flash_attention_for_cpu"}, "dense", "for CPUs"),
-        ("sdpa", {"aten::_scaled_dot_product_flash_attention"}, "dense", "FlashAttention-2"),
         ("compiled", {"nsa::window_attention", "aten::mm"}, "triton", "nsa::window_attention"),
         ("compiled", {"aten::mm", "aten::softmax"}, "plain", "plain PyTorch"),
         ("sdpa", {"nsa::select_blocks", "aten::mm"}, "plain", "plain PyTorch"),
@@ -481,19 +476,19 @@ def test_branches_on_a_cpu():
 
 def test_operators_inside_operators_are_seen():
     """A kernel that is chosen inside one of this library's operators is found all the same."""
-    trial = trials.small_trials(CPU)[0]
-    steps = dict.fromkeys(STEPS, "sdpa")
-    seen = compile_kernels._operators(steps, "select", trial.inputs())
+    choice = choose(REGULAR, "sdpa", Settings())
+    [select] = [branch for branch in choice.branches if branch.branch == "select"]
+    seen = compile_kernels._operators(choice, select, REGULAR.inputs())
     assert "nsa::select_blocks" in seen
     assert len(seen) > 10
 
 
 def test_a_branch_that_fails(capsys, no_parity, untried, monkeypatch):
-    def fail(per_branch, branch, inputs):
+    def fail(choice, branch, inputs):
         raise RuntimeError("no kernel\nimage")
 
-    resolution = Resolution("compiled", "", dict.fromkeys(STEPS, "compiled"))
-    monkeypatch.setattr(compile_kernels, "resolved", lambda trial, backend: resolution)
+    resolution = Resolution("compiled", "", ("compiled",) * len(STEPS), ())
+    monkeypatch.setattr(choices, "resolve", lambda backend, **problem: resolution)
     monkeypatch.setattr(compile_kernels, "_operators", fail)
     monkeypatch.setattr(compile_report, "branch_kernels", branch_kernels)
     code, found = run_json(capsys, "--compile", "--backend", "sdpa")
@@ -505,10 +500,13 @@ def test_a_branch_that_fails(capsys, no_parity, untried, monkeypatch):
 
 
 def test_no_branches_where_compiled_cannot_run(capsys, no_parity, untried, monkeypatch):
-    def refuse(trial, backend):
-        raise BackendUnavailable("compiled needs a C++ compiler")
+    def refuse(backend, **problem):
+        if backend == "compiled":
+            raise BackendUnavailable("compiled needs a C++ compiler")
+        return real(backend=backend, **problem)
 
-    monkeypatch.setattr(compile_kernels, "resolved", refuse)
+    real = choices.resolve
+    monkeypatch.setattr(choices, "resolve", refuse)
     monkeypatch.setattr(compile_report, "branch_kernels", branch_kernels)
     code, out, _ = run(capsys, "--compile", "--backend", "sdpa")
     assert code == 0  # nobody asked for it

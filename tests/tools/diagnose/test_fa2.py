@@ -7,7 +7,7 @@ from torch.nn import attention
 from nsa.backends import TABLE
 from nsa.backends.fa2 import providers as fa2_providers
 from nsa.tools.common import problems as trials
-from nsa.tools.diagnose import __main__ as diagnose
+from nsa.tools.diagnose import report
 from tests.support import flash_attn_stubs as stubs
 from tests.support.diagnosing import run, run_json
 
@@ -86,7 +86,7 @@ def test_a_package_is_not_called_without_a_gpu(capsys, no_parity, install):
 def test_a_package_that_works_is_what_runs(capsys, environment, install, fits, half, monkeypatch):
     """With the numbers: the stand-in's own, through both backends."""
     both = {name: row for name, row in TABLE.items() if name.startswith("fa2-")}
-    monkeypatch.setattr(diagnose, "TABLE", both)
+    monkeypatch.setattr(report, "TABLE", both)
     install(stubs.RIGHT)
     environment({"NSA_USE_FA2": "1"})
     code, found = run_json(capsys)

@@ -9,7 +9,7 @@ import torch
 from nsa.backends.fa2.providers import Report
 from nsa.settings import Settings
 from nsa.tools.common import machine as machine_module
-from nsa.tools.common.machine import Gpu, look_at_machine
+from nsa.tools.common.machine import Gpu, collect_machine
 from nsa.tools.diagnose.advice import advice
 
 ABSENT = Report(name="flash_attn", version=None, status="absent", detail="not installed")
@@ -20,7 +20,7 @@ H100 = Gpu(name="H100", capability="9.0", memory_gib=80.0, has_kernels=True)
 def machine():
     """A healthy machine with one GPU."""
     return dataclasses.replace(
-        look_at_machine(),
+        collect_machine(),
         cuda_runtime="13.0",
         cuda_driver="580.1",
         cuda_messages=(),
@@ -32,7 +32,7 @@ def machine():
 
 
 def advise(machine, report=ABSENT, settings=None, mistake=None):
-    return advice(machine, (report,), settings or Settings(), mistake)
+    return list(advice(machine, (report,), settings or Settings(), mistake))
 
 
 def test_nothing_to_advise(machine):
@@ -94,10 +94,10 @@ def test_a_driver_that_does_not_answer(monkeypatch, tmp_path):
     for script in ("#!/bin/sh\nexit 9\n", "not a program", "#!/bin/sh\n"):
         program.write_text(script)
         program.chmod(0o755)
-        machine = look_at_machine()
+        machine = collect_machine()
         assert (machine.cuda_driver, machine.gpus_of_driver) == (None, ())
     program.write_text("#!/bin/sh\necho '580.65.06, NVIDIA H100 80GB HBM3'\n")
-    machine = look_at_machine()
+    machine = collect_machine()
     assert machine.cuda_driver == "580.65.06"
     assert machine.gpus_of_driver == ("NVIDIA H100 80GB HBM3",)
 
@@ -107,7 +107,7 @@ def test_a_torch_that_complains_about_its_driver(monkeypatch):
         raise RuntimeError("CUDA driver initialization failed,\nyou might not have a CUDA gpu.")
 
     monkeypatch.setattr(torch.cuda, "device_count", complain)
-    machine = look_at_machine()
+    machine = collect_machine()
     assert machine.gpus == ()
     assert machine.cuda_messages == (
         "CUDA driver initialization failed, you might not have a CUDA gpu.",
@@ -121,7 +121,7 @@ def test_code_for_a_gpu(monkeypatch):
         )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built_for))
-        return machine._gpu(0)
+        return machine_module._gpu(0)
 
     assert gpu(9, 0, "sm_80", "sm_90").capability == "9.0"
     assert gpu(9, 0, "sm_80", "sm_90").has_kernels

@@ -5,13 +5,15 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from nsa.attention import combine
 from nsa.backends.sdpa import steps as sdpa
 from nsa.config import NSAConfig
 from nsa.tools.common import problems as trials
 from nsa.tools.diagnose import __main__ as diagnose
-from nsa.tools.diagnose import profile
+from nsa.tools.diagnose import profile, report
 from nsa.tools.diagnose.profile import short_name, summarise
 from tests.support import flash_attn_stubs as stubs
 from tests.support.diagnosing import run, run_json
@@ -24,15 +26,37 @@ COPY = (
 )
 
 
+def events(kernels):
+    """The profiler's record of kernels, each a name and microseconds."""
+    found = EventList(
+        (
+            FunctionEvent(
+                id=i,
+                name=name,
+                thread=0,
+                start_us=100.0 * i,
+                end_us=100.0 * i + us,
+                stack=[],
+                device_type=DeviceType.CUDA,
+                use_device="cuda",
+            )
+            for i, (name, us) in enumerate(kernels)
+        ),
+        use_device="cuda",
+    )
+    found._build_tree()
+    return found
+
+
 @pytest.fixture
 def seen(monkeypatch, fresh_probes):
     """Profiles a CPU: what it sees by branch; every branch is really run, on short sequences."""
     config = NSAConfig.preset("tiny")
     monkeypatch.setattr(trials, "_dtypes", lambda device: (torch.bfloat16, torch.float32))
     monkeypatch.setattr(
-        diagnose, "typical_trials", lambda device: trials._trials(config, (40, 0, 30), device)
+        report, "typical_trials", lambda device: trials._trials(config, (40, 0, 30), device)
     )
-    monkeypatch.setattr(diagnose, "check_profile_device", lambda device: None)
+    monkeypatch.setattr(report, "check_profile_device", lambda device: None)
     names = {"compressed": [FORWARD, BACKWARD], "select": [COPY]}
     names |= dict.fromkeys(("selected", "window"), names["compressed"])
     real, ran = profile._call, Counter()
@@ -49,7 +73,7 @@ def seen(monkeypatch, fresh_probes):
 
     monkeypatch.setattr(profile, "_call", call)
     monkeypatch.setattr(
-        profile, "kernels_of", lambda call, device: [(name, 2.5) for name in names[call()]]
+        profile, "kernels_of", lambda call, device: events((name, 2.5) for name in names[call()])
     )
     yield names
     assert all(count == ran["window"] for count in ran.values())
@@ -193,7 +217,9 @@ def test_short_names(full, name):
 
 def test_a_summary_of_kernels():
     other = FORWARD.replace("64", "128")
-    first, second, third = summarise([(FORWARD, 1.0), (COPY, 9.0), (other, 2.04), (FA3, 0.1)])
+    copies = [("Memset (Device)", 50.0), ("Memcpy DtoD (Device -> Device)", 60.0)]
+    kernels = [(FORWARD, 1.0), (COPY, 9.0), (other, 2.04), (FA3, 0.1)]
+    first, second, third = summarise(events(kernels + copies))
     assert (first.name, first.calls, first.fa2) == ("at::native::indexSelectSmallIndex", 1, False)
     assert (second.calls, second.microseconds, second.fa2) == (2, 3.0, True)
     assert not third.fa2
@@ -222,13 +248,14 @@ def test_on_a_gpu(capsys, environment, fresh_probes, provider):
 def test_the_gated_sum_has_a_row_where_a_backend_runs_it_at_once(capsys, seen, monkeypatch):
     """With a stand-in for ``sdpa``, which has no such way."""
 
-    def at_once(q, compressed, selected, window, gates, out, lse, block_idx, config, cu_seqlens):
-        out, _ = sdpa.compressed_attention(q, *compressed, config, cu_seqlens)
-        others = (
-            sdpa.selected_attention(q, *selected, block_idx, config, cu_seqlens)[0],
-            sdpa.window_attention(q, *window, config, cu_seqlens)[0],
+    def at_once(inputs, out_cmp, lse, block_idx, config):
+        q, packing = inputs.q, inputs.cu_seqlens
+        outputs = (
+            sdpa.compressed_attention(q, *inputs.compressed, config, packing),
+            sdpa.selected_attention(q, *inputs.selected, block_idx, config, packing),
+            sdpa.window_attention(q, *inputs.window, config, packing),
         )
-        return combine(gates, out, *others)
+        return combine(inputs.gates, *(out for out, _ in outputs))
 
     monkeypatch.setattr(sdpa, "gated_attention", at_once, raising=False)
     seen["gated sum"] = [COPY]

@@ -10,7 +10,7 @@ from nsa.errors import BackendUnavailable
 from nsa.settings import FLAGS
 from nsa.testing.parity import ParityRow
 from nsa.tools.diagnose import __main__ as diagnose
-from nsa.tools.diagnose import choices
+from nsa.tools.diagnose import choices, report
 from nsa.tools.diagnose.report import ParityResult
 from tests.support.diagnosing import run, run_json
 
@@ -68,7 +68,7 @@ def test_a_library_that_prints_does_not_spoil_the_json(capsys, no_parity, monkey
         print("hello from a kernel library")
         return ()
 
-    monkeypatch.setattr(diagnose, "survey", survey)
+    monkeypatch.setattr(report, "survey", survey)
     code, found = run_json(capsys)
     assert code == 0
     assert found["ok"]
@@ -129,7 +129,7 @@ def test_the_flag_beats_the_environment(capsys, no_parity, environment):
 @pytest.mark.parametrize("error", [2.0, float("inf"), float("nan")])
 def test_parity_that_fails(capsys, monkeypatch, error):
     rows = [ParityRow("out", 1e-7, 1e-6), ParityRow("dq", error, 1.0)]
-    monkeypatch.setattr(diagnose, "attention_parity", lambda name, inputs: rows)
+    monkeypatch.setattr(report, "attention_parity", lambda name, inputs: rows)
     code, found = run_json(capsys)
     assert code == 1
     assert not found["ok"]
@@ -143,8 +143,8 @@ def test_parity_that_fails(capsys, monkeypatch, error):
 
 
 def test_selection_that_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr(diagnose, "attention_parity", lambda name, inputs: [])
-    monkeypatch.setattr(diagnose, "selection_faults", lambda name, inputs: ["a block is missing"])
+    monkeypatch.setattr(report, "attention_parity", lambda name, inputs: [])
+    monkeypatch.setattr(report, "selection_faults", lambda name, inputs: ["a block is missing"])
     code, found = run_json(capsys)
     assert code == 1
     assert "sdpa, packed float32 on cpu: selection: a block is missing" in found["problems"]
@@ -154,7 +154,7 @@ def test_a_backend_that_raises(capsys, monkeypatch):
     def fail(name, inputs):
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
-    monkeypatch.setattr(diagnose, "attention_parity", fail)
+    monkeypatch.setattr(report, "attention_parity", fail)
     code, found = run_json(capsys)
     assert code == 1
     assert (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.core import flops
 from nsa.core.dtypes import accumulation_dtype
 from nsa.core.operators import config_of, define
 
@@ -127,11 +128,22 @@ _CALL = (
 )
 _TENSORS = 15
 """Inputs up to and with seen_until."""
+
+
+def _two(x: flops.Arguments) -> int:
+    return flops.selected(x) + flops.window(x)
+
+
+def _three(x: flops.Arguments) -> int:
+    return _two(x) + flops.compressed(x)
+
+
 _BACKWARD = define(
     f"gated_attention_backward(Tensor dout, {_INPUTS}, Tensor out_slc, Tensor out_win, "
     f"Tensor lse_slc, Tensor lse_win, {_CALL}) -> ({', '.join(['Tensor'] * 8)})",
     _backward,
     _gradients_like,
+    count=flops.of_backward(_three, "v_win"),
 )
 
 
@@ -148,6 +160,7 @@ gated_attention = define(
     _outputs,
     saved=lambda inputs, outputs: (*inputs[:10], *outputs[1:], *inputs[10:_TENSORS]),
     gradients=_gradients,
+    count=flops.of_forward(_two, "v_win"),
 )
 """``(q, k and v of every branch, gates, out and lse of the compressed branch, block_idx, the four
 of :func:`nsa.core.packing.block_bounds` or None, the number of packed sequences, config, whether

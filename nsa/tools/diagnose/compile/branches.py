@@ -1,8 +1,8 @@
-"""What runs each branch of the ``compiled`` backend: the operators that run in it."""
+"""The kernels of each branch of the ``compiled`` backend, told by the operators that run in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,88 +11,76 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa.backends import load
-from nsa.backends.dispatch import delegated
-from nsa.errors import BackendUnavailable
 from nsa.settings import Settings
 from nsa.testing.inputs import Inputs
 from nsa.tools.common.failures import failures, one_line
-from nsa.tools.common.problems import Trial, typical_trials
-from nsa.tools.diagnose.choices import resolved
+from nsa.tools.common.problems import typical_trials
+from nsa.tools.diagnose.choices import BranchChoice, Choice, choose, run_branch
 
 BACKEND = "compiled"
 _ON_A_CPU = (500, 0, 12)
 """Tokens of the sequences there; what runs does not depend on the length."""
-_DENSE = (
-    ("_scaled_dot_product_flash_attention_for_cpu", "PyTorch's flash attention for CPUs"),
-    ("_scaled_dot_product_flash_attention", "PyTorch's FlashAttention-2"),
-    ("_scaled_dot_product_efficient_attention", "PyTorch's memory-efficient attention"),
-)
+CPU_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+"""The only dense kernel of PyTorch's that a branch can become: ``compiled`` delegates on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchKernel:
-    """What one branch becomes for one kind of input."""
+    """The kernel of one branch for one kind of input."""
 
     kind: str
     length: int
     """Tokens of the longest sequence."""
     branch: str
     backend: str
-    """Which runs it: ``compiled``, or the one that ``compiled`` leaves it to."""
+    """The one that runs it: ``compiled``, or the one that ``compiled`` delegates it to."""
     kernel: str
     """"dense", "triton" or "plain"; "failed" if it did not run."""
     detail: str
     """The same in words."""
     why: str
-    """Why it is left to another backend, or an empty string."""
+    """Why it is delegated to another backend, or an empty string."""
 
 
 def branch_kernels(
     device: torch.device, settings: Settings
 ) -> tuple[tuple[BranchKernel, ...], str | None]:
-    """Runs every branch forward once; or says why ``compiled`` cannot run here."""
+    """Run every branch forward once; or say why ``compiled`` cannot run here."""
     found: list[BranchKernel] = []
     refusal = None
-    for trial in _trials(device):
-        try:
-            per_branch = resolved(trial, BACKEND).per_branch
-        except BackendUnavailable as error:
-            refusal = str(error)
+    trials = typical_trials(device)
+    if device.type == "cpu":
+        trials = [replace(t, lengths=_ON_A_CPU if t.packed else (sum(_ON_A_CPU),)) for t in trials]
+    for trial in trials:
+        choice = choose(trial, BACKEND, settings)
+        if choice.backend is None:
+            refusal = choice.reason
             continue
-        left = delegated(BACKEND, trial.problem, settings)
         inputs = trial.inputs()
-        for branch, backend in per_branch.items():
+        for branch in choice.branches:
             try:
-                kernel, detail = classify(backend, _operators(per_branch, branch, inputs))
+                kernel, detail = classify(branch.backend, _operators(choice, branch, inputs))
             except failures() as failure:
                 kernel, detail = "failed", one_line(failure)
             found.append(
                 BranchKernel(
-                    kind=trial.kind,
-                    length=trial.problem.length,
-                    branch=branch,
-                    backend=backend,
+                    kind=choice.kind,
+                    length=choice.length,
+                    branch=branch.branch,
+                    backend=branch.backend,
                     kernel=kernel,
                     detail=detail,
-                    why=left.get(branch, ""),
+                    why=branch.why,
                 )
             )
     return tuple(found), None if found else refusal
 
 
-def _trials(device: torch.device) -> list[Trial]:
-    trials = typical_trials(device)
-    if device.type == "cpu":
-        return [replace(trial, lengths=_ON_A_CPU) for trial in trials]
-    return trials
-
-
 def classify(backend: str, operators: Iterable[str]) -> tuple[str, str]:
-    """What a branch is from the operators that ran in it, in a word and in words."""
+    """Tell a branch's kernel from the operators that ran in it, in a word and in words."""
     operators = sorted(operators)
-    for name, words in _DENSE:
-        if any(operator.startswith(f"aten::{name}") for operator in operators):
-            return "dense", f"dense kernel: {words}"
+    if CPU_FLASH in operators:
+        return "dense", "dense kernel: PyTorch's flash attention for CPUs"
     own = [operator for operator in operators if operator.startswith("nsa::")]
     if backend != BACKEND or not own:
         return "plain", "plain PyTorch"
@@ -120,19 +108,12 @@ class _Seen(TorchDispatchMode):
 
 
 @torch.no_grad()
-def _operators(per_branch: Mapping[str, str], branch: str, inputs: Inputs) -> set[str]:
-    """What a branch calls in a forward."""
-    q, config = inputs.q, inputs.config
-    packing: Any = {"cu_seqlens": inputs.cu_seqlens, "max_seqlen": inputs.max_seqlen}
-    steps = load(per_branch[branch])
-    if branch == "select":
-        k, v = inputs.compressed
-        _, lse = load(per_branch["compressed"]).compressed_attention(q, k, v, config, **packing)
-        with _Seen() as seen:
-            steps.select_blocks(q, k, config, **packing, lse=lse)
-        return seen.names
-    kv = getattr(inputs, branch)
-    given = (q, *kv, inputs.block_idx) if branch == "selected" else (q, *kv)
+def _operators(choice: Choice, branch: BranchChoice, inputs: Inputs) -> set[str]:
+    """The operators that a branch calls in a forward."""
+    options = {}
+    if branch.branch == "select":
+        [compressed] = [other for other in choice.branches if other.branch == "compressed"]
+        _, options["lse"] = run_branch(load(compressed.backend), "compressed", inputs)
     with _Seen() as seen:
-        getattr(steps, f"{branch}_attention")(*given, config, **packing)
+        run_branch(load(branch.backend), branch.branch, inputs, **options)
     return seen.names

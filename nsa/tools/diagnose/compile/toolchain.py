@@ -1,18 +1,18 @@
-"""What ``torch.compile`` finds on this machine: compilers, caches, variables.
+"""The toolchain of ``torch.compile`` on this machine: compilers, caches, variables.
 
-Nearly all of it is asked of torch's inner modules: what a version of torch does not have is
-:data:`UNKNOWN`, and nothing is asked before it is needed.
+Nearly all of it is read from torch's inner modules: what a version of torch does not have is
+:data:`UNKNOWN`, and nothing is imported before it is needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,22 @@ UNKNOWN = "not known to this version of torch"
 INDUCTOR_DIR, TRITON_DIR, TRITON_HOME = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"
 _SECONDS = 3.0
 """As long as a folder is measured."""
+_BREAKS = "graph_breaks,recompiles"
+_VARIABLES = (
+    ("TORCH_LOGS", _BREAKS, "print each graph break and recompile with its reason"),
+    ("TORCH_LOGS", "output_code", "print the code that Inductor makes"),
+    ("TORCH_COMPILE_DEBUG", "1", "write graphs and code to ./torch_compile_debug"),
+    (INDUCTOR_DIR, "DIR", "where Inductor keeps its code"),
+    (TRITON_DIR, "DIR", "where Triton keeps its kernels"),
+    (CACHE_SWITCHES[0], "1", "use no cache: compile anew in every process"),
+    (OFF_SWITCHES[0], "1", "compile nothing; torch.compile returns what it was given"),
+    (OFF_SWITCHES[1], "1", "the same"),
+    (INTERPRETER, "1", "run Triton kernels in Python, on the CPU: for tests"),
+)
+"""Variables that show or change more: the name, a value to give it, what that does."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Variable:
     """An environment variable that shows or changes what is compiled."""
 
@@ -36,10 +49,6 @@ class Variable:
     value: str | None
     """What it is now; None if it is unset."""
     meaning: str
-
-    @property
-    def name(self) -> str:
-        return self.assignment.partition("=")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,64 +84,42 @@ class Toolchain:
     """None without triton."""
 
 
-_MEANINGS = (
-    ("TORCH_LOGS=graph_breaks,recompiles", "print each graph break and recompile with its reason"),
-    ("TORCH_LOGS=output_code", "print the code that Inductor makes"),
-    ("TORCH_COMPILE_DEBUG=1", "write graphs and code to ./torch_compile_debug"),
-    (f"{INDUCTOR_DIR}=DIR", "where Inductor keeps its code"),
-    (f"{TRITON_DIR}=DIR", "where Triton keeps its kernels"),
-    (f"{CACHE_SWITCHES[0]}=1", "use no cache: compile anew in every process"),
-    (f"{OFF_SWITCHES[0]}=1", "compile nothing; torch.compile returns what it was given"),
-    (f"{OFF_SWITCHES[1]}=1", "the same"),
-    (f"{INTERPRETER}=1", "run Triton kernels in Python, on the CPU: for tests"),
-)
-
-
 def read_variables() -> tuple[Variable, ...]:
-    """Every variable of interest; read them first: torch sets some itself when it compiles."""
+    """Read every variable of interest; do it first: torch sets some itself when it compiles."""
     return tuple(
-        Variable(
-            assignment=assignment,
-            value=foreign_variable(assignment.partition("=")[0]),
-            meaning=meaning,
-        )
-        for assignment, meaning in _MEANINGS
+        Variable(f"{name}={value}", foreign_variable(name), meaning)
+        for name, value, meaning in _VARIABLES
     )
 
 
-def switched_off(variables: Mapping[str, str | None]) -> str | None:
-    """The variable that turns ``torch.compile`` off, as an assignment."""
-    return next((f"{name}=1" for name in OFF_SWITCHES if variables.get(name) == "1"), None)
-
-
-def look_at_toolchain(
+def collect_toolchain(
     device: torch.device, variables: tuple[Variable, ...], triton: str | None
 ) -> Toolchain:
-    """Asks torch and the disk.
+    """Ask torch and the disk.
 
     Args:
         device: what code is made for.
         variables: of :func:`read_variables`.
         triton: its version, or None.
     """
-    values = {variable.name: variable.value for variable in variables}
-    compiler, refusal = _compiler(device, triton)
+    values = {variable.assignment.partition("=")[0]: variable.value for variable in variables}
+    compiler, refusal = _cpp_compiler() if device.type == "cpu" else _triton_compiler(triton)
+    home = Path(foreign_variable(TRITON_HOME) or Path.home())
+    triton_cache = values[TRITON_DIR] or home / ".triton" / "cache"
     return Toolchain(
         torch=torch.__version__,
         triton=triton,
-        off=switched_off(values),
+        off=next((f"{name}=1" for name in OFF_SWITCHES if values.get(name) == "1"), None),
         compiler=compiler,
         refusal=refusal,
         caches=_caches(),
-        inductor_cache=_inductor_cache(values[INDUCTOR_DIR]),
-        triton_cache=None if triton is None else _triton_cache(values[TRITON_DIR]),
+        inductor_cache=_folder(values[INDUCTOR_DIR] or _inductor_cache(), INDUCTOR_DIR),
+        triton_cache=None if triton is None else _folder(triton_cache, TRITON_DIR),
     )
 
 
-def _compiler(device: torch.device, triton: str | None) -> tuple[str, str | None]:
-    """What makes code for the device, and why nothing does."""
-    if device.type == "cpu":
-        return _cpp_compiler()
+def _triton_compiler(triton: str | None) -> tuple[str, str | None]:
+    """What makes code for a GPU, and why nothing does."""
     if triton is None or importlib.util.find_spec("triton") is None:
         return "none", "triton is not installed: pip install triton"
     # Triton makes a small C library for every kernel, and looks for its compiler this way.
@@ -143,6 +130,7 @@ def _compiler(device: torch.device, triton: str | None) -> tuple[str, str | None
 
 
 def _cpp_compiler() -> tuple[str, str | None]:
+    """What makes code for a CPU, and why nothing does."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -176,41 +164,32 @@ def _caches() -> str:
     return "on" if getattr(config, "fx_graph_cache", True) else "off: fx_graph_cache is not set"
 
 
-def _inductor_cache(given: str | None) -> Folder:
-    path = given
-    if path is None:
-        try:
-            # cache_dir() would make the folder and set the variable
-            from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-        except ImportError:
-            return Folder(path=None, files=0, bytes=0, complete=False, note=UNKNOWN)
-        path = default_cache_dir()
-    return _folder(Path(path), INDUCTOR_DIR)
+def _inductor_cache() -> str | None:
+    try:
+        # cache_dir() would make the folder and set the variable
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    except ImportError:
+        return None
+    return default_cache_dir()
 
 
-def _triton_cache(given: str | None) -> Folder:
-    home = Path(foreign_variable(TRITON_HOME) or Path.home())
-    return _folder(Path(given) if given is not None else home / ".triton" / "cache", TRITON_DIR)
-
-
-def _folder(path: Path, variable: str) -> Folder:
-    """What is in a folder; files that vanish while it is counted do not count."""
-    path = path.absolute()
+def _folder(name: str | Path | None, variable: str) -> Folder:
+    """Measure a folder; files that vanish while it is counted do not count."""
+    if name is None:
+        return Folder(path=None, files=0, bytes=0, complete=False, note=UNKNOWN)
+    path = Path(name).absolute()
     files = size = 0
     complete, until = True, time.monotonic() + _SECONDS
     for place, _, names in os.walk(path):
         for name in names:
-            try:
+            with contextlib.suppress(OSError):
                 size += os.stat(os.path.join(place, name), follow_symlinks=False).st_size
-            except OSError:
-                continue
-            files += 1
+                files += 1
         if time.monotonic() > until:
             complete = False
             break
-    return Folder(
-        path=str(path), files=files, bytes=size, complete=complete, note=_note(path, variable)
-    )
+    note = _note(path, variable)
+    return Folder(path=str(path), files=files, bytes=size, complete=complete, note=note)
 
 
 def _note(path: Path, variable: str) -> str:

@@ -14,11 +14,10 @@ from torch import Tensor
 from nsa.backends import TABLE, unavailable
 from nsa.config import NSAConfig
 from nsa.core.compile import static_floats
-from nsa.errors import NSAError
 from nsa.models import LanguageModel, ModelConfig
 from nsa.tools.common.failures import failures, one_line
 from nsa.tools.common.problems import Trial, small_trials
-from nsa.training.compile import first_words
+from nsa.training.compile import first_words, own_error
 
 COMPILERS = ("aot_eager", "eager", "inductor")
 """What ``--compile`` takes, the default first: eager makes graphs, aot_eager a forward and a
@@ -42,7 +41,7 @@ class Recompile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileTrial:
-    """What one backend makes of one kind of input."""
+    """The graphs that one backend makes of one kind of input."""
 
     backend: str
     kind: str
@@ -72,26 +71,24 @@ def lengths(config: NSAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def plan_trials(
     device: torch.device, backend: str | None
 ) -> tuple[list[tuple[str, Trial]], dict[str, str]]:
-    """What is to be compiled, and the backends that are not, with the reason.
+    """Plan what is to be compiled; returns as well the backends that are not, with the reason.
 
     Args:
         device: where the code runs.
         backend: the only one; None or "auto" means all that can run.
     """
-    names = TABLE if backend in (None, "auto") else (backend,)
     longest = max(max(of) for of in lengths(CONFIG.nsa))
     small = small_trials(device)
     kinds = [replace(trial, lengths=(longest,)) for trial in small if trial.dtype == small[0].dtype]
-    planned, left_out = [], {}
-    for name in names:
+    planned: list[tuple[str, Trial]] = []
+    left_out = {}
+    for name in TABLE if backend in (None, "auto") else (backend,):
+        fit = [trial for trial in kinds if unavailable(name, trial.problem) is None]
         if name in NEVER:
             left_out[name] = NEVER[name]
-            continue
-        refusals = [unavailable(name, trial.problem) for trial in kinds]
-        planned += [
-            (name, trial) for trial, refusal in zip(kinds, refusals, strict=True) if refusal is None
-        ]
-        if all(refusals):
+        elif fit:
+            planned += [(name, trial) for trial in fit]
+        else:
             left_out[name] = "cannot run here, as the table of backends says"
     return planned, left_out
 
@@ -99,63 +96,55 @@ def plan_trials(
 def compile_trial(
     backend: str, trial: Trial, compiler: str, say: Callable[[str], None]
 ) -> CompileTrial:
-    """Compiles and runs one backend on one kind of input, forward and backward.
+    """Compile and run one backend on one kind of input, forward and backward.
 
     Args:
         compiler: one of :data:`COMPILERS`.
-        say: told which length is next.
+        say: told what is next.
     """
     from torch._dynamo import exc  # heavy: only who compiles needs it
+    from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
-    begun, before = time.perf_counter(), _graphs()
+    counters.clear()
+    begun = time.perf_counter()
     recompiles: list[Recompile] = []
-    breaks: tuple[str, ...] = ()
-    failure = None
+    ended: Exception | None = None
     try:
         step = _step(backend, trial, compiler)
         warm_up, after = lengths(CONFIG.nsa)
-        for length in warm_up:
-            say(f"T = {length:,}")
-            step(length)
-        for length in after:
-            say(f"T = {length:,}")
-            recompiles += _recompile(step, length)
-        failure = None if _graphs() > before else "nothing was compiled"
-        graphs = _graphs() - before
-    except _what_ends_it() as error:
-        graphs = _graphs() - before
-        failure = _reason(error)
-        if isinstance(error, (exc.Unsupported, exc.UserError)):
-            breaks = _breaks(backend, trial)
+        for length in (*warm_up, *after):
+            say(f"{backend}, {trial.kind}: T = {length:,}, {compiler}")
+            if length in warm_up:
+                step(length)
+            else:
+                recompiles += _recompile(step, length)
+    except _compile_errors() as error:
+        ended = error
+    graphs = counters["stats"]["unique_graphs"]
+    failure = None if graphs else "nothing was compiled"
+    broke = isinstance(ended, (exc.Unsupported, exc.UserError))
     found = CompileTrial(
         backend=backend,
         kind=trial.kind,
         graphs=graphs,
-        breaks=breaks,
+        breaks=_breaks(backend, trial) if broke else (),
         recompiles=tuple(recompiles),
-        failure=failure,
+        failure=failure if ended is None else _reason(ended),
         seconds=round(time.perf_counter() - begun, 1),
     )
     torch._dynamo.reset()
     return found
 
 
-def _what_ends_it() -> tuple[type[Exception], ...]:
+def _compile_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     return (*failures(), OSError, SubprocessError, FailOnRecompileLimitHit)
 
 
-def _graphs() -> int:
-    """Graphs that were made in this process."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
 def faults(trial: CompileTrial) -> Iterator[str]:
-    """What is wrong with a result, in lines."""
+    """Say what is wrong with a result, a line for each fault."""
     where = f"compile, {trial.backend}, {trial.kind}"
     for reason in dict.fromkeys(trial.breaks):
         yield f"{where}: graph break: {reason}"
@@ -198,7 +187,7 @@ def _batch(length: int, trial: Trial) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _recompile(step: Callable[[int], None], length: int) -> list[Recompile]:
-    """Runs a step that must find its graph made; makes it where there is none."""
+    """Run a step that must find its graph made; make it where there is none."""
     try:
         with torch.compiler.set_stance("fail_on_recompile"):
             step(length)
@@ -213,42 +202,40 @@ def _recompile(step: Callable[[int], None], length: int) -> list[Recompile]:
 
 
 def _breaks(backend: str, trial: Trial) -> tuple[str, ...]:
-    """Where the graph breaks: of what could not be one, by letting torch make several."""
+    """Find where the graph breaks, by letting torch make several of what could not be one.
+
+    From torch's counters: ``torch._dynamo.explain`` shows no break before the first operator of a
+    frame, in a loop or in a ``with``, and traces without dynamic shapes.
+    """
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
-    before = dict(counters["graph_break"])
+    counters.clear()
     try:
         _step(backend, trial, "eager", fullgraph=False)(lengths(CONFIG.nsa)[0][-1])
-    except _what_ends_it():
+    except _compile_errors():
         return ()  # it is no break that ended it
-    return tuple(
-        _first_two(reason)
-        for reason, count in counters["graph_break"].items()
-        for _ in range(count - before.get(reason, 0))
-    )
+    return tuple(_first_two(reason) for reason in counters["graph_break"].elements())
 
 
 def _first_two(text: str) -> str:
     """The headline of a graph break, and its explanation."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines[1:2] if line.startswith("Explanation: ")]
-    return ": ".join([*lines[:1], *(line.removeprefix("Explanation: ") for line in told)])
+    return ": ".join(line.removeprefix("Explanation: ") for line in lines[:1] + told)
 
 
 def _reason(error: BaseException) -> str:
     """Why it failed: this library's own error where there is one, else torch's first words."""
     from torch._dynamo import exc
 
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, NSAError):
-            return str(cause).partition("\n\nfrom user code")[0]  # appended by torch
-        cause = cause.__cause__ or cause.__context__
+    own = own_error(error)
+    if own is not None:
+        return str(own)
     if isinstance(error, exc.Unsupported):
         return _first_two(str(error))
     if not isinstance(error, RuntimeError):
         return one_line(error)
     # what a compiler of C++ has to say comes late
     said = [line.strip() for line in str(error).splitlines() if " error: " in line]
-    return f"{first_words(error)}: {said[0]}" if said else first_words(error)
+    return ": ".join([first_words(error), *said[:1]])

@@ -1,0 +1,46 @@
+"""Which tensors a compiled forward saves for its backward in one memory.
+
+AOTAutograd takes every saved tensor for a buffer of its own and may let the backward overwrite it
+(``torch._functorch.config.donated_buffer``). Of two views of one memory that is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+
+def saved_in_one_memory(module: nn.Module, x: Tensor, **options: Any) -> list[set[str]]:
+    """Names of the saved tensors that share memory with each other and with no input.
+
+    The module is compiled as for Inductor, but for the code; a backward pass runs as well.
+    """
+    found: list[set[str]] = []
+
+    def forward(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        def storage(node: torch.fx.Node) -> int | None:
+            value = node.meta.get("val")
+            return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+        nodes = list(graph.graph.nodes)
+        given = {storage(node) for node in nodes if node.op == "placeholder"}
+        groups: dict[int | None, set[str]] = {}
+        for node in nodes[-1].args[0]:
+            if isinstance(node, torch.fx.Node) and storage(node) not in (*given, None):
+                groups.setdefault(storage(node), set()).add(f"{node} ({node.target})")
+        found.extend(group for group in groups.values() if len(group) > 1)
+        return make_boxed_func(graph.forward)
+
+    compiler = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch._dynamo.reset()
+    torch.compile(module, backend=compiler, fullgraph=True)(x, **options).sum().backward()
+    torch._dynamo.reset()
+    return found
