@@ -35,7 +35,9 @@ CONFIG = NSAConfig(
     num_local=1,
     window=7,
 )
-WITHIN_ONE = pytest.mark.parametrize("within_one", [True, False], ids=["folded", "weighted"])
+IN_UNIT_INTERVAL = pytest.mark.parametrize(
+    "in_unit_interval", [True, False], ids=["folded", "weighted"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +52,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nsa.backends.compiled.gated.launch.torch.empty", poisoned)
 
 
-def run(inputs: Inputs, within_one: bool) -> dict[str, Tensor]:
+def run(inputs: Inputs, in_unit_interval: bool) -> dict[str, Tensor]:
     """Forward and backward, named as in the accuracy rule."""
     leaves = [x.detach().requires_grad_() for x in inputs.leaves()]
     x = inputs.with_leaves(tuple(leaves))
@@ -58,78 +60,73 @@ def run(inputs: Inputs, within_one: bool) -> dict[str, Tensor]:
         out_cmp, lse_cmp = compiled.compressed_attention(x.q, *x.compressed, x.config, x.cu_seqlens)
     assert x.block_idx is not None
     out = compiled.gated_attention(
-        x.q,
-        x.compressed,
-        x.selected,
-        x.window,
-        x.gates,
+        x.record,
         out_cmp,
         lse_cmp,
         x.block_idx,
         x.config,
-        x.cu_seqlens,
-        within_one=within_one,
+        gates_in_unit_interval=in_unit_interval,
     )
     grads = torch.autograd.grad(out, leaves, x.dout)
     assert [y.dtype for y in grads] == [y.dtype for y in leaves]
     return {"out": out, **{f"d{n}": g for n, g in zip(Inputs.NAMES, grads, strict=True)}}
 
 
-def check(inputs: Inputs, within_one: bool) -> None:
+def check(inputs: Inputs, in_unit_interval: bool) -> None:
     if inputs.block_idx is None:
         inputs = replace(inputs, block_idx=random_blocks(inputs, 1))
     want = expected(inputs)
-    for name, x in run(inputs, within_one).items():
+    for name, x in run(inputs, in_unit_interval).items():
         error = want[name].error(x)
         assert error <= want[name].bound, f"{name}: {error:.2e} > {want[name].bound:.2e}"
 
 
-@WITHIN_ONE
+@IN_UNIT_INTERVAL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(case=cases(max_length=30))
 @settings(max_examples=3)
-def test_obeys_the_accuracy_rule(dtype: torch.dtype, within_one: bool, case: Case) -> None:
-    check(case.inputs(dtype), within_one)
+def test_obeys_the_accuracy_rule(dtype: torch.dtype, in_unit_interval: bool, case: Case) -> None:
+    check(case.inputs(dtype), in_unit_interval)
 
 
-@WITHIN_ONE
+@IN_UNIT_INTERVAL
 @pytest.mark.parametrize("head_dim", [8, 80])
 @pytest.mark.parametrize("shape", [{"length": 25, "batch": 2}, {"lengths": (17, 0, 9, 1)}])
 def test_every_way_to_sum_dq(
-    shape: dict[str, object], head_dim: int, within_one: bool, monkeypatch: pytest.MonkeyPatch
+    shape: dict[str, object], head_dim: int, in_unit_interval: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp32 by atomic adds, in fp32 by the kernel for dq, in q's dtype by the same."""
     monkeypatch.setattr(selected_tiles, "WITH_DQ_FROM", 1)
     config = replace(CONFIG, head_dim=head_dim)
     surplus = "lengths" in shape
     for dtype in (torch.bfloat16, torch.float32)[: 2 if head_dim == 8 else 1]:
-        check(make_inputs(config, dtype=dtype, surplus=surplus, **shape), within_one)
+        check(make_inputs(config, dtype=dtype, surplus=surplus, **shape), in_unit_interval)
 
 
-@WITHIN_ONE
-def test_shut_gates(within_one: bool) -> None:
+@IN_UNIT_INTERVAL
+def test_shut_gates(in_unit_interval: bool) -> None:
     """A gate of 0 takes its branch out, and still has a gradient."""
     x = make_inputs(CONFIG, length=30)
     gates = x.gates.detach().clone()
     gates[:, ::2, :, 0] = gates[:, 1::2, :, 1] = gates[:, ::3, :, 2] = 0.0
-    check(replace(x, gates=gates.requires_grad_()), within_one)
+    check(replace(x, gates=gates.requires_grad_()), in_unit_interval)
 
 
 def test_gates_below_zero() -> None:
     x = make_inputs(CONFIG, length=30)
-    check(replace(x, gates=(x.gates.detach() - 0.5).requires_grad_()), within_one=False)
+    check(replace(x, gates=(x.gates.detach() - 0.5).requires_grad_()), in_unit_interval=False)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("factor", [-1.0, 1.5])
-def test_gates_that_are_not_within_one_as_was_said_are_seen(factor: float) -> None:
+def test_gates_outside_the_unit_interval_are_seen(factor: float) -> None:
     """No wrong number comes out of it."""
     x = make_inputs(CONFIG, length=30)
     gates = torch.ones_like(x.gates.detach()) * factor
     x = replace(x, gates=gates, block_idx=random_blocks(x, 1))
-    assert run(x, within_one=True)["dq"].isnan().all()
+    assert run(x, in_unit_interval=True)["dq"].isnan().all()
 
 
 def test_gates_above_one() -> None:
     x = make_inputs(CONFIG, length=30)
-    check(replace(x, gates=(x.gates.detach() * 3).requires_grad_()), within_one=False)
+    check(replace(x, gates=(x.gates.detach() * 3).requires_grad_()), in_unit_interval=False)

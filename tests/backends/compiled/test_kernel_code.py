@@ -26,14 +26,14 @@ SPILL_BYTES = 64
 SPILLS_IN_LOOPS = 4
 """Instructions that move spilled values in loops, likewise."""
 SPILLING = {
-    ("forward", "paper"): (288, 16),  # two programs share a multiprocessor
-    ("gated_query_gradient", "paper"): (288, 4),  # so here, and no loop spills
-    ("key_gradient", "paper"): (224, 96),  # a loop without masks and one with them
-    ("key_gradient", "small"): (64, 8),
+    ("nsa_window_fwd", "paper"): (288, 16),  # two programs share a multiprocessor
+    ("nsa_gated_bwd_dq", "paper"): (192, 4),  # so here, and no loop spills
+    ("nsa_window_bwd_dkv", "paper"): (224, 96),  # a loop without masks and one with them
+    ("nsa_window_bwd_dkv", "small"): (64, 8),
 }
 """What else some kernels may spill, since they were faster so on an H100."""
 PAPER, SMALL = (64, 4, 128), (12, 2, 64)
-SERIALIZED = {"forward"}
+SERIALIZED = {"nsa_window_fwd"}
 """With heads of 128 the window's forward has 128 registers, so that two programs share a
 multiprocessor: 3.1 ms against 3.9 at T = 65536, although its matrix instructions wait."""
 
@@ -91,10 +91,10 @@ def launch(shape: tuple[int, int, int], step: str) -> list[Code]:
         ),
         "gated": lambda: gated.gated_forward(q, ks, ks, gates, q, lists, layout),
         "gated backward": lambda: gated.gated_backward(
-            dout, q, ks, ks, gates, *of_all, within_one=True, dq_dtype=dq_dtype
+            dout, q, ks, ks, gates, *of_all, gates_in_unit_interval=True, dq_dtype=dq_dtype
         ),
         "gated backward, any gates": lambda: gated.gated_backward(
-            dout, q, ks, ks, gates, *of_all, within_one=False, dq_dtype=dq_dtype
+            dout, q, ks, ks, gates, *of_all, gates_in_unit_interval=False, dq_dtype=dq_dtype
         ),
     }
     with recorded(gated, rows, select, selected, selected_kv, selected_lists, window) as launches:
@@ -133,11 +133,11 @@ def test_code_for_an_h100(step: str, shape: tuple[int, int, int]) -> None:
 def test_what_ptxas_complains_of_is_seen() -> None:
     """Few registers: spilled, and serialized."""
     from nsa.backends.compiled.window import launch as window
-    from nsa.backends.compiled.window.tiles import WindowTiles
+    from nsa.backends.compiled.window.tiles import Tiles
 
     q = torch.empty(1, 256, 16, 128, dtype=torch.bfloat16)
     k: Tensor = torch.empty(1, 256, 1, 128, dtype=torch.bfloat16)
-    tiles = WindowTiles(128, 64, num_warps=8, num_stages=2, maxnreg=96)
+    tiles = Tiles(128, 64, num_warps=8, num_stages=2, maxnreg=96)
     with recorded(window) as launches:
         window.window_forward(q, k, k, window=64, start=None, scale=1.0, tiles=tiles)
     (code,) = [compile_launch(*call) for call in launches.calls]

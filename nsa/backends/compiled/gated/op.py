@@ -95,7 +95,7 @@ def _backward(
         Branches(lse_cmp, lse_slc, lse_win),
         block_idx,
         _layout(*call[:-1]),
-        within_one=call[-1],
+        gates_in_unit_interval=call[-1],
         dq_dtype=_dq_dtype(q),
     )
     return dq, dk[0], dv[0], dk[1], dv[1], dk[2], dv[2], dgates
