@@ -139,7 +139,7 @@ def _select(
     q_start: int,
 ) -> Tensor:
     """See :class:`nsa.backends.shared.select_op.Selector`."""
-    kernels = importlib.import_module("nsa.backends.compiled.select.kernel")
+    kernels = importlib.import_module("nsa.backends.compiled.select.launch")
     start = cmp_start = None
     if cu_seqlens is not None:
         token = token_members(cu_seqlens, q.shape[1])

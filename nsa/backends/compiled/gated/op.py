@@ -14,14 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.backends.compiled.selected.tiles import dq_dtype
 from nsa.core.operators import define, lse_dtype
-
-SUMMED_IN_FP32 = 64
-"""Heads up to this size get dq in fp32: the selected branch may add to it by atomic adds."""
-
-
-def _dq_dtype(q: Tensor) -> torch.dtype:
-    return torch.float32 if q.shape[3] <= SUMMED_IN_FP32 else q.dtype
 
 
 def _layout(
@@ -93,7 +87,7 @@ def _backward(
         block_idx,
         _layout(*call[:-1]),
         within_one=call[-1],
-        dq_dtype=_dq_dtype(q),
+        dq_dtype=dq_dtype(q.dtype, q.shape[3]),
     )
     return dq, dk[0], dv[0], dk[1], dv[1], dk[2], dv[2], dgates
 
@@ -120,7 +114,7 @@ def _gradients_like(
     *rest: object,
 ) -> tuple[Tensor, ...]:
     return (
-        q.new_empty(q.shape, dtype=_dq_dtype(q)),
+        q.new_empty(q.shape, dtype=dq_dtype(q.dtype, q.shape[3])),
         k_cmp.new_empty(k_cmp.shape),
         v_cmp.new_empty(v_cmp.shape),
         k_slc.new_empty(k_slc.shape, dtype=torch.float32),
