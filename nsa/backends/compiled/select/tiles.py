@@ -35,24 +35,13 @@ class Row:
     """The device and dtype that it was timed with, or :data:`UNTUNED`."""
 
 
-LARGE_GROUP = Row(
-    # Two programs to a multiprocessor: one multiplies while the other exponentiates.
-    *(128, 16, False, SelectTiles(128, 64, num_warps=8, num_stages=3, maxnreg=128)),
-    measured="H100, bf16",
-)
-SMALL_GROUP = Row(
-    # Many tokens in a tile, each with a list of its own: few blocks a step.
-    *(64, 6, False, SelectTiles(64, 16, num_warps=4, num_stages=3)),
-    measured="H100, bf16",
-)
-LARGE_HEAD = Row(
-    *(192, 16, False, SelectTiles(128, 64, num_warps=8, num_stages=2)), measured=UNTUNED
-)
-FP32 = Row(
-    # No tensor cores: the tiles are what the registers hold.
-    *(128, 16, True, SelectTiles(32, 32, num_warps=4, num_stages=2)),
-    measured=UNTUNED,
-)
+# Two programs to a multiprocessor: one multiplies while the other exponentiates.
+LARGE_GROUP = Row(128, 16, False, SelectTiles(128, 64, 8, 3, maxnreg=128), "H100, bf16")
+# Many tokens in a tile, each with a list of its own: few blocks a step.
+SMALL_GROUP = Row(64, 6, False, SelectTiles(64, 16, 4, 3), "H100, bf16")
+LARGE_HEAD = Row(192, 16, False, SelectTiles(128, 64, 8, 2), UNTUNED)
+# No tensor cores: the tiles are what the registers hold.
+FP32 = Row(128, 16, True, SelectTiles(32, 32, 4, 2), UNTUNED)
 ROWS = (LARGE_GROUP, SMALL_GROUP, LARGE_HEAD, FP32)
 """A shape without a row of its own gets one of these four by :func:`tile_row`'s rule."""
 
@@ -63,12 +52,8 @@ def tile_row(dtype: torch.dtype, D: int, G: int) -> Row:
     for row in ROWS:
         if (row.D, row.G, row.fp32) == (D, G, fp32):
             return row
-    if fp32:
-        nearest = FP32
-    elif D > 128:
-        nearest = LARGE_HEAD
-    else:
-        nearest = SMALL_GROUP if G < 8 else LARGE_GROUP
+    small = SMALL_GROUP if G < 8 else LARGE_GROUP
+    nearest = FP32 if fp32 else LARGE_HEAD if D > 128 else small
     return replace(nearest, D=D, G=G, measured=UNTUNED)
 
 
