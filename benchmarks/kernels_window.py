@@ -26,7 +26,7 @@ from triton.testing import do_bench
 from nsa import NSAConfig
 from nsa.backends.compiled.window import launch as window
 from nsa.backends.compiled.window.launch import window_backward, window_forward
-from nsa.backends.compiled.window.tiles import WindowTiles
+from nsa.backends.compiled.window.tiles import Tiles
 from nsa.core.packing import token_members
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 
@@ -47,39 +47,39 @@ SHAPES = {
     "paper-65536": (PAPER, 1, 65536),
     "small-2048": (SMALL, 32, 2048),
 }
-FORWARD = {
-    "128x64, 8 w, 2 st., 128 regs": WindowTiles(128, 64, 8, 2, 128),
-    "128x64, 8 w, 2 st.": WindowTiles(128, 64, 8, 2),
-    "128x64, 8 w, 3 st.": WindowTiles(128, 64, 8, 3),
-    "128x64, 4 w, 2 st.": WindowTiles(128, 64, 4, 2),
-    "128x128, 8 w, 2 st.": WindowTiles(128, 128, 8, 2),
-    "128x32, 8 w, 3 st., 128 regs": WindowTiles(128, 32, 8, 3, 128),
-    "64x64, 4 w, 2 st.": WindowTiles(64, 64, 4, 2),
-    "64x64, 4 w, 3 st.": WindowTiles(64, 64, 4, 3),
-    "64x128, 4 w, 2 st.": WindowTiles(64, 128, 4, 2),
-    "256x64, 8 w, 2 st.": WindowTiles(256, 64, 8, 2),
+FWD = {
+    "128x64, 8 w, 2 st., 128 regs": Tiles(128, 64, 8, 2, 128),
+    "128x64, 8 w, 2 st.": Tiles(128, 64, 8, 2),
+    "128x64, 8 w, 3 st.": Tiles(128, 64, 8, 3),
+    "128x64, 4 w, 2 st.": Tiles(128, 64, 4, 2),
+    "128x128, 8 w, 2 st.": Tiles(128, 128, 8, 2),
+    "128x32, 8 w, 3 st., 128 regs": Tiles(128, 32, 8, 3, 128),
+    "64x64, 4 w, 2 st.": Tiles(64, 64, 4, 2),
+    "64x64, 4 w, 3 st.": Tiles(64, 64, 4, 3),
+    "64x128, 4 w, 2 st.": Tiles(64, 128, 4, 2),
+    "256x64, 8 w, 2 st.": Tiles(256, 64, 8, 2),
 }
-QUERY_GRADIENT = {
-    "128x64, 8 w, 2 st.": WindowTiles(128, 64, 8, 2),
-    "128x64, 8 w, 2 st., 128 regs": WindowTiles(128, 64, 8, 2, 128),
-    "128x64, 8 w, 3 st.": WindowTiles(128, 64, 8, 3),
-    "128x32, 8 w, 2 st.": WindowTiles(128, 32, 8, 2),
-    "128x32, 8 w, 2 st., 128 regs": WindowTiles(128, 32, 8, 2, 128),
-    "64x64, 4 w, 2 st.": WindowTiles(64, 64, 4, 2),
-    "64x32, 4 w, 2 st.": WindowTiles(64, 32, 4, 2),
-    "64x128, 8 w, 2 st.": WindowTiles(64, 128, 8, 2),
+BWD_DQ = {
+    "128x64, 8 w, 2 st.": Tiles(128, 64, 8, 2),
+    "128x64, 8 w, 2 st., 128 regs": Tiles(128, 64, 8, 2, 128),
+    "128x64, 8 w, 3 st.": Tiles(128, 64, 8, 3),
+    "128x32, 8 w, 2 st.": Tiles(128, 32, 8, 2),
+    "128x32, 8 w, 2 st., 128 regs": Tiles(128, 32, 8, 2, 128),
+    "64x64, 4 w, 2 st.": Tiles(64, 64, 4, 2),
+    "64x32, 4 w, 2 st.": Tiles(64, 32, 4, 2),
+    "64x128, 8 w, 2 st.": Tiles(64, 128, 8, 2),
 }
-KEY_GRADIENT = {
-    "128x64, 8 w, 2 st.": WindowTiles(128, 64, 8, 2),
-    "128x64, 8 w, 1 st.": WindowTiles(128, 64, 8, 1),
-    "64x128, 8 w, 2 st.": WindowTiles(64, 128, 8, 2),
-    "64x128, 8 w, 3 st.": WindowTiles(64, 128, 8, 3),
-    "32x128, 8 w, 2 st.": WindowTiles(32, 128, 8, 2),
-    "32x128, 8 w, 3 st.": WindowTiles(32, 128, 8, 3),
-    "64x64, 8 w, 2 st.": WindowTiles(64, 64, 8, 2),
-    "64x64, 8 w, 2 st., 128 regs": WindowTiles(64, 64, 8, 2, 128),
-    "64x64, 4 w, 2 st.": WindowTiles(64, 64, 4, 2),
-    "32x64, 4 w, 3 st.": WindowTiles(32, 64, 4, 3),
+BWD_DKV = {
+    "128x64, 8 w, 2 st.": Tiles(128, 64, 8, 2),
+    "128x64, 8 w, 1 st.": Tiles(128, 64, 8, 1),
+    "64x128, 8 w, 2 st.": Tiles(64, 128, 8, 2),
+    "64x128, 8 w, 3 st.": Tiles(64, 128, 8, 3),
+    "32x128, 8 w, 2 st.": Tiles(32, 128, 8, 2),
+    "32x128, 8 w, 3 st.": Tiles(32, 128, 8, 3),
+    "64x64, 8 w, 2 st.": Tiles(64, 64, 8, 2),
+    "64x64, 8 w, 2 st., 128 regs": Tiles(64, 64, 8, 2, 128),
+    "64x64, 4 w, 2 st.": Tiles(64, 64, 4, 2),
+    "32x64, 4 w, 3 st.": Tiles(32, 64, 4, 3),
 }
 
 
@@ -148,23 +148,23 @@ class Problem:
         self.k, self.v = normal(config.num_kv_heads), normal(config.num_kv_heads)
         scale = config.softmax_scale
         self.common: dict[str, Any] = {"window": config.window, "start": None, "scale": scale}
-        self.out, self.lse = self.forward(None)
+        self.out, self.lse = self.fwd(None)
 
-    def forward(self, tiles: WindowTiles | None) -> tuple[Tensor, Tensor]:
+    def fwd(self, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
         return window_forward(self.q, self.k, self.v, **self.common, tiles=tiles)
 
-    def backward(self, **tiles: WindowTiles) -> object:
+    def backward(self, **tiles: Tiles) -> object:
         results = self.out, self.lse
         return window_backward(self.dout, self.q, self.k, self.v, *results, **self.common, **tiles)
 
-    def query_gradient(self, tiles: WindowTiles) -> object:
+    def bwd_dq(self, tiles: Tiles) -> object:
         """dq alone: the other kernel is left out."""
-        with without("_key_gradient"):
+        with without("nsa_window_bwd_dkv"):
             return self.backward(q_tiles=tiles)
 
-    def key_gradient(self, tiles: WindowTiles) -> object:
+    def bwd_dkv(self, tiles: Tiles) -> object:
         """dk and dv alone."""
-        with without("_query_gradient"):
+        with without("nsa_window_bwd_dq"):
             return self.backward(k_tiles=tiles)
 
 
@@ -185,10 +185,10 @@ def without(name: str) -> Iterator[None]:
         setattr(window, name, kernel)
 
 
-TABLES: dict[str, tuple[dict[str, WindowTiles], int]] = {
-    "forward": (FORWARD, 2),
-    "query_gradient": (QUERY_GRADIENT, 3),
-    "key_gradient": (KEY_GRADIENT, 4),
+TABLES: dict[str, tuple[dict[str, Tiles], int]] = {
+    "fwd": (FWD, 2),
+    "bwd_dq": (BWD_DQ, 3),
+    "bwd_dkv": (BWD_DKV, 4),
 }
 """Tiles to try for each kernel, and its matrix products."""
 
@@ -227,7 +227,7 @@ def variants(config: NSAConfig, batch: int, length: int) -> None:
             ms = do_bench(call, warmup=50, rep=300, return_mode="median")
             rate = products * product / ms / 1e9
             print(f"  {name:30s} {ms:8.3f} ms  {rate:5.0f} TFLOP/s", flush=True)
-    for name, call in (("forward", partial(problem.forward, None)), ("backward", problem.backward)):
+    for name, call in (("forward", partial(problem.fwd, None)), ("backward", problem.backward)):
         ms = do_bench(call, warmup=50, rep=300, return_mode="median")
         print(f" {name}, default tiles: {ms:.3f} ms", flush=True)
 

@@ -111,7 +111,7 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             return _NAMES[value.dtype]
         if isinstance(value, float):
             return "fp32"
-        if special and value == 1:
+        if value is None or (special and value == 1):
             constants[path] = value
             return "constexpr"
         if special and value % 16 == 0:

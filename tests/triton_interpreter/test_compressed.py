@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from nsa import NSAConfig
 from nsa.backends.compiled.window.bounds import Blocks
 from nsa.backends.compiled.window.launch import window_backward, window_forward
-from nsa.backends.compiled.window.tiles import WindowTiles
+from nsa.backends.compiled.window.tiles import Tiles
 from nsa.core.packing import block_places
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
@@ -24,7 +24,7 @@ from tests.triton_interpreter import triton_fixes
 
 triton_fixes.apply()
 
-TILES = WindowTiles(rows=64, keys=16, num_warps=4, num_stages=1)
+TILES = Tiles(block_m=64, block_n=16, num_warps=4, num_stages=1)
 CONFIG = NSAConfig(
     num_heads=6,
     num_kv_heads=2,

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from nsa import NSAConfig, reference
 from nsa.backends.compiled.window.launch import addressable, window_backward, window_forward
-from nsa.backends.compiled.window.tiles import WindowTiles
+from nsa.backends.compiled.window.tiles import Tiles
 from nsa.core.packing import token_members
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
@@ -24,7 +24,7 @@ from tests.triton_interpreter import triton_fixes
 
 triton_fixes.apply()
 
-TILES = WindowTiles(rows=64, keys=16, num_warps=4, num_stages=1)
+TILES = Tiles(block_m=64, block_n=16, num_warps=4, num_stages=1)
 CONFIG = NSAConfig(
     num_heads=6,
     num_kv_heads=2,
@@ -54,7 +54,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nsa.backends.compiled.window.launch.torch.empty_like", poisoned_like)
 
 
-def run(inputs: Inputs, tiles: WindowTiles | None = TILES) -> dict[str, Tensor]:
+def run(inputs: Inputs, tiles: Tiles | None = TILES) -> dict[str, Tensor]:
     """Forward and backward on the window's inputs, named as in the accuracy rule."""
     q, (k, v), config = inputs.q.detach(), inputs.window, inputs.config
     k, v = k.detach(), v.detach()
@@ -70,7 +70,7 @@ def run(inputs: Inputs, tiles: WindowTiles | None = TILES) -> dict[str, Tensor]:
     return {"out": out, "lse.window": lse, "dq": dq, "dwindow.k": dk, "dwindow.v": dv}
 
 
-def check(inputs: Inputs, tiles: WindowTiles | None = TILES) -> None:
+def check(inputs: Inputs, tiles: Tiles | None = TILES) -> None:
     """The accuracy rule, with gates that shut the other branches."""
     gates = torch.zeros_like(inputs.gates)
     gates[..., 2] = 1.0
@@ -125,7 +125,7 @@ def test_packed_with_empty_sequences(window: int) -> None:
 def test_long_sequences_after_the_256_starts_read_at_once() -> None:
     """The end of a key's sequence is found 256 tokens at a time."""
     config = NSAConfig(num_heads=1, num_kv_heads=1, head_dim=2, window=400, rope_theta=None)
-    tiles = WindowTiles(rows=64, keys=64, num_warps=4, num_stages=1)
+    tiles = Tiles(block_m=64, block_n=64, num_warps=4, num_stages=1)
     check(make_inputs(config, lengths=(5, 300, 260), seed=2), tiles)
 
 

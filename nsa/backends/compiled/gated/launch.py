@@ -2,9 +2,8 @@
 
 Separately, each branch's backward needs the gradient of its own output, which is the gate times
 that of the sum: written three times, read twice each. Here gates act on the probabilities instead,
-and every kernel reads the one gradient of the sum. dq of all branches is one tensor:
-:func:`~nsa.backends.compiled.gated.bwd_dq.gated_query_gradient` writes the compressed branch's and
-the window's, and the selected branch adds its own.
+and every kernel reads the one gradient of the sum. dq of all branches is one tensor: :mod:`.bwd_dq`
+writes the compressed branch's and the window's, and the selected branch adds its own.
 
 B batch, T tokens, N compressed blocks, H query heads, K key/value heads, D key size, V value size,
 n listed blocks.
@@ -18,21 +17,21 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.common import rows_contiguous
-from nsa.backends.compiled.gated.bwd_dq import gated_query_gradient
+from nsa.backends.compiled.common import LOG2E, rows_contiguous
+from nsa.backends.compiled.gated.bwd_dq import nsa_gated_bwd_dq
 from nsa.backends.compiled.selected.launch import selected_dkv, selected_dq, selected_forward
 from nsa.backends.compiled.selected.tiles import default_tiles
-from nsa.backends.compiled.window.bounds import LOG2E, TOKENS, Blocks
+from nsa.backends.compiled.window.bounds import TOKENS, Blocks
 from nsa.backends.compiled.window.launch import (
     Mix,
-    Rows,
+    RowStatistics,
     addressable,
     key_gradients,
-    launch_shape,
+    launch_options,
     positive,
-    window_and_mix,
+    window_forward,
 )
-from nsa.backends.compiled.window.tiles import query_gradient_tiles
+from nsa.backends.compiled.window.tiles import tiles_for
 
 
 class Layout(NamedTuple):
@@ -52,7 +51,7 @@ class Layout(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """One thing of each branch, in the order of the gates."""
+    """A tensor of each branch, in the order of the gates."""
 
     compressed: Tensor
     selected: Tensor
@@ -92,11 +91,11 @@ def gated_forward(
         select_block=layout.select_block,
         scale=scale,
     )
-    mix = Mix(gates, out_cmp, out_slc)
-    out_win, lse_win, out = window_and_mix(
-        q, k.window, v.window, mix, window=layout.window, start=start, scale=scale
+    mix = Mix(gates, out_cmp, out_slc, out=torch.empty_like(out_slc))
+    out_win, lse_win = window_forward(
+        q, k.window, v.window, window=layout.window, start=start, scale=scale, mix=mix
     )
-    return out, out_slc, out_win, lse_slc, lse_win
+    return mix.out, out_slc, out_win, lse_slc, lse_win
 
 
 def gated_backward(
@@ -110,7 +109,7 @@ def gated_backward(
     block_idx: Tensor,
     layout: Layout,
     *,
-    within_one: bool,
+    gates_in_unit_interval: bool,
     dq_dtype: torch.dtype,
 ) -> tuple[Tensor, Branches, Branches, Tensor]:
     """Gradients of the sum.
@@ -118,7 +117,7 @@ def gated_backward(
     Args:
         dout: ``[B, T, H, V]``, the gradient of the sum.
         out, lse: of every branch.
-        within_one: that every gate is in 0…1, which saves a product for every score.
+        gates_in_unit_interval: that every gate is in 0…1, which saves a product for every score.
         dq_dtype: fp32, or q's dtype.
 
     Returns:
@@ -127,33 +126,31 @@ def gated_backward(
     """
     B, T, H, D = q.shape
     dq = torch.empty(B, T, H, D, dtype=dq_dtype, device=q.device)
-    facts_of_a_row = 2 if within_one else 3
-    rows = torch.empty(facts_of_a_row, 3, B, T, H, dtype=torch.float32, device=q.device)
+    weighted = not gates_in_unit_interval
+    stats = torch.empty(3 if weighted else 2, 3, B, T, H, dtype=torch.float32, device=q.device)
     dgates = torch.empty(B, T, H, 3, dtype=gates.dtype, device=q.device)
     dout = rows_contiguous(dout)
-    _query_gradient(
-        dout, q, k, v, gates, out, lse, layout, dq, rows, dgates, weighted=not within_one
-    )
-    facts = [Rows(rows[0, i], rows[1, i], None if within_one else rows[2, i]) for i in range(3)]
+    _bwd_dq(dout, q, k, v, gates, out, lse, layout, dq, stats, dgates, weighted=weighted)
+    rows = [RowStatistics(*stats[:, branch]) for branch in range(3)]
     start, scale = layout.start, layout.scale
     dk_cmp, dv_cmp = key_gradients(
         dout,
         q,
         k.compressed,
         v.compressed,
-        facts[0],
+        rows[0],
         window=max(1, k.compressed.shape[1]),
         start=layout.cmp_start,
         scale=scale,
         blocks=layout.blocks,
     )
     dk_win, dv_win = key_gradients(
-        dout, q, k.window, v.window, facts[2], window=layout.window, start=start, scale=scale
+        dout, q, k.window, v.window, rows[2], window=layout.window, start=start, scale=scale
     )
     chosen: dict[str, Any] = {"start": start, "select_block": layout.select_block, "scale": scale}
     tiles = default_tiles(q, v.selected, block_idx, layout.select_block)
     if not tiles.dkv.with_dq:
-        lse_slc, delta, weight = facts[1]
+        lse_slc, delta, weight = rows[1]
         of_rows: dict[str, Any] = {"delta": delta, "weight": weight, "dq": dq}
         selected_dq(dout, q, k.selected, v.selected, lse_slc, block_idx, **chosen, **of_rows)
     dk_slc, dv_slc = selected_dkv(
@@ -161,19 +158,19 @@ def gated_backward(
         q,
         k.selected,
         v.selected,
-        facts[1].lse,
-        facts[1].delta,
+        rows[1].lse,
+        rows[1].delta,
         block_idx,
         **chosen,
         sequences=None if start is None else layout.sequences,
-        weight=facts[1].weight,
+        weight=rows[1].weight,
         dq=dq if tiles.dkv.with_dq else None,
         tiles=tiles.dkv,
     )
     return dq, Branches(dk_cmp, dk_slc, dk_win), Branches(dv_cmp, dv_slc, dv_win), dgates
 
 
-def _query_gradient(
+def _bwd_dq(
     dout: Tensor,
     q: Tensor,
     k: Branches,
@@ -183,55 +180,51 @@ def _query_gradient(
     lse: Branches,
     layout: Layout,
     dq: Tensor,
-    rows: Tensor,
+    stats: Tensor,
     dgates: Tensor,
     *,
     weighted: bool,
 ) -> None:
-    """Writes dq of two branches, ``rows`` and ``dgates``."""
-    B, T, _, D = q.shape
+    """Writes dq of two branches, ``dgates`` and ``stats``, the row statistics of all branches."""
+    B, T, H, D = q.shape
     K, V = v.window.shape[2:]
-    if rows.numel() == 0:
+    if stats.numel() == 0:
         return
     q, scale, sign = positive(q, layout.scale)
     q, k, v = addressable(q), Branches(*map(addressable, k)), Branches(*map(addressable, v))
-    tiles = query_gradient_tiles(q.dtype, max(D, V))
-    shape, options = launch_shape(q, k.window, v.window, tiles, layout.start, 0, TOKENS)
-    del shape["STRIDED"]
-    shape |= {"LEAD": layout.blocks.block - 1, "STRIDE": layout.blocks.stride}
-    nothing = rows if layout.start is None else layout.start
+    tiles = tiles_for(q.dtype, D, V).bwd_dq
+    C, options = launch_options(q, k.window, v.window, tiles, layout.start, 0, TOKENS)
+    options |= {"LEAD": layout.blocks.block - 1, "STRIDE": layout.blocks.stride}
     with torch.cuda.device_of(q):
-        gated_query_gradient[(triton.cdiv(T, shape["TOKENS"]) * B * K,)](
+        nsa_gated_bwd_dq[(triton.cdiv(T, C.TOKENS) * B * K,)](
             q,
             k.compressed,
             v.compressed,
             k.window,
             v.window,
             gates,
-            *(x.contiguous() for x in out),
-            *(x.contiguous() for x in lse),
+            tuple(x.contiguous() for x in out),
+            tuple(x.contiguous() for x in lse),
             dout,
             dq,
             dgates,
-            rows,
-            nothing,
-            nothing if layout.cmp_start is None else layout.cmp_start,
-            nothing if layout.blocks.first is None else layout.blocks.first,
-            rows[0, 0].numel(),
+            stats,
+            (layout.cmp_start, layout.blocks.first),
+            (layout.start, None),
+            B * T * H,
             T,
             max(1, k.compressed.shape[1]),
             K,
             min(layout.window, T),
             scale * sign,
             scale * LOG2E,
-            *q.stride(),
-            *k.compressed.stride(),
-            *v.compressed.stride(),
-            *k.window.stride(),
-            *v.window.stride(),
-            *gates.stride(),
-            *dout.stride(),
+            q.stride(),
+            k.compressed.stride(),
+            v.compressed.stride(),
+            k.window.stride(),
+            v.window.stride(),
+            gates.stride(),
+            dout.stride(),
             WEIGHTED=weighted,
-            **shape,
             **options,
         )

@@ -86,7 +86,7 @@ def _backward(
         kernels.Branches(lse_cmp, lse_slc, lse_win),
         block_idx,
         _layout(*call[:-1]),
-        within_one=call[-1],
+        gates_in_unit_interval=call[-1],
         dq_dtype=dq_dtype(q.dtype, q.shape[3]),
     )
     return dq, dk[0], dv[0], dk[1], dv[1], dk[2], dv[2], dgates

@@ -1,6 +1,6 @@
-"""Attention over a band of keys, forward and backward: the window (paper §3.3.3) and, with keys
-that stand ``stride`` tokens apart, the compressed branch (Eq. 7-8). Launches of its kernels:
-:mod:`.band_forward`, :mod:`.band_queries`, :mod:`.band_keys`.
+"""Sliding-window attention, forward and backward, and the compressed branch, which is the same with
+strided keys (:mod:`.bounds`): launches of the kernels of :mod:`.fwd`, :mod:`.bwd_dq` and
+:mod:`.bwd_dkv`.
 
 B batch, T query tokens, S keys, H query heads, K key/value heads, G heads per group, D key size,
 V value size.
@@ -17,33 +17,31 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.window.bounds import LOG2E, TOKENS, Blocks
-from nsa.backends.compiled.window.bwd_dkv import key_gradient
-from nsa.backends.compiled.window.bwd_dq import query_gradient
-from nsa.backends.compiled.window.fwd import forward
-from nsa.backends.compiled.window.tiles import (
-    WindowTiles,
-    forward_tiles,
-    key_gradient_tiles,
-    query_gradient_tiles,
-)
+from nsa.backends.compiled.common import LOG2E
+from nsa.backends.compiled.window.bounds import TOKENS, Blocks
+from nsa.backends.compiled.window.bwd_dkv import nsa_window_bwd_dkv
+from nsa.backends.compiled.window.bwd_dq import nsa_window_bwd_dq
+from nsa.backends.compiled.window.fwd import nsa_window_fwd
+from nsa.backends.compiled.window.tiles import Constants, Tiles, constants, tiles_for
 
 PROGRAMS = 1024
 """Programs of the kernel for dk and dv that a launch over few keys is split into, about."""
 
 
 class Mix(NamedTuple):
-    """The other two branches, for the gated sum of the three."""
+    """The gated sum of the three branches, which the window's kernel can take too."""
 
     gates: Tensor
     """``[B, T, H, 3]``"""
     compressed: Tensor
-    """``[B, T, H, V]``"""
+    """The branch's out ``[B, T, H, V]``."""
     selected: Tensor
+    out: Tensor
+    """``Σ gate * out``, summed in fp32, ``[B, T, H, V]``, contiguous; written."""
 
 
-class Rows(NamedTuple):
-    """What the kernel for dk and dv needs of every query row, fp32 ``[B, T, H]``, contiguous."""
+class RowStatistics(NamedTuple):
+    """What the kernels for dk and dv need of every query row, fp32 ``[B, T, H]``, contiguous."""
 
     lse: Tensor
     delta: Tensor
@@ -62,7 +60,8 @@ def window_forward(
     scale: float,
     q_start: int = 0,
     blocks: Blocks = TOKENS,
-    tiles: WindowTiles | None = None,
+    tiles: Tiles | None = None,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the last ``window`` keys, the query's own included.
 
@@ -74,83 +73,51 @@ def window_forward(
             token's sequence, which does not decrease.
         q_start: number of q's first token; 0 when packed.
         blocks: what a key stands for.
-        tiles: overrides :func:`forward_tiles`.
+        tiles: overrides those of :func:`tiles_for`.
+        mix: also written, if this is the window.
 
     Returns:
         out ``[B, T, H, V]`` in q's dtype and lse fp32 ``[B, T, H]``, natural log; 0 and −inf for a
         query that sees no block.
     """
-    out, lse, _ = _forward(q, k, v, window, start, scale, q_start, blocks, tiles, None)
-    return out, lse
-
-
-def window_and_mix(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mix: Mix,
-    *,
-    window: int,
-    start: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`window_forward` of the window, and ``Σ gate * out`` of the three branches, summed in
-    fp32, ``[B, T, H, V]`` in q's dtype: out, lse, sum."""
-    return _forward(q, k, v, window, start, scale, 0, TOKENS, None, mix)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    start: Tensor | None,
-    scale: float,
-    q_start: int,
-    blocks: Blocks,
-    tiles: WindowTiles | None,
-    mix: Mix | None,
-) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, D = q.shape
     K, V = v.shape[2], v.shape[3]
     out = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-    mixed = out if mix is None else torch.empty_like(out)
     if lse.numel() == 0:
-        return out, lse, mixed
+        return out, lse
     q, scale, _ = positive(q, scale)
     q, k, v = map(addressable, (q, k, v))
-    tiles = tiles or forward_tiles(q.dtype, max(D, V))
-    shape, options = launch_shape(q, k, v, tiles, start, q_start, blocks)
-    others = (out, out) if mix is None else (mix.compressed.contiguous(), mix.selected.contiguous())
+    tiles = tiles or tiles_for(q.dtype, D, V).fwd
+    C, options = launch_options(q, k, v, tiles, start, q_start, blocks)
+    branches: tuple[Tensor | None, ...] = (None, None, None)
+    if mix is not None:
+        branches = (mix.compressed.contiguous(), mix.selected.contiguous(), mix.out)
     gates = q if mix is None else mix.gates
     with torch.cuda.device_of(q):
-        forward[(triton.cdiv(T, shape["TOKENS"]) * B * K,)](
+        nsa_window_fwd[(triton.cdiv(T, C.TOKENS) * B * K,)](
             q,
             k,
             v,
             out,
             lse,
-            lse if start is None else start,
-            lse if blocks.first is None else blocks.first,
-            *others,
-            mixed,
+            branches,
             gates,
+            (start, blocks.first),
             T,
             K,
             min(window, k.shape[1]),
             q_start,
             scale,
             scale * LOG2E,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *gates.stride(),
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            gates.stride(),
             MIX=mix is not None,
-            **shape,
             **options,
         )
-    return out, lse, mixed
+    return out, lse
 
 
 def window_backward(
@@ -166,15 +133,15 @@ def window_backward(
     scale: float,
     q_start: int = 0,
     blocks: Blocks = TOKENS,
-    q_tiles: WindowTiles | None = None,
-    k_tiles: WindowTiles | None = None,
+    q_tiles: Tiles | None = None,
+    k_tiles: Tiles | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`window_forward`, whose arguments and results come in unchanged.
 
     Args:
         dout: ``[B, T, H, V]``, the gradient of ``out``, in its dtype.
-        q_tiles, k_tiles: override :func:`query_gradient_tiles` and :func:`key_gradient_tiles`.
+        q_tiles, k_tiles: override those of :func:`tiles_for`.
         splits: parts of the queries that dk and dv are summed over apart; None chooses.
 
     Returns:
@@ -189,10 +156,10 @@ def window_backward(
     dout, q, k, v = map(addressable, (dout, q, k, v))
     positive_q, positive_scale, sign = positive(q, scale)
     delta = torch.empty_like(lse)
-    tiles = q_tiles or query_gradient_tiles(q.dtype, max(D, V))
-    shape, options = launch_shape(q, k, v, tiles, start, q_start, blocks)
+    tiles = q_tiles or tiles_for(q.dtype, D, V).bwd_dq
+    C, options = launch_options(q, k, v, tiles, start, q_start, blocks)
     with torch.cuda.device_of(q):
-        query_gradient[(triton.cdiv(T, shape["TOKENS"]) * B * K,)](
+        nsa_window_bwd_dq[(triton.cdiv(T, C.TOKENS) * B * K,)](
             positive_q,
             k,
             v,
@@ -201,19 +168,17 @@ def window_backward(
             lse,
             delta,
             dq,
-            lse if start is None else start,
-            lse if blocks.first is None else blocks.first,
+            (start, blocks.first),
             T,
             K,
             min(window, S),
             q_start,
             positive_scale * sign,
             positive_scale * LOG2E,
-            *positive_q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *dout.stride(),
-            **shape,
+            positive_q.stride(),
+            k.stride(),
+            v.stride(),
+            dout.stride(),
             **options,
         )
     dk, dv = key_gradients(
@@ -221,7 +186,7 @@ def window_backward(
         q,
         k,
         v,
-        Rows(lse, delta),
+        RowStatistics(lse, delta),
         window=window,
         start=start,
         scale=scale,
@@ -238,14 +203,14 @@ def key_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Rows,
+    rows: RowStatistics,
     *,
     window: int,
     start: Tensor | None,
     scale: float,
     q_start: int = 0,
     blocks: Blocks = TOKENS,
-    tiles: WindowTiles | None = None,
+    tiles: Tiles | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv, of k's and v's dtypes; arguments as of :func:`window_backward`."""
@@ -258,29 +223,24 @@ def key_gradients(
         return dk.zero_(), dv.zero_()
     q, scale, _ = positive(q, scale)
     dout, q, k, v = map(addressable, (dout, q, k, v))
-    tiles = tiles or key_gradient_tiles(q.dtype, max(D, V))
-    shape, options = launch_shape(q, k, v, tiles, start, q_start, blocks)
-    programs = triton.cdiv(S, tiles.keys) * B * K
+    tiles = tiles or tiles_for(q.dtype, D, V).bwd_dkv
+    C, options = launch_options(q, k, v, tiles, start, q_start, blocks)
+    programs = triton.cdiv(S, C.BLOCK_N) * B * K
     if splits is None:
-        splits = _splits(programs, min(window * blocks.stride, T), shape["TOKENS"])
+        splits = _splits(programs, min(window * blocks.stride, T), C.TOKENS)
     parts = [dk, dv]
     if splits > 1:
         parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in parts]
-    lse, weight = rows.lse, rows.weight
     with torch.cuda.device_of(q):
-        key_gradient[(programs * splits,)](
+        nsa_window_bwd_dkv[(programs * splits,)](
             q,
             k,
             v,
             dout,
-            lse,
-            rows.delta,
-            lse if weight is None else weight,
+            *rows,
             *parts,
-            lse if start is None else start,
-            lse if blocks.first is None else blocks.first,
-            lse if blocks.seen_from is None else blocks.seen_from,
-            lse if blocks.seen_until is None else blocks.seen_until,
+            (start, blocks.first),
+            (blocks.seen_from, blocks.seen_until),
             T,
             S,
             K,
@@ -289,13 +249,12 @@ def key_gradients(
             splits,
             scale,
             scale * LOG2E,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *dout.stride(),
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            dout.stride(),
             SPLIT=splits > 1,
-            WEIGHTED=weight is not None,
-            **shape,
+            WEIGHTED=rows.weight is not None,
             **options,
         )
     if splits > 1:
@@ -321,38 +280,27 @@ def addressable(x: Tensor) -> Tensor:
     return x if reach < 2**31 else x.contiguous()
 
 
-def launch_shape(
+def launch_options(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tiles: WindowTiles,
+    tiles: Tiles,
     start: Tensor | None,
     q_start: int,
     blocks: Blocks,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The constants of a launch, and its options."""
-    G, D, V = q.shape[2] // k.shape[2], q.shape[3], v.shape[3]
-    strided = blocks[:2] != (1, 1)
+) -> tuple[Constants, dict[str, Any]]:
+    """The constants of a launch, and with them all that it takes by name."""
     assert k.shape[1] * blocks.stride + blocks.block > q_start + q.shape[1] or start is not None
     assert start is None or q_start == 0
-    assert start is None or not strided or blocks.first is not None
-    rows = max(tiles.rows, triton.next_power_of_2(G))
-    constants = {
-        "G": G,
-        "D": D,
-        "V": V,
-        "TOKENS": rows // G,
-        "ROWS": rows,
-        "KEYS": tiles.keys,
-        "DIM": max(16, triton.next_power_of_2(D)),
-        "VDIM": max(16, triton.next_power_of_2(V)),
+    assert start is None or blocks.block == 1 or blocks.first is not None
+    C = constants(q, v, tiles, packed=start is not None)
+    options = {
         "LEAD": blocks.block - 1,
         "STRIDE": blocks.stride,
-        "STRIDED": strided,
-        "PACKED": start is not None,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # tf32: no effect on 16 bits
+        "C": C,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
     }
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.maxnreg is not None:
         options["maxnreg"] = tiles.maxnreg
-    return constants, options
+    return C, options

@@ -1,60 +1,123 @@
-"""How the window's kernels are cut: chosen on an H100, for G = 16 and D = 128, G = 6 and D = 64."""
+"""Tiles of the kernels of window and compressed branch: a table by head sizes and dtype.
+
+The group size G does not matter: rows of a tile are tokens times heads of a group.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from triton import next_power_of_2
 
 
 @dataclass(frozen=True, slots=True)
-class WindowTiles:
-    """How one launch is cut; powers of two."""
+class Tiles:
+    """Tiles of one launch; powers of two."""
 
-    rows: int
-    """Tokens times heads of a group."""
-    keys: int
+    block_m: int
+    """Query rows: tokens times heads of a group."""
+    block_n: int
+    """Keys."""
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
     """Registers of a thread; None leaves it to the compiler."""
 
 
-def forward_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
-    """Tiles of the forward kernel on sm_90; size is the larger of D and V."""
-    if dtype == torch.float32:  # no tensor cores: the tiles are what the registers hold
-        return WindowTiles(32, 32, num_warps=4, num_stages=1)
-    if size > 256:
-        return WindowTiles(64, 32, num_warps=8, num_stages=1)
-    if size > 128:
-        return WindowTiles(128, 64, num_warps=8, num_stages=2)
-    if size <= 64:
-        return WindowTiles(128, 64, num_warps=4, num_stages=3)
-    # two programs to a multiprocessor: one multiplies while the other exponentiates
-    return WindowTiles(128, 64, num_warps=8, num_stages=2, maxnreg=128)
+@dataclass(frozen=True, slots=True)
+class WindowTiles:
+    """Tiles of the three kernels."""
+
+    fwd: Tiles
+    bwd_dq: Tiles
+    bwd_dkv: Tiles
+    tuned: str
+    """What they were measured on, or "untuned"."""
 
 
-def query_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
-    """Tiles of the kernel for dq."""
+FP32 = WindowTiles(  # no tensor cores: the tiles are what the registers hold
+    fwd=Tiles(32, 32, num_warps=4, num_stages=1),
+    bwd_dq=Tiles(32, 32, num_warps=8, num_stages=1),
+    bwd_dkv=Tiles(32, 32, num_warps=8, num_stages=1),
+    tuned="untuned",
+)
+UP_TO_256 = WindowTiles(
+    fwd=Tiles(128, 64, num_warps=8, num_stages=2),
+    bwd_dq=Tiles(64, 64, num_warps=8, num_stages=2),
+    bwd_dkv=Tiles(64, 64, num_warps=8, num_stages=2),
+    tuned="untuned",
+)
+LARGER = WindowTiles(
+    fwd=Tiles(64, 32, num_warps=8, num_stages=1),
+    bwd_dq=Tiles(64, 32, num_warps=8, num_stages=1),
+    bwd_dkv=Tiles(32, 64, num_warps=8, num_stages=1),
+    tuned="untuned",
+)
+TILES = {
+    (64, 64): WindowTiles(
+        fwd=Tiles(128, 64, num_warps=4, num_stages=3),
+        bwd_dq=Tiles(64, 32, num_warps=4, num_stages=3),
+        bwd_dkv=Tiles(64, 64, num_warps=4, num_stages=3),
+        tuned="H100, bf16, G 6",
+    ),
+    # forward and dq: two programs to a multiprocessor, one multiplies while the other exponentiates
+    (128, 128): WindowTiles(
+        fwd=Tiles(128, 64, num_warps=8, num_stages=2, maxnreg=128),
+        bwd_dq=Tiles(128, 32, num_warps=8, num_stages=2, maxnreg=128),
+        bwd_dkv=Tiles(64, 128, num_warps=8, num_stages=3),
+        tuned="H100, bf16, G 16",
+    ),
+    (192, 128): UP_TO_256,  # the paper's heads
+    (256, 256): UP_TO_256,
+}
+"""fp16 and bf16, by D and V."""
+
+
+def tiles_for(dtype: torch.dtype, D: int, V: int) -> WindowTiles:
+    """The row of head sizes D and V; without one, that of the next larger square heads."""
     if dtype == torch.float32:
-        return WindowTiles(32, 32, num_warps=8, num_stages=1)
-    if size > 256:
-        return WindowTiles(64, 32, num_warps=8, num_stages=1)
-    if size > 128:
-        return WindowTiles(64, 64, num_warps=8, num_stages=2)
-    if size <= 64:
-        return WindowTiles(64, 32, num_warps=4, num_stages=3)
-    return WindowTiles(128, 32, num_warps=8, num_stages=2, maxnreg=128)
+        return FP32
+    larger = (TILES[size, size] for size in (64, 128, 256) if max(D, V) <= size)
+    return TILES.get((D, V)) or next(larger, LARGER)
 
 
-def key_gradient_tiles(dtype: torch.dtype, size: int) -> WindowTiles:
-    """Tiles of the kernel for dk and dv."""
-    if dtype == torch.float32:
-        return WindowTiles(32, 32, num_warps=8, num_stages=1)
-    if size > 256:
-        return WindowTiles(32, 64, num_warps=8, num_stages=1)
-    if size > 128:
-        return WindowTiles(64, 64, num_warps=8, num_stages=2)
-    if size <= 64:
-        return WindowTiles(64, 64, num_warps=4, num_stages=3)
-    return WindowTiles(64, 128, num_warps=8, num_stages=3)
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Compile-time constants of a launch, one argument of every kernel."""
+
+    G: int
+    """Heads per group."""
+    D: int
+    V: int
+    TOKENS: int
+    """Tokens of a tile of queries."""
+    BLOCK_M: int
+    """Query rows of a tile, at least TOKENS * G."""
+    BLOCK_N: int
+    """Keys of a tile."""
+    BLOCK_D: int
+    """D, padded to what a matrix instruction takes."""
+    BLOCK_DV: int
+    PACKED: bool
+    PRECISION: str
+    """Of products of fp32; no effect on 16 bits."""
+
+
+def constants(q: Tensor, v: Tensor, tiles: Tiles, *, packed: bool) -> Constants:
+    """Those of q ``[B, T, H, D]`` and v ``[B, S, K, V]``."""
+    G, D, V = q.shape[2] // v.shape[2], q.shape[3], v.shape[3]
+    block_m = max(tiles.block_m, next_power_of_2(G))
+    return Constants(
+        G=G,
+        D=D,
+        V=V,
+        TOKENS=block_m // G,
+        BLOCK_M=block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_D=max(16, next_power_of_2(D)),
+        BLOCK_DV=max(16, next_power_of_2(V)),
+        PACKED=packed,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+    )
