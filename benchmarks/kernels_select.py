@@ -22,7 +22,7 @@ from triton.testing import do_bench
 
 from nsa import NSAConfig
 from nsa.backends import load
-from nsa.backends.compiled.select.kernel import select_forward
+from nsa.backends.compiled.select.launch import select_forward
 from nsa.backends.compiled.select.tiles import SelectTiles, select_tiles
 from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.testing import make_inputs
@@ -51,7 +51,6 @@ SHAPES = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no maxnreg": {"maxnreg": None},
-    "recompute": {"halo": "recompute"},
     "2 stages": {"num_stages": 2},
     "4 stages": {"num_stages": 4},
     "32 blocks": {"blocks": 32},
@@ -69,17 +68,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Check:
     name: str
     dtype: torch.dtype
-    halo: str
     packed: bool
 
 
 CHECKS = [
-    *(Check(name, torch.bfloat16, "shift", False) for name in CONFIGS),
-    *(Check(name, torch.float32, "shift", False) for name in CONFIGS),
-    *(Check(name, torch.bfloat16, "recompute", False) for name in ("paper", "l 48, d 16")),
-    Check("paper", torch.float16, "shift", False),
-    *(Check(name, torch.bfloat16, "shift", True) for name in ("paper", "small", "G 64")),
-    Check("paper", torch.float32, "shift", True),
+    *(Check(name, torch.bfloat16, False) for name in CONFIGS),
+    *(Check(name, torch.float32, False) for name in CONFIGS),
+    Check("paper", torch.float16, False),
+    *(Check(name, torch.bfloat16, True) for name in ("paper", "small", "G 64")),
+    Check("paper", torch.float32, True),
 ]
 
 
@@ -139,7 +136,7 @@ def problem(
 def check(case: Check) -> str:
     """Lists of a regular batch, from the middle of it, twice, and with tied scores; or packed."""
     sdpa, config = load("sdpa"), CONFIGS[case.name]
-    title = f"{case.name:16s} {str(case.dtype)[6:]:9s} {case.halo:9s}"
+    title = f"{case.name:16s} {str(case.dtype)[6:]:9s}"
     if case.packed:
         lengths = (0, 700, 31, 1, 0, 1500, 64, 5, 7, 300)
         x = make_inputs(config, lengths=lengths, dtype=case.dtype, device="cuda", surplus=True)
@@ -150,7 +147,6 @@ def check(case: Check) -> str:
     T, middle = 2500, 2000
     q, k, lse = problem(config, 1, T, case.dtype)
     tiles = select_tiles(case.dtype, config.group, config.head_dim, config.num_selected, T)
-    tiles = replace(tiles, halo=case.halo)
     chosen = select(q, k, lse, config, tiles=tiles)
     share = differ(chosen, sdpa.select_blocks(q, k, config, lse=lse))
     faults = _sequence_faults(q, k, chosen, config) or "none"
@@ -162,13 +158,13 @@ def check(case: Check) -> str:
     zero = torch.zeros_like(q)
     lse = sdpa.compressed_attention(zero, k, k[..., :1], config)[1]
     last = select(zero, k, lse, config, tiles=tiles)[0, -1, 0].tolist()
-    own, inner = (T - 1) // config.select_block, config.num_selected - config.num_local
+    q_block, inner = (T - 1) // config.select_block, config.num_selected - config.num_local
     first = 1 - config.num_initial  # block 0 has no block before it: its score is the lower one
     if config.compress_block == config.compress_stride:
         first = 0
-    parts["ties"] = last == [*range(first, first + inner), *range(own - 1, own + 1)]
-    if inner >= own:
-        parts["ties"] = last == [*range(own + 1), *[-1] * (config.num_selected - own - 1)]
+    parts["ties"] = last == [*range(first, first + inner), *range(q_block - 1, q_block + 1)]
+    if inner >= q_block:
+        parts["ties"] = last == [*range(q_block + 1), *[-1] * (config.num_selected - q_block - 1)]
     words = ", ".join(f"{name} {'ok' if ok else 'WRONG'}" for name, ok in parts.items())
     return f"{title} faults {faults}, lists differ {share:.4%}, {words}"
 

@@ -19,19 +19,25 @@ import torch
 from torch import Tensor
 
 from nsa import NSAConfig, reference
-from nsa.backends.compiled.selected.bwd_dkv import selected_dkv
-from nsa.backends.compiled.selected.launch import selected_backward, selected_dq, selected_forward
-from nsa.backends.compiled.selected.lists import chunks, union_lists
+from nsa.backends.compiled.selected.inverse_index import inverse_index
+from nsa.backends.compiled.selected.launch import (
+    selected_backward,
+    selected_dkv,
+    selected_dq,
+    selected_forward,
+)
 from nsa.backends.compiled.selected.tiles import (
     KeyTiles,
     QueryTiles,
     SelectedTiles,
-    config_for,
+    tile_row,
+    tiles_for,
     tokens_per_tile,
 )
+from nsa.backends.compiled.selected.union import tile_unions
 
 CHECKED_TOKENS = 1000
-PARTS = ("lists", "forward", "dq", "dkv")
+PARTS = ("index", "forward", "dq", "dkv")
 
 
 def block_lists(T: int, args: argparse.Namespace) -> Tensor:
@@ -104,8 +110,8 @@ class Problem:
         return selected_forward(*tensors, **self.common, tiles=tiles, **kwargs)
 
     def dq(self, tiles: QueryTiles | None, **kwargs: object) -> tuple[Tensor, Tensor]:
-        tensors = (self.dout, self.q, self.k, self.v, self.out, self.lse, self.block_idx)
-        return selected_dq(*tensors, **self.common, tiles=tiles, **kwargs)
+        tensors = (self.dout, self.q, self.k, self.v, self.lse, self.block_idx)
+        return selected_dq(*tensors, **self.common, out=self.out, tiles=tiles, **kwargs)
 
     def dkv(self, tiles: KeyTiles | None, **kwargs: object) -> tuple[Tensor, Tensor]:
         tensors = (self.dout, self.q, self.k, self.v, self.lse, self.delta, self.block_idx)
@@ -118,17 +124,12 @@ class Problem:
 
     def unions(self, tokens: int) -> Callable[[], object]:
         return partial(
-            union_lists, self.block_idx, tokens=tokens, key_rows=self.k.shape[1], **self.where
+            tile_unions, self.block_idx, tokens=tokens, key_rows=self.k.shape[1], **self.where
         )
 
-    def chunks(self, tiles: KeyTiles) -> Callable[[], object]:
+    def index(self, chunk: int) -> Callable[[], object]:
         return partial(
-            chunks,
-            self.block_idx,
-            key_rows=self.k.shape[1],
-            chunk=tiles.chunk,
-            span=tiles.span,
-            **self.where,
+            inverse_index, self.block_idx, key_rows=self.k.shape[1], chunk=chunk, **self.where
         )
 
     def truth(self) -> dict[str, Tensor]:
@@ -195,19 +196,17 @@ def query_variants(G: int, n: int, default: QueryTiles) -> Iterator[QueryTiles]:
             yield tiles
 
 
-def key_variants(G: int, T: int, default: KeyTiles) -> Iterator[KeyTiles]:
+def key_variants(G: int, default: KeyTiles) -> Iterator[KeyTiles]:
     """The default first; then one thing or another changed."""
     yield default
     seen = {default}
-    for rows, warps, stages, chunk, span in (
-        (64, 4, 2, 256, None),
-        (64, 4, 3, 128, None),
-        (64, 4, 3, 1024, None),
-        (64, 4, 3, 256, 4096),
-        (64, 4, 3, 256, T // 4),
-        (64, 8, 3, 256, None),
-        (128, 8, 1, 256, None),
-        (128, 8, 2, 256, None),
+    for rows, warps, stages, chunk in (
+        (64, 4, 2, 256),
+        (64, 4, 3, 128),
+        (64, 4, 3, 1024),
+        (64, 8, 3, 256),
+        (128, 8, 1, 256),
+        (128, 8, 2, 256),
     ):
         tiles = KeyTiles(
             tokens=tokens_per_tile(G, rows),
@@ -215,7 +214,6 @@ def key_variants(G: int, T: int, default: KeyTiles) -> Iterator[KeyTiles]:
             num_warps=warps,
             num_stages=stages,
             chunk=chunk,
-            span=span,
         )
         if tiles not in seen:
             seen.add(tiles)
@@ -279,7 +277,7 @@ def main() -> None:
     parser.add_argument("--default-tiles", action="store_true", help="time no other tilings")
     args = parser.parse_args()
     T, G, n = args.length, args.heads // args.kv_heads, args.num_selected
-    default = config_for(
+    default = tiles_for(
         args.head_dim,
         args.value_dim,
         G,
@@ -288,7 +286,9 @@ def main() -> None:
         dtype=getattr(torch, args.dtype),
         length=T,
     )
+    row = tile_row(args.head_dim, args.value_dim, G, getattr(torch, args.dtype))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
+    print(f"tiles of this shape: {row.measured}")
     check_everything(args, default)
     small, big = Problem(CHECKED_TOKENS, args), Problem(T, args)
     truth = small.truth()
@@ -307,43 +307,41 @@ def main() -> None:
         if not args.default_tiles:
             yield from every
 
-    if "lists" in args.only:
-        seen: set[object] = set()
+    if "index" in args.only:
         for m in {1, default.forward.tokens, tokens_per_tile(G, 128, n)}:
-            print(f"{'union lists':12s} {median_ms(big.unions(m)):8.3f} ms         of {m} tokens")
-        for tiles in variants(key_variants(G, T, default.dkv)):
-            if (tiles.chunk, tiles.span) not in seen:
-                seen.add((tiles.chunk, tiles.span))
-                report("chunks", tiles, median_ms(big.chunks(tiles)), 0.0)
+            print(f"{'tile unions':12s} {median_ms(big.unions(m)):8.3f} ms         of {m} tokens")
+        for chunk in sorted({tiles.chunk for tiles in variants(key_variants(G, default.dkv))}):
+            ms = median_ms(big.index(chunk))
+            print(f"{'inverse':12s} {ms:8.3f} ms         in chunks of {chunk}")
     if "forward" in args.only:
         for tiles in variants(query_variants(G, n, default.forward)):
-            lists = big.unions(tiles.tokens)()
+            unions = big.unions(tiles.tokens)()
             ms = attempt(
                 lambda: hold(
                     dict(zip(("out", "lse"), small.forward(tiles), strict=True)), truth, str(tiles)
                 ),
-                lambda: median_ms(partial(big.forward, tiles, lists=lists)),
+                lambda: median_ms(partial(big.forward, tiles, unions=unions)),
             )
             report("forward", tiles, ms, unit * (D + V))
     if "dq" in args.only:
         for tiles in variants(query_variants(G, n, default.dq)):
-            lists = big.unions(tiles.tokens)()
+            unions = big.unions(tiles.tokens)()
             ms = attempt(
                 lambda: hold({"dq": small.dq(tiles)[0]}, truth, str(tiles)),
-                lambda: median_ms(partial(big.dq, tiles, lists=lists)),
+                lambda: median_ms(partial(big.dq, tiles, unions=unions)),
             )
             report("dq", tiles, ms, unit * (2 * D + V))
     if "dkv" in args.only:
-        for tiles in variants(key_variants(G, T, default.dkv)):
-            cut = big.chunks(tiles)()
+        for tiles in variants(key_variants(G, default.dkv)):
+            index = big.index(tiles.chunk)()
             ms = attempt(
                 lambda: hold(
                     dict(zip(("dk", "dv"), small.dkv(tiles), strict=True)), truth, str(tiles)
                 ),
-                lambda: median_ms(partial(big.dkv, tiles, cut=cut)),
+                lambda: median_ms(partial(big.dkv, tiles, index=index)),
             )
             report("dkv", tiles, ms, unit * (2 * D + 2 * V))
-    print(f"all, lists included, by default: {default}")
+    print(f"all, unions and index included, by default: {default}")
     report("forward", None, median_ms(partial(big.forward, None)), unit * (D + V))
     report("backward", None, median_ms(big.backward), unit * (4 * D + 3 * V))
 

@@ -6,6 +6,8 @@ compiled for sm_90, and ptxas says what the code needs. Nothing is run.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import subprocess
 import tempfile
@@ -65,6 +67,14 @@ class Launches:
                 return lambda *args, **kwargs: calls.append((kernel, args, kwargs))
 
         return Recorder()
+
+
+def kernel_modules() -> list[ModuleType]:
+    """The modules of the ``compiled`` backend."""
+    from nsa.backends import compiled
+
+    found = pkgutil.walk_packages(compiled.__path__, f"{compiled.__name__}.")
+    return [importlib.import_module(module.name) for module in found]
 
 
 @contextmanager

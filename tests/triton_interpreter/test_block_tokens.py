@@ -10,7 +10,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from nsa.backends.compiled import block_tokens
+from nsa.core.block_tokens import kernels as block_tokens
 from nsa.compression import _gather, _scatter
 from tests.triton_interpreter import triton_fixes
 

@@ -14,8 +14,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from nsa import NSAConfig, reference
-from nsa.backends.compiled.select.kernel import select_forward
-from nsa.backends.compiled.select.tiles import SelectTiles, select_tiles
+from nsa.backends.compiled.select.launch import select_forward
+from nsa.backends.compiled.select.tiles import ROWS, SelectTiles, select_tiles, tile_row
+from nsa.backends.compiled.tiling import UNTUNED
 from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.reference.packing import spans
 from nsa.testing import Inputs, make_inputs
@@ -46,7 +47,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(*size: Any, **kwargs: Any) -> Tensor:
         return empty(*size, **kwargs).fill_(-77)
 
-    monkeypatch.setattr("nsa.backends.compiled.select.kernel.torch.empty", poisoned)
+    monkeypatch.setattr("nsa.backends.compiled.select.launch.torch.empty", poisoned)
 
 
 def select(
@@ -102,24 +103,21 @@ def faults(inputs: Inputs, chosen: Tensor) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("halo", ["shift", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(case=cases(max_length=60))
 @settings(max_examples=5)
-def test_obeys_the_acceptance_rule(dtype: torch.dtype, halo: str, case: Case) -> None:
+def test_obeys_the_acceptance_rule(dtype: torch.dtype, case: Case) -> None:
     inputs = case.inputs(dtype)
-    tiles = SelectTiles(rows=64, blocks=16, num_warps=4, num_stages=2, halo=halo)
     q, k = inputs.q.detach(), inputs.compressed.k.detach()
-    assert faults(inputs, select(q, k, case.config, inputs.cu_seqlens, tiles=tiles)) == []
+    assert faults(inputs, select(q, k, case.config, inputs.cu_seqlens)) == []
 
 
-@pytest.mark.parametrize("halo", ["shift", "recompute"])
 @pytest.mark.parametrize(
     ("geometry", "length"),
     [((4, 2, 6), 110), ((3, 1, 4), 75), ((2, 2, 2), 45), ((6, 2, 6), 110), ((32, 16, 64), 1100)],
 )
-def test_equals_the_oracle(geometry: tuple[int, int, int], length: int, halo: str) -> None:
-    """More candidates than one chunk holds; long cases look at the last rows only."""
+def test_equals_the_oracle(geometry: tuple[int, int, int], length: int) -> None:
+    """More candidates than one step holds; long cases look at the last rows only."""
     block, stride, select_block = geometry
     config = NSAConfig(
         num_heads=6,
@@ -135,7 +133,7 @@ def test_equals_the_oracle(geometry: tuple[int, int, int], length: int, halo: st
     inputs = make_inputs(config, length=length, seed=length)
     first = length - 21
     q, k = inputs.q.detach()[:, first:], inputs.compressed.k.detach()
-    tiles = SelectTiles(rows=32, blocks=16, num_warps=4, num_stages=2, halo=halo)
+    tiles = SelectTiles(rows=32, blocks=16, num_warps=4, num_stages=2)
     chosen = select(q, k, config, q_start=first, tiles=tiles)
     assert torch.equal(chosen, reference.select_blocks(q, k, config, q_start=first))
 
@@ -163,9 +161,8 @@ def test_numbers_of_blocks(selected: int, initial: int, local: int) -> None:
     assert torch.equal(chosen, reference.select_blocks(q, k, config))
 
 
-@pytest.mark.parametrize("halo", ["shift", "recompute"])
 @pytest.mark.parametrize("initial", [0, 1])
-def test_ties_go_to_the_lower_index(initial: int, halo: str) -> None:
+def test_ties_go_to_the_lower_index(initial: int) -> None:
     """With q = 0 every visible block weighs the same, and scores tie but at the edges."""
     config = NSAConfig(
         num_heads=6,
@@ -180,17 +177,15 @@ def test_ties_go_to_the_lower_index(initial: int, halo: str) -> None:
     )
     inputs = make_inputs(config, length=130)
     q, k = torch.zeros_like(inputs.q)[:, 90:], inputs.compressed.k.detach()
-    tiles = SelectTiles(rows=32, blocks=16, num_warps=4, num_stages=2, halo=halo)
+    tiles = SelectTiles(rows=32, blocks=16, num_warps=4, num_stages=2)
     chosen = select(q, k, config, q_start=90, tiles=tiles)
     assert torch.equal(chosen, reference.select_blocks(q, k, config, q_start=90))
     assert chosen[0, -1, 0].tolist() == ([0, 1, 2, 21] if initial else [1, 2, 3, 21])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "halo"), [(torch.float32, "recompute"), (torch.bfloat16, "shift")]
-)
-def test_blocks_to_come_do_not_count(dtype: torch.dtype, halo: str) -> None:
-    """Keys that a query does not see yet, however large; around the end of the first chunk."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_to_come_do_not_count(dtype: torch.dtype) -> None:
+    """Keys that a query does not see yet, however large; around the end of the first step."""
     config = NSAConfig(
         num_heads=3,
         num_kv_heads=1,
@@ -204,7 +199,7 @@ def test_blocks_to_come_do_not_count(dtype: torch.dtype, halo: str) -> None:
     )
     inputs = make_inputs(config, length=104, dtype=dtype)
     q, k = inputs.q.detach(), inputs.compressed.k.detach()
-    tiles = SelectTiles(rows=16, blocks=16, num_warps=4, num_stages=2, halo=halo)
+    tiles = SelectTiles(rows=16, blocks=16, num_warps=4, num_stages=2)
     for first in range(92, 104, 4):  # tiles of four tokens
         whole = select(q[:, first : first + 4], k, config, q_start=first, tiles=tiles)
         for t in range(first, first + 4):
@@ -258,3 +253,11 @@ def test_tiles_fit_every_width() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for blocks in (0, 1, 20, 1000):
                 assert select_tiles(dtype, 6, 128, selected, blocks).blocks >= selected
+
+
+def test_a_shape_without_a_row_is_untuned() -> None:
+    for row in ROWS:
+        dtype = torch.float32 if row.fp32 else torch.bfloat16
+        assert tile_row(dtype, row.D, row.G) is row
+    found = tile_row(torch.float16, 80, 4)
+    assert (found.D, found.G, found.measured) == (80, 4, UNTUNED)

@@ -15,9 +15,19 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from nsa import NSAConfig, reference
+from nsa.backends.compiled.selected.inverse_index import inverse_index
 from nsa.backends.compiled.selected.launch import selected_backward, selected_forward
-from nsa.backends.compiled.selected.lists import chunks, union_lists, union_lists_torch
-from nsa.backends.compiled.selected.tiles import KeyTiles, QueryTiles, SelectedTiles, config_for
+from nsa.backends.compiled.selected.tiles import (
+    ROWS,
+    KeyTiles,
+    QueryTiles,
+    SelectedTiles,
+    dq_dtype,
+    tile_row,
+    tiles_for,
+)
+from nsa.backends.compiled.selected.union import TileUnions, tile_unions
+from nsa.backends.compiled.tiling import UNTUNED
 from nsa.core.packing import packed_tokens
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
@@ -38,7 +48,7 @@ CONFIG = NSAConfig(
 )
 
 
-def cut(tokens: int = 4, block_n: int = 16, *, key_tokens: int = 4, **key: Any) -> SelectedTiles:
+def tiling(tokens: int = 4, block_n: int = 16, *, key_tokens: int = 4, **key: Any) -> SelectedTiles:
     """Small tiles, which take many steps."""
     common: dict[str, int] = {"block_n": block_n, "num_warps": 4, "num_stages": 1}
     query = QueryTiles(tokens=tokens, **common)
@@ -120,7 +130,7 @@ def test_obeys_the_accuracy_rule(dtype: torch.dtype, case: Case) -> None:
 def test_groups(heads: tuple[int, int], width: int | None) -> None:
     """Rows that no head fills, tokens that fill no tile, B of 2."""
     config = replace(CONFIG, num_heads=heads[0], num_kv_heads=heads[1])
-    check(listed(make_inputs(config, length=11, batch=2, seed=heads[0]), width), cut())
+    check(listed(make_inputs(config, length=11, batch=2, seed=heads[0]), width), tiling())
 
 
 @pytest.mark.parametrize(("size", "width"), [(4, 2), (6, None), (20, 2), (64, None), (64, 1)])
@@ -128,19 +138,18 @@ def test_block_sizes(size: int, width: int | None) -> None:
     """Smaller than a tile of keys, several tiles, a tail that no tile divides."""
     config = replace(CONFIG, num_heads=4, num_kv_heads=1, select_block=size, num_selected=2)
     length = min(size + 13, 70)
-    check(listed(make_inputs(config, length=length, seed=size), width, seed=size), cut(16))
+    check(listed(make_inputs(config, length=length, seed=size), width, seed=size), tiling(16))
 
 
 @pytest.mark.parametrize(
     "tiles",
     [
-        cut(2, key_tokens=2),
-        cut(8, key_tokens=2, chunk=3),
-        cut(32, 32, key_tokens=16, chunk=1000),
-        cut(5, key_tokens=3, with_dq=True),
-        cut(7, key_tokens=10, with_dq=True),
-        cut(4, span=16),
-        cut(4, span=7, chunk=5),
+        tiling(2, key_tokens=2),
+        tiling(8, key_tokens=2, chunk=3),
+        tiling(32, 32, key_tokens=16, chunk=1000),
+        tiling(5, key_tokens=3, with_dq=True),
+        tiling(7, key_tokens=10, with_dq=True),
+        tiling(4, key_tokens=2, chunk=5),
     ],
 )
 @pytest.mark.parametrize("lengths", [None, (0, 3, 1, 0, 9, 5, 0)])
@@ -154,13 +163,13 @@ def test_any_tiles(tiles: SelectedTiles, lengths: tuple[int, ...] | None) -> Non
 def test_dq_beside_dk_and_dv_in_half_precision(dtype: torch.dtype) -> None:
     """bf16 scales ds before it is rounded; fp16 has few small numbers: dk and dq, after it."""
     inputs = make_inputs(CONFIG, length=17, dtype=dtype)
-    check(listed(inputs, 3, seed=3), cut(5, key_tokens=3, with_dq=True))
+    check(listed(inputs, 3, seed=3), tiling(5, key_tokens=3, with_dq=True))
 
 
 @pytest.mark.parametrize("width", [None, 2])
 def test_packed_with_empty_sequences(width: int | None) -> None:
     lengths = (0, 3, 1, 0, 14, 2, 9, 0)
-    check(listed(make_inputs(CONFIG, lengths=lengths, seed=5), width, seed=1), cut(8))
+    check(listed(make_inputs(CONFIG, lengths=lengths, seed=5), width, seed=1), tiling(8))
 
 
 @pytest.mark.parametrize(("rows", "S"), [(1, 23), (7, 23), (7, 17)])
@@ -182,8 +191,8 @@ def test_position_of_the_first_row(rows: int, S: int) -> None:
         "scale": CONFIG.softmax_scale,
         "q_start": T - rows,
     }
-    found = selected_forward(q, k, v, block_idx, **common, tiles=cut().forward)
-    found += selected_backward(dout, q, k, v, *found, block_idx, **common, tiles=cut())
+    found = selected_forward(q, k, v, block_idx, **common, tiles=tiling().forward)
+    found += selected_backward(dout, q, k, v, *found, block_idx, **common, tiles=tiling())
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a.double(), b.detach(), rtol=1e-5, atol=1e-6)
     assert (found[3][:, T:] == 0).all()
@@ -196,14 +205,14 @@ def test_nothing_to_see() -> None:
     blocks[:, 3:9, :, 0] = 2  # past the query until row 12
     blocks[:, 9:, 0] = torch.tensor([1, 2**30, 2**31 - 1])
     inputs = replace(inputs, block_idx=blocks)
-    found = run(inputs, cut(4))
+    found = run(inputs, tiling(4))
     seen = torch.zeros(1, 15, 6, dtype=torch.bool)
     seen[:, 9:, :3] = True
     assert torch.equal(found["lse.selected"] > float("-inf"), seen)
     assert (found["out"][~seen] == 0).all()
     assert (found["dq"][~seen] == 0).all()
     assert (found["dselected.k"][:, :, 1] == 0).all()
-    check(inputs, cut(8))
+    check(inputs, tiling(8))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
@@ -225,7 +234,7 @@ def test_empty_inputs(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 def test_scales_that_are_not_positive(scale: float) -> None:
-    check(listed(make_inputs(replace(CONFIG, scale=scale), length=13), 3), cut())
+    check(listed(make_inputs(replace(CONFIG, scale=scale), length=13), 3), tiling())
 
 
 def test_strides() -> None:
@@ -240,7 +249,7 @@ def test_strides() -> None:
     backwards = inputs.block_idx.transpose(1, 2).contiguous().transpose(1, 2)
     odd = replace(odd, block_idx=backwards)
     assert not any(x.is_contiguous() for x in (odd.q, odd.selected.k, odd.dout, backwards))
-    check(odd, cut())
+    check(odd, tiling())
 
 
 def test_offsets_past_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,8 +260,8 @@ def test_offsets_past_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         launched.append(x)
         return 2**31
 
-    monkeypatch.setattr("nsa.backends.compiled.selected.bwd_dkv._reach", far)
-    check(listed(make_inputs(CONFIG, length=20, batch=2)), cut())
+    monkeypatch.setattr("nsa.backends.compiled.selected.launch._row_extent", far)
+    check(listed(make_inputs(CONFIG, length=20, batch=2)), tiling())
     assert launched
 
 
@@ -260,7 +269,7 @@ def test_offsets_past_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_huge_inputs_give_finite_results(scale: float) -> None:
     inputs = listed(make_inputs(CONFIG, length=20))
     leaves = tuple(x.detach() * scale for x in inputs.leaves())
-    found = run(inputs.with_leaves(leaves), cut())
+    found = run(inputs.with_leaves(leaves), tiling())
     assert all(torch.isfinite(x).all() for x in found.values())
 
 
@@ -272,7 +281,7 @@ def test_a_sequence_does_not_leak_into_another() -> None:
     for x in leaves:
         if x.shape[1] == 22:
             x[:, 9:16] = 3e38
-    before, after = run(inputs, cut()), run(inputs.with_leaves(tuple(leaves)), cut())
+    before, after = run(inputs, tiling()), run(inputs.with_leaves(tuple(leaves)), tiling())
     for name, x in before.items():
         assert torch.equal(x[:, :9], after[name][:, :9]), name
         assert torch.equal(x[:, 16:], after[name][:, 16:]), name
@@ -285,11 +294,11 @@ def test_default_tiles(size: tuple[int, int]) -> None:
 
 
 def test_default_tiles_fit() -> None:
-    """In shared memory, in a mask, in what the list builder sorts."""
+    """In shared memory, in a mask, in what :func:`tile_unions` sorts."""
     for dtype in (torch.float32, torch.bfloat16):
         for size in (16, 64, 128, 192, 256, 512):
             for group, width in ((1, 16), (1, 100), (3, 2000), (16, 16), (64, 5), (256, 16)):
-                found = config_for(
+                found = tiles_for(
                     size, size, group, width=width, select_block=64, dtype=dtype, length=10**6
                 )
                 for tiles, held in ((found.forward, size), (found.dq, 2 * size)):
@@ -301,9 +310,62 @@ def test_default_tiles_fit() -> None:
                         assert used * dtype.itemsize <= 227 * 1024
 
 
+def test_dq_is_in_fp32_where_atomic_adds_sum_it() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for D in (16, 40, 64, 65, 128, 192):
+            for V in (16, 64, 128):
+                for G in (1, 6, 16):
+                    sizes = {"width": 16, "select_block": 64, "dtype": dtype, "length": 10**6}
+                    tiles = tiles_for(D, V, G, **sizes)
+                    assert not tiles.dkv.with_dq or dq_dtype(dtype, D) == torch.float32
+    assert tiles_for(64, 64, 6, **sizes).dkv.with_dq
+
+
+def test_a_shape_without_a_row_is_untuned() -> None:
+    for row in ROWS:
+        dtype = torch.float32 if row.fp32 else torch.bfloat16
+        assert tile_row(row.D, row.V, row.G, dtype) is row
+    found = tile_row(80, 96, 4, torch.float16)
+    assert (found.D, found.V, found.G, found.measured) == (80, 96, 4, UNTUNED)
+
+
+def tile_unions_torch(
+    block_idx: Tensor,
+    *,
+    tokens: int,
+    key_rows: int,
+    start: Tensor | None,
+    select_block: int,
+    q_start: int,
+) -> TileUnions:
+    """:func:`tile_unions` in PyTorch; entries past ``counts`` are −1."""
+    B, T, K, n = block_idx.shape
+    t = torch.arange(T)[:, None, None]
+    first = block_idx.long() * select_block
+    if start is not None:
+        first = first + start.long()[:, None, None]
+    seen = (block_idx >= 0) & (first <= t + q_start) & (first < key_rows)
+    nowhere = key_rows
+    first = first.masked_fill(~seen, nowhere)
+    first = torch.nn.functional.pad(first, (0, 0, 0, 0, 0, -T % tokens), value=nowhere)
+    tiles = first.shape[1] // tokens
+    first = first.view(B, tiles, tokens, K, n).transpose(2, 3).reshape(B, tiles, K, tokens * n)
+    first, order = first.sort(dim=-1, stable=True)
+    token = order // n
+    begins = first < nowhere
+    begins[..., 1:] &= first[..., 1:] != first[..., :-1]
+    slot = (begins.cumsum(-1) - 1).clamp_min(0)
+    slot = slot.masked_fill(first == nowhere, tokens * n)
+    blank = torch.zeros(B, tiles, K, tokens * n + 1, dtype=torch.int64)
+    rows = (blank - 1).scatter(-1, slot, first)[..., :-1]
+    masks = blank.scatter_add(-1, slot, torch.ones_like(token) << token)[..., :-1]
+    masks = torch.where(masks >= 2**31, masks - 2**32, masks)
+    return TileUnions(tokens, rows.int(), masks.int(), begins.sum(-1).int())
+
+
 @pytest.mark.parametrize(("tokens", "far"), [(1, 0), (2, 2**31 - 1), (8, 0), (32, 2**28)])
 @pytest.mark.parametrize("lengths", [None, (0, 3, 1, 0, 20, 11, 0)])
-def test_union_lists(tokens: int, lengths: tuple[int, ...] | None, far: int) -> None:
+def test_tile_unions(tokens: int, lengths: tuple[int, ...] | None, far: int) -> None:
     """Against plain PyTorch; ``far``: so many key rows that the sort needs int64."""
     regular = lengths is None
     inputs = make_inputs(
@@ -317,18 +379,17 @@ def test_union_lists(tokens: int, lengths: tuple[int, ...] | None, far: int) -> 
         "q_start": 5 if regular else 0,
     }
     block_idx = random_blocks(inputs, 6, seed=tokens)
-    found, want = union_lists(block_idx, **kwargs), union_lists_torch(block_idx, **kwargs)
+    found, want = tile_unions(block_idx, **kwargs), tile_unions_torch(block_idx, **kwargs)
     assert torch.equal(found.counts, want.counts)
     assert torch.equal(found.masks, want.masks)
-    used = torch.arange(want.rows.shape[-1]) < want.counts[..., None]
-    assert torch.equal(found.rows.masked_fill(~used, -1), want.rows)
+    used = torch.arange(want.first_rows.shape[-1]) < want.counts[..., None]
+    assert torch.equal(found.first_rows.masked_fill(~used, -1), want.first_rows)
     assert want.counts.max() > 1
 
 
 @pytest.mark.parametrize("lengths", [None, (0, 3, 1, 0, 20, 11, 0)])
-@pytest.mark.parametrize("span", [None, 8])
 @pytest.mark.parametrize("far", [0, 2**31])
-def test_chunks(lengths: tuple[int, ...] | None, span: int | None, far: int) -> None:
+def test_inverse_index(lengths: tuple[int, ...] | None, far: int) -> None:
     """Every visible pair is in one chunk of its block, and no chunk holds two blocks."""
     regular = lengths is None
     inputs = make_inputs(
@@ -338,30 +399,28 @@ def test_chunks(lengths: tuple[int, ...] | None, span: int | None, far: int) -> 
     start = starts(inputs)
     block_idx = random_blocks(inputs, 6)
     S = far or T
-    found = chunks(
+    found = inverse_index(
         block_idx,
         key_rows=S,
         start=start,
         select_block=3,
         chunk=5,
-        span=span,
         sequences=None if lengths is None else len(lengths),
     )
     want = set()
     for b, t, head, slot in (block_idx >= 0).nonzero().tolist():
         first = block_idx[b, t, head, slot].item() * 3 + (0 if start is None else start[t].item())
         if first <= t:
-            want.add((b * 2 + head, t // (span or T), first, b * T + t))
-    count = found.number.item()
-    assert count <= found.at_most
+            want.add((b * 2 + head, first, b * T + t))
+    count = found.num_chunks.item()
+    assert count <= found.max_chunks
     pairs = []
-    for begin, end in zip(found.starts[:count], found.starts[1 : count + 1], strict=True):
+    for begin, end in zip(found.offsets[:count], found.offsets[1 : count + 1], strict=True):
         assert 0 < end - begin <= 5
-        (key,) = set(found.keys[begin:end].tolist())
+        (block_id,) = set(found.block_ids[begin:end].tolist())
         tokens = found.tokens[begin:end].tolist()
         assert tokens == sorted(tokens)
-        rest, block = divmod(key, found.blocks)
-        first = block * found.unit
-        pairs += [(*divmod(rest, found.spans), first, token) for token in tokens]
+        head, block = divmod(block_id, found.num_blocks)
+        pairs += [(head, block * found.block_pitch, token) for token in tokens]
     assert len(pairs) == len(want)
     assert set(pairs) == want

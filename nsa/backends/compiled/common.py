@@ -1,16 +1,25 @@
-"""Query rows, V contiguous elements each: making them so, and the sum of each of ``dout * out``.
+"""What several kernels share: constants, loads of padded tiles, delta.
 
 B batch, T query tokens, H query heads, V value size.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.backends.compiled.selected.tiles import padded
+from nsa.backends.compiled.tiling import padded
+
+LOG2E = math.log2(math.e)
+LOG2_E = tl.constexpr(LOG2E)
+LN_2 = tl.constexpr(math.log(2.0))
+
+_ELEMENTS = 4096
+"""Of the tile of one program of :func:`nsa_bwd_preprocess`."""
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -20,51 +29,48 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _delta_kernel(
-    out,  # [B, T, H, V], contiguous
-    dout,
-    delta,  # [B, T, H], contiguous; written
-    rows,
+@triton.jit
+def tile_mask(mask, dim, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The mask of a tile ``[rows, BLOCK]``: of its rows, and of ``dim < SIZE`` if it is padded."""
+    tile = mask[:, None]
+    if BLOCK != SIZE:
+        tile = tile & (dim < SIZE)[None, :]
+    return tile
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def nsa_bwd_preprocess(
+    out_ptr,  # [B, T, H, V], contiguous
+    dout_ptr,
+    delta_ptr,  # [B, T, H], contiguous; written
+    dout_strides,
+    num_rows,
     T,
     H,
-    do_b,
-    do_t,
-    do_h,
     V: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    e = tl.arange(0, BLOCK_V)
-    live = row < rows
-    mask = live[:, None] & (e < V)[None, :]
-    at = row // H // T * do_b + row // H % T * do_t + row % H * do_h
-    x = tl.load(out + row[:, None] * V + e[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(dout + at[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(x * y, 1), mask=live)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    e = tl.arange(0, BLOCK_DV)
+    row_mask = row < num_rows
+    mask = row_mask[:, None] & (e < V)[None, :]
+    b, t, h = row // H // T, row // H % T, row % H
+    dout_row = b * dout_strides[0] + t * dout_strides[1] + h * dout_strides[2]
+    out = tl.load(out_ptr + row[:, None] * V + e[None, :], mask=mask, other=0.0)
+    dout = tl.load(dout_ptr + dout_row[:, None] + e[None, :], mask=mask, other=0.0)
+    tl.store(delta_ptr + row, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1), mask=row_mask)
 
 
-def row_sums(dout: Tensor, out: Tensor) -> Tensor:
+def bwd_preprocess(dout: Tensor, out: Tensor) -> Tensor:
     """delta, fp32 ``[B, T, H]``: the sum of ``dout * out`` ``[B, T, H, V]`` over V."""
     B, T, H, V = out.shape
     delta = torch.empty(B, T, H, dtype=torch.float32, device=out.device)
     if delta.numel() == 0:
         return delta
-    dout = rows_contiguous(dout)
-    wide = padded(V)
-    rows = max(1, 4096 // wide)
+    out, dout = out.contiguous(), rows_contiguous(dout)
+    constants = {"V": V, "BLOCK_M": max(1, _ELEMENTS // padded(V)), "BLOCK_DV": padded(V)}
+    grid = (triton.cdiv(delta.numel(), constants["BLOCK_M"]),)
     with torch.cuda.device_of(out):
-        _delta_kernel[(triton.cdiv(delta.numel(), rows),)](
-            out.contiguous(),
-            dout,
-            delta,
-            delta.numel(),
-            T,
-            H,
-            *dout.stride()[:3],
-            V=V,
-            ROWS=rows,
-            BLOCK_V=wide,
-        )
+        nsa_bwd_preprocess[grid](out, dout, delta, dout.stride(), delta.numel(), T, H, **constants)
     return delta

@@ -129,7 +129,7 @@ def select_impl(
     q_start: int,
 ) -> Tensor:
     """See :func:`nsa.backends.shared.select_op.select`."""
-    from nsa.backends.compiled.select.kernel import select_forward
+    from nsa.backends.compiled.select.launch import select_forward
 
     start = cmp_start = None
     if cu_seqlens is not None:

@@ -1,4 +1,4 @@
-"""The tokens of every compressed block of a regular batch, and the way back: two copies.
+"""The tokens of every compressed block of a fixed-length batch, and the way back: two copies.
 
 B batch, T tokens, N compressed blocks, K key/value heads, D head size, L tokens of a block.
 """
@@ -19,57 +19,57 @@ MOST_ROWS = 65_535
 
 
 @triton.jit(do_not_specialize=["N"])
-def _gather(
-    x,  # [B, T, K, D]
-    blocks,  # [B, N, K, L, D], contiguous; written
+def nsa_block_tokens_gather(
+    x_ptr,  # [B, T, K, D]
+    blocks_ptr,  # [B, N, K, L, D], contiguous; written
+    x_strides,
     N,
-    x_b,
-    x_t,
-    x_k,
-    K: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     D: tl.constexpr,
-    L: tl.constexpr,
+    BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     at = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)  # within one batch row
     b = tl.program_id(1).to(tl.int64)
-    live = at < N * (K * L * D)
+    mask = at < N * (KV_HEADS * BLOCK * D)
     d = at % D
-    m = at // D % L
-    k = at // (D * L) % K
-    n = at // (D * L * K)
-    source = b * x_b + (n * STRIDE + m).to(tl.int64) * x_t + k.to(tl.int64) * x_k + d
-    row = tl.load(x + source, mask=live)
-    tl.store(blocks + b * N * (K * L * D) + at, row, mask=live)
+    i = at // D % BLOCK
+    kv_head = at // (D * BLOCK) % KV_HEADS
+    n = at // (D * BLOCK * KV_HEADS)
+    token = (n * STRIDE + i).to(tl.int64)
+    source = b * x_strides[0] + token * x_strides[1] + kv_head.to(tl.int64) * x_strides[2] + d
+    row = tl.load(x_ptr + source, mask=mask)
+    tl.store(blocks_ptr + b * N * (KV_HEADS * BLOCK * D) + at, row, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def _scatter(
-    grad,  # [B, N, K, L, D], contiguous
-    total,  # [B, T, K, D], contiguous; written
+def nsa_block_tokens_scatter(
+    grad_ptr,  # [B, N, K, L, D], contiguous
+    total_ptr,  # [B, T, K, D], contiguous; written
     T,
     N,
-    K: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     D: tl.constexpr,
-    L: tl.constexpr,
+    BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     at = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     b = tl.program_id(1).to(tl.int64)
-    live = at < T * (K * D)
+    mask = at < T * (KV_HEADS * D)
     d = at % D
-    k = at // D % K
-    t = at // (D * K)
-    grad += b * N * (K * L * D)
+    kv_head = at // D % KV_HEADS
+    t = at // (D * KV_HEADS)
+    grad_ptr += b * N * (KV_HEADS * BLOCK * D)
     acc = tl.zeros([ELEMENTS], tl.float32)
-    for j in tl.static_range(L // STRIDE):  # a token is in at most l/d blocks
+    for j in tl.static_range(BLOCK // STRIDE):  # a token is in at most l/d blocks
         n = t // STRIDE - j
-        m = t - n * STRIDE
-        source = ((n.to(tl.int64) * K + k) * L + m) * D + d
-        acc += tl.load(grad + source, mask=live & (n >= 0) & (n < N), other=0.0).to(tl.float32)
-    tl.store(total + b * T * (K * D) + at, acc.to(total.dtype.element_ty), mask=live)
+        i = t - n * STRIDE
+        source = ((n.to(tl.int64) * KV_HEADS + kv_head) * BLOCK + i) * D + d
+        in_block = mask & (n >= 0) & (n < N)
+        acc += tl.load(grad_ptr + source, mask=in_block, other=0.0).to(tl.float32)
+    tl.store(total_ptr + b * T * (KV_HEADS * D) + at, acc.to(total_ptr.dtype.element_ty), mask=mask)
 
 
 def gather(x: Tensor, block: int, stride: int, N: int) -> Tensor:
@@ -78,10 +78,9 @@ def gather(x: Tensor, block: int, stride: int, N: int) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     blocks = x.new_empty(B, N, K, block, D)
     grid = (triton.cdiv(N * K * block * D, _ELEMENTS), B)
+    constants = _constants(K, D, block, stride)
     with torch.cuda.device_of(x):
-        _gather[grid](
-            x, blocks, N, *x.stride()[:3], K=K, D=D, L=block, STRIDE=stride, ELEMENTS=_ELEMENTS
-        )
+        nsa_block_tokens_gather[grid](x, blocks, x.stride(), N, **constants)
     return blocks
 
 
@@ -91,6 +90,11 @@ def scatter(grad: Tensor, T: int, stride: int) -> Tensor:
     grad = grad.contiguous()
     total = grad.new_empty(B, T, K, D)
     grid = (triton.cdiv(T * K * D, _ELEMENTS), B)
+    constants = _constants(K, D, block, stride)
     with torch.cuda.device_of(grad):
-        _scatter[grid](grad, total, T, N, K=K, D=D, L=block, STRIDE=stride, ELEMENTS=_ELEMENTS)
+        nsa_block_tokens_scatter[grid](grad, total, T, N, **constants)
     return total
+
+
+def _constants(K: int, D: int, block: int, stride: int) -> dict[str, int]:
+    return {"KV_HEADS": K, "D": D, "BLOCK": block, "STRIDE": stride, "ELEMENTS": _ELEMENTS}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa.backends.compiled.window.bounds import LOG2_E
+from nsa.backends.compiled.common import LOG2_E
 from nsa.backends.compiled.window.bwd_dq import dq_over_keys
 from nsa.backends.compiled.window.rows import load_heads, load_rows, query_rows, store_rows
 

@@ -17,12 +17,11 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.common import rows_contiguous
+from nsa.backends.compiled.common import LOG2E, rows_contiguous
 from nsa.backends.compiled.gated.bwd_dq import nsa_gated_bwd_dq
-from nsa.backends.compiled.selected.bwd_dkv import selected_dkv
-from nsa.backends.compiled.selected.launch import add_selected_dq, selected_forward
+from nsa.backends.compiled.selected.launch import selected_dkv, selected_dq, selected_forward
 from nsa.backends.compiled.selected.tiles import default_tiles
-from nsa.backends.compiled.window.bounds import LOG2E, TOKENS, Blocks
+from nsa.backends.compiled.window.bounds import TOKENS, Blocks
 from nsa.backends.compiled.window.launch import (
     Mix,
     RowStatistics,
@@ -151,7 +150,9 @@ def gated_backward(
     chosen: dict[str, Any] = {"start": start, "select_block": layout.select_block, "scale": scale}
     tiles = default_tiles(q, v.selected, block_idx, layout.select_block)
     if not tiles.dkv.with_dq:
-        add_selected_dq(dq, dout, q, k.selected, v.selected, *rows[1], block_idx, **chosen)
+        lse_slc, delta, weight = rows[1]
+        of_rows: dict[str, Any] = {"delta": delta, "weight": weight, "dq": dq}
+        selected_dq(dout, q, k.selected, v.selected, lse_slc, block_idx, **chosen, **of_rows)
     dk_slc, dv_slc = selected_dkv(
         dout,
         q,

@@ -13,16 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.backends.compiled.selected.tiles import dq_dtype
 from nsa.core import flops
 from nsa.core.dtypes import accumulation_dtype
 from nsa.core.operators import config_of, define
-
-SUMMED_IN_FP32 = 64
-"""Heads up to this size get dq in fp32: the selected branch may add to it by atomic adds."""
-
-
-def _dq_dtype(q: Tensor) -> torch.dtype:
-    return torch.float32 if q.shape[3] <= SUMMED_IN_FP32 else q.dtype
 
 
 def _layout(
@@ -96,7 +90,7 @@ def _backward(
         block_idx,
         _layout(*call[:-1]),
         gates_in_unit_interval=call[-1],
-        dq_dtype=_dq_dtype(q),
+        dq_dtype=dq_dtype(q.dtype, q.shape[3]),
     )
     return dq, dk[0], dv[0], dk[1], dv[1], dk[2], dv[2], dgates
 
@@ -112,7 +106,8 @@ def _outputs(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *rest: object) -> tuple[Te
 
 def _gradients_like(dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Like q, then k and v of the compressed, selected and window branch, then the gates."""
-    dtypes = {0: _dq_dtype(inputs[0]), 3: torch.float32, 4: torch.float32}
+    q = inputs[0]
+    dtypes = {0: dq_dtype(q.dtype, q.shape[3]), 3: torch.float32, 4: torch.float32}
     return tuple(
         x.new_empty(x.shape, dtype=dtypes.get(i, x.dtype)) for i, x in enumerate(inputs[:8])
     )

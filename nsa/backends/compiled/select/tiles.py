@@ -1,42 +1,93 @@
-"""How the selection kernel is cut: chosen on an H100."""
+"""Tiles of the selection kernel: one row per shape, in :data:`ROWS`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from triton import next_power_of_2
+
+from nsa.backends.compiled.tiling import UNTUNED, next_power_of_2
 
 
 @dataclass(frozen=True, slots=True)
 class SelectTiles:
-    """How one launch of the kernel is cut."""
+    """How one launch of the kernel is tiled."""
 
     rows: int
     """Tokens times heads of a group (a power of two each) in a program."""
     blocks: int
-    """Selection blocks of a chunk, a power of two; at least n."""
+    """Selection blocks of a step, a power of two; at least n."""
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
     """Registers of a thread; None leaves it to the compiler."""
-    halo: str = "shift"
-    """How the part of a score that comes from the block before gets in: "shift" moves it over by
-    one column; "recompute" multiplies the l/d - 1 last keys of that block once more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tiles of one shape, before they are fitted to n and the length of the sequences."""
+
+    D: int
+    G: int
+    fp32: bool
+    tiles: SelectTiles
+    measured: str
+    """The device and dtype that it was timed with, or :data:`UNTUNED`."""
+
+
+# Two programs to a multiprocessor: one multiplies while the other exponentiates.
+LARGE_GROUP = Row(128, 16, False, SelectTiles(128, 64, 8, 3, maxnreg=128), "H100, bf16")
+# Many tokens in a tile, each with a list of its own: few blocks a step.
+SMALL_GROUP = Row(64, 6, False, SelectTiles(64, 16, 4, 3), "H100, bf16")
+LARGE_HEAD = Row(192, 16, False, SelectTiles(128, 64, 8, 2), UNTUNED)
+# No tensor cores: the tiles are what the registers hold.
+FP32 = Row(128, 16, True, SelectTiles(32, 32, 4, 2), UNTUNED)
+ROWS = (LARGE_GROUP, SMALL_GROUP, LARGE_HEAD, FP32)
+"""A shape without a row of its own gets one of these four by :func:`tile_row`'s rule."""
+
+
+def tile_row(dtype: torch.dtype, D: int, G: int) -> Row:
+    """The row of this shape, else the nearest by dtype, head size and group, as untuned."""
+    fp32 = dtype == torch.float32
+    for row in ROWS:
+        if (row.D, row.G, row.fp32) == (D, G, fp32):
+            return row
+    small = SMALL_GROUP if G < 8 else LARGE_GROUP
+    nearest = FP32 if fp32 else LARGE_HEAD if D > 128 else small
+    return replace(nearest, D=D, G=G, measured=UNTUNED)
 
 
 def select_tiles(
     dtype: torch.dtype, group: int, key_size: int, num_selected: int, num_blocks: int
 ) -> SelectTiles:
     """Tiles for sm_90: dtype of q, G, D, n, and at least as many blocks as a sequence has."""
+    tiles = tile_row(dtype, key_size, group).tiles
     least = max(16, next_power_of_2(num_selected))
-    most = max(least, next_power_of_2(max(1, num_blocks)))
-    if dtype == torch.float32:  # no tensor cores: the tiles are what the registers hold
-        return SelectTiles(32, min(most, max(32, least)), num_warps=4, num_stages=2)
-    blocks = min(most, max(64, least))
-    if key_size > 128:
-        return SelectTiles(128, blocks, num_warps=8, num_stages=2)
-    if group < 8:  # many tokens in a tile, each with a list of its own
-        return SelectTiles(64, min(most, least), num_warps=4, num_stages=3)
-    # two programs to a multiprocessor: one multiplies while the other exponentiates
-    return SelectTiles(128, blocks, num_warps=8, num_stages=3, maxnreg=128)
+    most = max(least, next_power_of_2(num_blocks))
+    return replace(tiles, blocks=min(most, max(tiles.blocks, least)))
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Compile-time constants of a launch, one argument of the kernel."""
+
+    G: int
+    D: int
+    COMPRESS_BLOCK: int
+    COMPRESS_STRIDE: int
+    SELECT_BLOCK: int
+    NUM_SELECTED: int
+    NUM_INITIAL: int
+    NUM_LOCAL: int
+    PACKED: bool
+    IEEE: bool
+    """Whether scores are fp32 products."""
+    TOKENS: int
+    """Tokens of a tile; its rows are these times BLOCK_GROUP."""
+    BLOCK_GROUP: int
+    """G, padded to a power of two."""
+    BLOCK_N: int
+    """Selection blocks of a step, and so the keys of one product."""
+    BLOCK_D: int
+    SLOTS: int
+    """n, padded to a power of two."""

@@ -1,8 +1,8 @@
-"""Selected attention (paper Eq. 11-12), forward and backward: launches of the kernels of
-:mod:`.selected_rows` (forward and dq) and :mod:`.selected_kv` (dk, dv and dq).
+"""Selected attention (paper Eq. 11-12), forward and backward: launches of :mod:`.fwd`,
+:mod:`.bwd_dq` and :mod:`.bwd_dkv`.
 
 B batch, T query tokens, S key tokens, H query heads, K key/value heads, G heads per group, D key
-size, V value size, n listed blocks, W entries of a union list.
+size, V value size, n selected blocks.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.common import row_sums, rows_contiguous
-from nsa.backends.compiled.selected.bwd_dkv import selected_dkv
-from nsa.backends.compiled.selected.fwd import dq_kernel, forward_kernel
-from nsa.backends.compiled.selected.lists import UnionLists, union_lists
+from nsa.backends.compiled.common import LOG2E, bwd_preprocess, rows_contiguous
+from nsa.backends.compiled.selected.bwd_dkv import nsa_selected_bwd_dkv
+from nsa.backends.compiled.selected.bwd_dq import nsa_selected_bwd_dq
+from nsa.backends.compiled.selected.fwd import nsa_selected_fwd
+from nsa.backends.compiled.selected.inverse_index import InverseIndex, inverse_index
 from nsa.backends.compiled.selected.tiles import (
+    KeyTiles,
     QueryTiles,
     SelectedTiles,
+    constants,
     default_tiles,
-    padded,
-    padded_rows,
 )
-from nsa.backends.compiled.window.bounds import LOG2E
+from nsa.backends.compiled.selected.union import TileUnions, tile_unions
+from nsa.backends.compiled.tiling import launch_options, padded
 
 
 def selected_forward(
@@ -38,57 +40,45 @@ def selected_forward(
     scale: float,
     q_start: int = 0,
     tiles: QueryTiles | None = None,
-    lists: UnionLists | None = None,
+    unions: TileUnions | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the tokens ``s <= t`` of the listed blocks.
+    """Attention over the tokens ``s <= t`` of the selected blocks.
 
     Args:
         q: ``[B, T, H, D]``, fp32, fp16 or bf16.
         k, v: ``[B, S, K, D]`` and ``[B, S, K, V]``, of q's dtype.
         block_idx: int32 ``[B, T, K, n]``, strictly ascending, then −1; block j covers the
             positions ``j*l' … j*l' + l' - 1`` of the query's own sequence.
-        start: None for a regular batch; when packed (B = 1), int32 ``[T]``, the first row of k
-            and v of each token's sequence.
+        start: None for a fixed-length batch; when packed (B = 1), int32 ``[T]``, the first row of
+            k and v of each token's sequence.
         select_block: l', in tokens.
         scale: of the scores.
         q_start: position of q's first row; 0 when packed.
-        tiles: how to cut the launch; None takes :func:`default_tiles`.
-        lists: made by :func:`union_lists` for as many tokens a tile as ``tiles`` has, or None.
+        tiles: of the launch; None takes :func:`default_tiles`.
+        unions: made by :func:`tile_unions` for as many tokens a tile as ``tiles`` has, or None.
 
     Returns:
         out ``[B, T, H, V]`` in q's dtype and lse ``[B, T, H]``, fp32, natural log; 0 and −inf
         where nothing is visible.
     """
     B, T, H, D = q.shape
-    K, V = v.shape[2:]
+    S, K, V = v.shape[1:]
     out = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
     tiles = tiles or default_tiles(q, v, block_idx, select_block).forward
     q, k, v = map(rows_contiguous, (q, k, v))
+    where: dict[str, Any] = {"start": start, "select_block": select_block, "q_start": q_start}
     with torch.cuda.device_of(q):
-        if lists is None:
-            lists = _lists(k, block_idx, tiles, start, select_block, q_start)
-        forward_kernel[(lists.counts.numel(),)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            lists.rows,
-            lists.masks,
-            lists.counts,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            T,
-            lists.counts.shape[1],
-            k.shape[1],
-            q_start,
-            K,
-            scale * LOG2E,
-            **_constants(q, v, block_idx, select_block, tiles),
+        unions = unions or tile_unions(block_idx, tokens=tiles.tokens, key_rows=S, **where)
+        nsa_selected_fwd[(unions.counts.numel(),)](
+            *(q, k, v, out, lse),
+            unions[1:],
+            *(x.stride() for x in (q, k, v)),
+            *(T, unions.counts.shape[1], S, q_start, K, scale * LOG2E),
+            C=constants(q, v, block_idx, select_block, tiles),
+            **launch_options(tiles.num_warps, tiles.num_stages),
         )
     return out, lse
 
@@ -98,7 +88,6 @@ def selected_dq(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
     block_idx: Tensor,
     *,
@@ -106,101 +95,120 @@ def selected_dq(
     select_block: int,
     scale: float,
     q_start: int = 0,
+    out: Tensor | None = None,
+    delta: Tensor | None = None,
+    weight: Tensor | None = None,
+    dq: Tensor | None = None,
     tiles: QueryTiles | None = None,
-    lists: UnionLists | None = None,
+    unions: TileUnions | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of q, and what :func:`selected_dkv` needs of out.
+    """The gradient of q and delta: from out, or, with both given, delta as it is and dq added to.
 
-    Arguments as of :func:`selected_forward`, with its results and the gradient ``dout`` of out.
+    Args:
+        dout: ``[B, T, H, V]``, the gradient of out.
+        q, k, v, block_idx, start, select_block, scale, q_start, tiles, unions: as of
+            :func:`selected_forward`.
+        out, lse: as it returned.
+        delta: ``[B, T, H]``, fp32, contiguous, the sum of ``dout * out``.
+        weight: ``[B, T, H]``, fp32, contiguous, of each row's probabilities; None for 1.
+        dq: ``[B, T, H, D]``, contiguous, of any dtype.
 
     Returns:
-        dq ``[B, T, H, D]`` in q's dtype, and delta ``[B, T, H]``, fp32, the sum of ``dout * out``.
+        dq, in q's dtype unless given, and delta.
     """
-    B, T, H, D = q.shape
-    dq = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
-    delta = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-    call = (block_idx, start, select_block, scale, q_start, tiles, lists)
-    _launch_dq(dout, q, k, v, out.contiguous(), lse.contiguous(), delta, None, dq, *call)
+    T, S, K = q.shape[1], k.shape[1], k.shape[2]
+    accumulate = out is None
+    if out is not None:
+        out = out.contiguous()
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    assert dq is not None, "expected out, or delta and dq"
+    assert delta is not None, "expected out, or delta and dq"
+    if delta.numel() == 0:
+        return dq, delta
+    tiles = tiles or default_tiles(q, v, block_idx, select_block).dq
+    q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
+    where: dict[str, Any] = {"start": start, "select_block": select_block, "q_start": q_start}
+    with torch.cuda.device_of(q):
+        unions = unions or tile_unions(block_idx, tokens=tiles.tokens, key_rows=S, **where)
+        nsa_selected_bwd_dq[(unions.counts.numel(),)](
+            *(q, k, v, dout, dq if out is None else out, lse.contiguous(), delta),
+            *(delta if weight is None else weight, dq),
+            unions[1:],
+            *(x.stride() for x in (q, k, v, dout)),
+            *(T, unions.counts.shape[1], S, q_start, K, scale * LOG2E, scale),
+            ACCUMULATE=accumulate,
+            WEIGHTED=weight is not None,
+            C=constants(q, v, block_idx, select_block, tiles),
+            **launch_options(tiles.num_warps, tiles.num_stages),
+        )
     return dq, delta
 
 
-def add_selected_dq(
-    dq: Tensor,
+def selected_dkv(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    weight: Tensor | None,
     block_idx: Tensor,
     *,
     start: Tensor | None,
     select_block: int,
     scale: float,
-) -> None:
-    """Adds the gradient of q to ``dq``, contiguous and of any dtype.
+    q_start: int = 0,
+    sequences: int | None = None,
+    weight: Tensor | None = None,
+    dq: Tensor | None = None,
+    tiles: KeyTiles | None = None,
+    index: InverseIndex | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of k and v, and of q where the tiles say so.
 
-    Arguments as of :func:`selected_dkv`.
+    Args:
+        dout, q, k, v, lse, delta, block_idx, start, select_block, scale, q_start, weight: as of
+            :func:`selected_dq`.
+        sequences: at most so many packed sequences (``cu_seqlens.numel() - 1``); without it, many
+            programs start for nothing.
+        dq: ``[B, T, H, D]``, fp32, contiguous: what q's gradient is added to with
+            ``KeyTiles.with_dq``.
+        tiles: of the launch; None takes :func:`default_tiles`.
+        index: made by :func:`inverse_index`, or None.
+
+    Returns:
+        dk ``[B, S, K, D]`` and dv ``[B, S, K, V]``, fp32, 0 for keys that nobody sees.
     """
-    call = (block_idx, start, select_block, scale, 0, None, None)
-    _launch_dq(dout, q, k, v, None, lse, delta, weight, dq, *call)
-
-
-def _launch_dq(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    delta: Tensor,
-    weight: Tensor | None,
-    dq: Tensor,
-    block_idx: Tensor,
-    start: Tensor | None,
-    select_block: int,
-    scale: float,
-    q_start: int,
-    tiles: QueryTiles | None,
-    lists: UnionLists | None,
-) -> None:
-    """Without out: delta is given, and dq is added to."""
-    if lse.numel() == 0:
-        return
-    tiles = tiles or default_tiles(q, v, block_idx, select_block).dq
+    T, S, K = q.shape[1], k.shape[1], k.shape[2]
+    dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
+    dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
+    tiles = tiles or default_tiles(q, v, block_idx, select_block).dkv
+    assert not tiles.with_dq or (dq is not None and dq.dtype == torch.float32)
+    if not (q.numel() and k.numel() and block_idx.numel()):
+        return dk, dv
     q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
+    where: dict[str, Any] = {"start": start, "select_block": select_block, "q_start": q_start}
     with torch.cuda.device_of(q):
-        if lists is None:
-            lists = _lists(k, block_idx, tiles, start, select_block, q_start)
-        dq_kernel[(lists.counts.numel(),)](
-            q,
-            k,
-            v,
-            dout,
-            dq if out is None else out,
-            lse,
-            delta,
-            lse if weight is None else weight,
-            dq,
-            lists.rows,
-            lists.masks,
-            lists.counts,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *dout.stride()[:3],
-            q.shape[1],
-            lists.counts.shape[1],
-            k.shape[1],
-            q_start,
-            k.shape[2],
-            scale * LOG2E,
-            scale,
-            MORE=out is None,
-            WEIGHTED=weight is not None,
-            **_constants(q, v, block_idx, select_block, tiles),
+        index = index or inverse_index(
+            block_idx, key_rows=S, chunk=tiles.chunk, sequences=sequences, **where
         )
+        nsa_selected_bwd_dkv[(index.max_chunks * triton.cdiv(select_block, tiles.block_n),)](
+            *(q, k, v, dout),
+            (lse.contiguous(), delta.contiguous(), delta if weight is None else weight),
+            *(dk, dv, dk if dq is None else dq),
+            (index.block_ids, index.tokens, index.offsets, index.num_chunks),
+            *(x.stride() for x in (q, k, v, dout)),
+            *(T, S, q_start, K, index.num_blocks, scale * LOG2E, scale),
+            BLOCK_PITCH=index.block_pitch,
+            MASKED_PREFIX=padded(select_block),
+            WITH_DQ=tiles.with_dq,
+            WEIGHTED=weight is not None,
+            SCALE_DS=q.dtype != torch.float16,
+            INT64=max(q.numel(), _row_extent(q), _row_extent(dout)) >= 2**31,
+            C=constants(q, v, block_idx, select_block, tiles),
+            **launch_options(tiles.num_warps, tiles.num_stages, tiles.maxnreg),
+        )
+    return dk, dv
 
 
 def selected_backward(
@@ -227,70 +235,21 @@ def selected_backward(
     bits may differ between runs.
     """
     tiles = tiles or default_tiles(q, v, block_idx, select_block)
-    call: dict[str, Any] = {
-        "start": start,
-        "select_block": select_block,
-        "scale": scale,
-        "q_start": q_start,
-    }
+    call: dict[str, Any] = {"start": start, "select_block": select_block}
+    call |= {"scale": scale, "q_start": q_start}
     dout = rows_contiguous(dout)
     summed = None
     if tiles.dkv.with_dq:
         dq = summed = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        delta = row_sums(dout, out)
+        delta = bwd_preprocess(dout, out)
     else:
-        dq, delta = selected_dq(dout, q, k, v, out, lse, block_idx, **call, tiles=tiles.dq)
-    dk, dv = selected_dkv(
-        dout,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        block_idx,
-        **call,
-        sequences=sequences,
-        dq=summed,
-        tiles=tiles.dkv,
-    )
+        dq, delta = selected_dq(dout, q, k, v, lse, block_idx, **call, out=out, tiles=tiles.dq)
+    call |= {"sequences": sequences, "dq": summed, "tiles": tiles.dkv}
+    dk, dv = selected_dkv(dout, q, k, v, lse, delta, block_idx, **call)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-def _lists(
-    k: Tensor,
-    block_idx: Tensor,
-    tiles: QueryTiles,
-    start: Tensor | None,
-    select_block: int,
-    q_start: int,
-) -> UnionLists:
-    return union_lists(
-        block_idx,
-        tokens=tiles.tokens,
-        key_rows=k.shape[1],
-        start=start,
-        select_block=select_block,
-        q_start=q_start,
-    )
-
-
-def _constants(
-    q: Tensor, v: Tensor, block_idx: Tensor, select_block: int, tiles: QueryTiles
-) -> dict[str, int | str]:
-    D, V, G = q.shape[3], v.shape[3], q.shape[2] // v.shape[2]
-    return {
-        "G": G,
-        "D": D,
-        "V": V,
-        "SELECT": select_block,
-        "WIDTH": block_idx.shape[3],
-        "TOKENS": tiles.tokens,
-        "ROWS": padded_rows(tiles.tokens, G),
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_D": padded(D),
-        "BLOCK_V": padded(V),
-        "PARTS": triton.cdiv(select_block, tiles.block_n),
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
+def _row_extent(x: Tensor) -> int:
+    """More than any offset of an element ``[B, T, H, ...]`` whose row is told by B * T and H."""
+    B, T, H = x.shape[:3]
+    return B * T * x.stride(1) + H * x.stride(2) + x.shape[3]

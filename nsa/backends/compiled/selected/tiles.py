@@ -1,8 +1,8 @@
-"""How the kernels of the selected branch are cut: tile sizes, warps, stages.
+"""Tiles of the selected branch's kernels: one row per shape, in :data:`ROWS`.
 
-Two kinds of launch: *query tiles* (forward, dq: some tokens, over the blocks they list) and *key
-tiles* (dk, dv: one block, over the tokens that list it). Rows are tokens times the G query heads of
-a key/value head. D key size, V value size, n listed blocks.
+Two kinds of launch: *query tiles* (forward, dq: some tokens, over the blocks that they selected)
+and *key tiles* (dk, dv: one block, over the tokens that selected it). The rows of a tile are tokens
+times the G query heads of a key/value head. D key size, V value size, n selected blocks.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
 
-SHARED_BYTES = 220 * 1024
-"""Shared memory that a program may plan with (227 KiB on sm_90, less what reductions need)."""
+from nsa.backends.compiled.tiling import SHARED_BYTES, UNTUNED, next_power_of_2, padded
 
 MAX_SLOTS = 1024
-"""List entries of one query tile that the list builder sorts at once."""
+"""Entries of one query tile's lists that :func:`.union.tile_unions` sorts at once."""
+
+MASK_BITS = 32
+"""Tokens of one query tile: one bit of an int32 each."""
 
 WITH_DQ_FROM = 2048
 """Tokens from which small heads sum dq beside dk and dv (H100: 1.68 ms against 1.95 at T = 2048,
 2.8 against 3.9 at 8192, with lists at random; with heads of 128 the adds cost more than they save).
 Short sequences list nearly all they see, so that unions are small and dq alone is fast."""
 
-MASK_BITS = 32
-"""Tokens of one query tile: one bit of an int32 each."""
+FP32_DQ_SIZE = 64
+"""Head sizes D up to this one get dq in fp32, as :data:`WITH_DQ_FROM` needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,28 +34,21 @@ class QueryTiles:
     """One launch of the forward or of the dq kernel."""
 
     tokens: int
-    """Consecutive tokens of a tile, at most 32."""
+    """Consecutive tokens of a tile, at most 32; of key tiles: of a step, any that selected the
+    block, they need not be neighbours."""
     block_n: int
-    """Keys of one step, a power of two from 16; a block of more keys takes several steps."""
+    """Keys of a step (key tiles: of a program), a power of two from 16; a block of more keys takes
+    several."""
     num_warps: int
     num_stages: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyTiles:
+class KeyTiles(QueryTiles):
     """One launch of the dk, dv kernel."""
 
-    tokens: int
-    """Tokens of one step; any of those that read the block, they need not be neighbours."""
-    block_n: int
-    """Keys of a program, a power of two from 16; a block of more keys takes several programs."""
-    num_warps: int
-    num_stages: int
     chunk: int = 256
     """Tokens of one chunk at most: what a program reads of one block before it adds its dk, dv."""
-    span: int | None = None
-    """Chunks are ordered by spans of as many tokens, so that what one span reads of q and dout can
-    stay in the L2 cache; every block adds its dk, dv once a span. None: one span."""
     with_dq: bool = False
     """Whether dq is summed here too, by atomic adds in fp32, in place of a kernel of its own."""
     maxnreg: int | None = None
@@ -70,52 +64,118 @@ class SelectedTiles:
     dkv: KeyTiles
 
 
-def padded(size: int) -> int:
-    """The power of two, at least 16, that a matrix product pads ``size`` to."""
-    return max(16, next_power_of_2(size))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Tiles of one shape, before they are fitted to n, l', T and shared memory."""
+
+    D: int
+    V: int
+    G: int
+    fp32: bool = False
+    rows: int = 64
+    """Rows of a tile at most, if one token has no more."""
+    forward: tuple[int, int]
+    """Keys of a step and stages, as of the next two."""
+    dq: tuple[int, int]
+    dkv: tuple[int, int]
+    dkv_maxnreg: int | None = None
+    with_dq: bool = False
+    """Whether long sequences sum dq beside dk and dv."""
+    measured: str
+    """The device and dtype that it was timed with, or :data:`UNTUNED`."""
 
 
-def padded_rows(tokens: int, group: int) -> int:
-    """Rows of a tile of ``tokens`` tokens with G heads each."""
-    return padded(tokens * group)
+SMALL_HEADS = Row(
+    # Two or more programs a multiprocessor; three for dk and dv, where waiting costs more than what
+    # 168 registers spill.
+    D=64,
+    V=64,
+    G=6,
+    forward=(64, 2),
+    dq=(64, 3),
+    dkv=(64, 1),
+    dkv_maxnreg=168,
+    with_dq=True,
+    measured="H100, bf16",
+)
+LARGE_HEADS = Row(
+    # Two programs a multiprocessor, nothing spilled.
+    D=128,
+    V=128,
+    G=16,
+    forward=(64, 3),
+    dq=(64, 2),
+    dkv=(64, 3),
+    measured="H100, bf16",
+)
+PAPER = replace(LARGE_HEADS, D=192, measured=UNTUNED)
+FP32 = Row(
+    # IEEE fp32 has no matrix unit: small tiles.
+    D=128,
+    V=128,
+    G=16,
+    fp32=True,
+    rows=16,
+    forward=(32, 1),
+    dq=(16, 1),
+    dkv=(32, 1),
+    measured=UNTUNED,
+)
+ROWS = (SMALL_HEADS, LARGE_HEADS, PAPER, FP32)
+"""A shape without a row of its own gets one of the first, second and last by :func:`tile_row`."""
+
+
+def tile_row(D: int, V: int, G: int, dtype: torch.dtype) -> Row:
+    """The row of this shape, else the nearest by dtype and head sizes, as untuned."""
+    fp32 = dtype == torch.float32
+    for row in ROWS:
+        if (row.D, row.V, row.G, row.fp32) == (D, V, G, fp32):
+            return row
+    nearest = SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
+    return replace(FP32 if fp32 else nearest, D=D, V=V, G=G, measured=UNTUNED)
+
+
+def dq_dtype(dtype: torch.dtype, D: int) -> torch.dtype:
+    """Of q's gradient within a backward: fp32 where atomic adds may sum it."""
+    return torch.float32 if D <= FP32_DQ_SIZE else dtype
 
 
 def tokens_per_tile(group: int, rows: int, width: int | None = None) -> int:
     """The most tokens whose rows fit in ``rows``, at least 1.
 
-    ``width`` (n): also so few that a union list can be made of their lists.
+    ``width`` (n): also so few that the union of their lists can be made.
     """
     tokens = max(1, rows // group)
-    while width is not None and tokens > 1 and not _listable(tokens, width):
+    while width is not None and tokens > 1 and not has_union(tokens, width):
         tokens -= 1
     return tokens
 
 
-def _listable(tokens: int, width: int) -> bool:
+def has_union(tokens: int, width: int) -> bool:
+    """Whether the union of the lists of so many tokens, n blocks each, can be made."""
     return tokens <= MASK_BITS and next_power_of_2(tokens * width) <= MAX_SLOTS
 
 
-def config_for(
+def tiles_for(
     D: int, V: int, G: int, *, width: int, select_block: int, dtype: torch.dtype, length: int
 ) -> SelectedTiles:
-    """Tiles for an H100: head sizes, group, listed blocks n, l', and T (only a small one matters).
+    """Tiles for an H100: head sizes, group, n, l', and T (only a small one matters).
 
-    Chosen for fp16 and bf16 at D = V = 128 (G = 16) and 64 (G = 6): two or more programs a
-    multiprocessor, nothing spilled but in dk and dv of small heads. Larger heads take less of
-    everything until it fits in shared memory. IEEE fp32 has no matrix unit: small tiles.
+    The row of the shape, with no more tokens than there are, no more keys than a block has, and
+    less of everything until it fits in shared memory.
     """
+    row = tile_row(D, V, G, dtype)
     wide = padded(D) + padded(V)
-    fp32 = dtype == torch.float32
-    rows = 16 if fp32 else 64
     keys = padded(select_block)
-    few = max(1, length)  # no rows for tokens that do not exist
-    tokens = min(tokens_per_tile(G, rows, width), few)
+    length = max(1, length)
+    tokens = min(tokens_per_tile(G, row.rows, width), length)
     fp32_warps = 8 if wide >= 256 else 4
 
     def query_tiles(n: int, stages: int, row_size: int) -> QueryTiles:
         """``row_size``: elements of a row that stay in shared memory."""
-        held = padded_rows(tokens, G)
-        while (held * row_size + n * wide * stages) * dtype.itemsize > SHARED_BYTES:
+        n = min(keys, n)
+        rows = padded(tokens * G)
+        while (rows * row_size + n * wide * stages) * dtype.itemsize > SHARED_BYTES:
             if stages > 1:
                 stages -= 1
             elif n > 16:
@@ -123,45 +183,84 @@ def config_for(
             else:
                 break
         # More warps than one for 16 rows would compute the same scores twice.
-        warps = fp32_warps if fp32 else 8 if held > 64 else 4
+        warps = fp32_warps if row.fp32 else 8 if rows > 64 else 4
         return QueryTiles(tokens=tokens, block_n=n, num_warps=warps, num_stages=stages)
 
     def key_tiles(n: int, stages: int) -> KeyTiles:
-        step = min(tokens_per_tile(G, rows), few)
-        while (n + padded_rows(step, G) * min(stages, 2)) * wide * dtype.itemsize > SHARED_BYTES:
+        n = min(keys, n)
+        step = min(tokens_per_tile(G, row.rows), length)
+        while (n + padded(step * G) * min(stages, 2)) * wide * dtype.itemsize > SHARED_BYTES:
             if stages > 1:
                 stages -= 1
-            elif step > 1 and padded_rows(step, G) > 16:
+            elif step > 1 and padded(step * G) > 16:
                 step //= 2
             elif n > 16:
                 n //= 2
             else:
                 break
-        many = n * wide > 64 * 256 or padded_rows(step, G) > 64
-        warps = fp32_warps if fp32 else 8 if many else 4
-        return KeyTiles(tokens=step, block_n=n, num_warps=warps, num_stages=stages)
+        large = n * wide > 64 * 256 or padded(step * G) > 64
+        return KeyTiles(
+            tokens=step,
+            block_n=n,
+            num_warps=fp32_warps if row.fp32 else 8 if large else 4,
+            num_stages=stages,
+            with_dq=row.with_dq and length >= WITH_DQ_FROM,
+            maxnreg=row.dkv_maxnreg,
+        )
 
-    if fp32:
-        return SelectedTiles(
-            forward=query_tiles(min(keys, 32), 1, padded(D)),
-            dq=query_tiles(16, 1, wide),
-            dkv=key_tiles(min(keys, 32), 1),
-        )
-    n = min(keys, 64)
-    if wide <= 128:
-        # Three programs a multiprocessor: waiting costs more than what 168 registers spill.
-        dkv = replace(key_tiles(n, 1), with_dq=length >= WITH_DQ_FROM, maxnreg=168)
-        return SelectedTiles(
-            forward=query_tiles(n, 2, padded(D)), dq=query_tiles(n, 3, wide), dkv=dkv
-        )
     return SelectedTiles(
-        forward=query_tiles(n, 3, padded(D)), dq=query_tiles(n, 2, wide), dkv=key_tiles(n, 3)
+        forward=query_tiles(*row.forward, padded(D)),
+        dq=query_tiles(*row.dq, wide),
+        dkv=key_tiles(*row.dkv),
     )
 
 
 def default_tiles(q: Tensor, v: Tensor, block_idx: Tensor, select_block: int) -> SelectedTiles:
-    """:func:`config_for` of q ``[B, T, H, D]``, v ``[B, S, K, V]``, block_idx ``[B, T, K, n]``."""
+    """:func:`tiles_for` q ``[B, T, H, D]``, v ``[B, S, K, V]``, block_idx ``[B, T, K, n]``."""
     T, H, D = q.shape[1:]
     K, V = v.shape[2:]
     n = block_idx.shape[3]
-    return config_for(D, V, H // K, width=n, select_block=select_block, dtype=q.dtype, length=T)
+    return tiles_for(D, V, H // K, width=n, select_block=select_block, dtype=q.dtype, length=T)
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Compile-time constants of a launch, one argument of each of the three kernels."""
+
+    G: int
+    D: int
+    V: int
+    SELECT_BLOCK: int
+    WIDTH: int
+    """n, entries of a list."""
+    TOKENS: int
+    BLOCK_M: int
+    """Rows of a tile, at least TOKENS * G."""
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    PARTS: int
+    """Steps of BLOCK_N keys of a block."""
+    PRECISION: str
+    """Of products of fp32; no effect on 16 bits."""
+
+
+def constants(
+    q: Tensor, v: Tensor, block_idx: Tensor, select_block: int, tiles: QueryTiles
+) -> Constants:
+    """Those of q ``[B, T, H, D]``, v ``[B, S, K, V]``, block_idx ``[B, T, K, n]``."""
+    D, V, G = q.shape[3], v.shape[3], q.shape[2] // v.shape[2]
+    return Constants(
+        G=G,
+        D=D,
+        V=V,
+        SELECT_BLOCK=select_block,
+        WIDTH=block_idx.shape[3],
+        TOKENS=tiles.tokens,
+        BLOCK_M=padded(tiles.tokens * G),
+        BLOCK_N=tiles.block_n,
+        BLOCK_D=padded(D),
+        BLOCK_DV=padded(V),
+        PARTS=-(-select_block // tiles.block_n),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+    )

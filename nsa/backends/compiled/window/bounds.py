@@ -12,15 +12,11 @@ token. They are read if C.PACKED; C is a :class:`~nsa.backends.compiled.window.t
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
-
-LOG2E = math.log2(math.e)
-LOG2_E = tl.constexpr(LOG2E)
 
 
 class Blocks(NamedTuple):

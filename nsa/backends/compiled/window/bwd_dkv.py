@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa.backends.compiled.common import LOG2_E
 from nsa.backends.compiled.window.bounds import (
-    LOG2_E,
     first_visible,
     is_visible,
     last_visible,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa.backends.compiled.window.bounds import LOG2_E, is_visible, loop_of, visible_keys
+from nsa.backends.compiled.common import LOG2_E
+from nsa.backends.compiled.window.bounds import is_visible, loop_of, visible_keys
 from nsa.backends.compiled.window.rows import (
     load_heads,
     load_keys,

@@ -17,7 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.window.bounds import LOG2E, TOKENS, Blocks
+from nsa.backends.compiled.common import LOG2E
+from nsa.backends.compiled.window.bounds import TOKENS, Blocks
 from nsa.backends.compiled.window.bwd_dkv import nsa_window_bwd_dkv
 from nsa.backends.compiled.window.bwd_dq import nsa_window_bwd_dq
 from nsa.backends.compiled.window.fwd import nsa_window_fwd

@@ -1,0 +1,98 @@
+"""Selected attention (paper Eq. 11-12), the gradient of q.
+
+B batch, T query tokens, S key tokens, H query heads, K key/value heads, G heads per group, D key
+size, V value size; C is a :class:`~nsa.backends.compiled.selected.tiles.Constants`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nsa.backends.compiled.common import LOG2_E, tile_mask
+from nsa.backends.compiled.selected.query_tile import (
+    load_keys,
+    load_queries,
+    locate_tile,
+    union_step,
+)
+
+
+@triton.jit(do_not_specialize=["T", "num_tiles", "S", "q_start"])
+def nsa_selected_bwd_dq(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    out_ptr,  # [B, T, H, V], contiguous; not read with ACCUMULATE
+    lse_ptr,  # [B, T, H], contiguous
+    delta_ptr,  # [B, T, H], contiguous; written, with ACCUMULATE read
+    weight_ptr,  # [B, T, H], contiguous: of each row's probabilities, with WEIGHTED
+    dq_ptr,  # [B, T, H, D], contiguous; written, with ACCUMULATE added to
+    union_ptrs,  # first rows, masks and counts of :class:`.union.TileUnions`
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    T,
+    num_tiles,
+    S,
+    q_start,
+    KV_HEADS,
+    scale_log2,
+    scale,
+    ACCUMULATE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    C: tl.constexpr,
+):
+    b, kv_head, union, token, head, bit, mask = locate_tile(T, num_tiles, KV_HEADS, C)
+    n = tl.arange(0, C.BLOCK_N)
+    d = tl.arange(0, C.BLOCK_D)
+    e = tl.arange(0, C.BLOCK_DV)
+    last_row = tl.minimum(q_start + token, S - 1)
+    row = (b * T + token) * (KV_HEADS * C.G) + head
+    q = load_queries(q_ptr, q_strides, b, token, head, mask, d, C.D, C.BLOCK_D)
+    dout = load_queries(dout_ptr, dout_strides, b, token, head, mask, e, C.V, C.BLOCK_DV)
+    if ACCUMULATE:
+        delta = tl.load(delta_ptr + row, mask=mask, other=0.0)
+    else:
+        out_mask = tile_mask(mask, e, C.V, C.BLOCK_DV)
+        out = tl.load(out_ptr + row[:, None] * C.V + e[None, :], mask=out_mask, other=0.0)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        tl.store(delta_ptr + row, delta, mask=mask)
+    lse_log2 = tl.load(lse_ptr + row, mask=mask, other=0.0) * LOG2_E
+    k_ptr += b * k_strides[0] + kv_head.to(tl.int64) * k_strides[2]
+    v_ptr += b * v_strides[0] + kv_head.to(tl.int64) * v_strides[2]
+    k_offsets = n[:, None] * k_strides[1] + d[None, :]
+    v_offsets = n[:, None] * v_strides[1] + e[None, :]
+
+    first_rows_ptr = union_ptrs[0] + union * (C.TOKENS * C.WIDTH)
+    masks_ptr = union_ptrs[1] + union * (C.TOKENS * C.WIDTH)
+    count = tl.load(union_ptrs[2] + union)
+
+    acc = tl.full([C.BLOCK_M, C.BLOCK_D], 0.0, tl.float32)
+    # Keeping what is the same in every step would spill it where C.D is large.
+    for step in tl.range(0, count * C.PARTS, disable_licm=True):
+        first_row, exists, visible = union_step(
+            step, first_rows_ptr, masks_ptr, bit, last_row, S, C
+        )
+        k = load_keys(k_ptr, k_offsets, k_strides[1], first_row, exists, d, C.D, C.BLOCK_D)
+        v = load_keys(v_ptr, v_offsets, v_strides[1], first_row, exists, e, C.V, C.BLOCK_DV)
+        s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
+        dp = tl.dot(dout, tl.trans(v), input_precision=C.PRECISION)
+        # No probability is above 1; where scores are so large that rounding the lse says
+        # otherwise, this keeps the gradient finite, as it does where an unseen score overflowed:
+        # the minimum of no number and 0 is 0.
+        p = tl.exp2(tl.minimum(s * scale_log2 - lse_log2[:, None], 0.0))
+        if WEIGHTED:
+            p *= tl.load(weight_ptr + row, mask=mask, other=0.0)[:, None]
+        # The mask comes before the product: selecting 16-bit results takes twice the instructions.
+        ds = p * tl.where(visible, dp - delta[:, None], 0.0)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=C.PRECISION)
+
+    acc = acc * scale
+    tile_ptr = dq_ptr + row[:, None] * C.D + d[None, :]
+    dq_mask = tile_mask(mask, d, C.D, C.BLOCK_D)
+    if ACCUMULATE:
+        acc += tl.load(tile_ptr, mask=dq_mask, other=0.0).to(tl.float32)
+    tl.store(tile_ptr, acc.to(dq_ptr.dtype.element_ty), mask=dq_mask)
