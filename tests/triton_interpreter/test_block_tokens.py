@@ -10,8 +10,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from nsa.core.block_tokens import kernels as block_tokens
-from nsa.compression import _gather, _scatter
+from nsa import NSAConfig
+from nsa.core.block_tokens import kernels, op
 from tests.triton_interpreter import triton_fixes
 
 triton_fixes.apply()
@@ -25,9 +25,9 @@ def test_both_ways(T: int, block: int, stride: int, dtype: torch.dtype) -> None:
     """Also from a view whose heads and tokens stand apart."""
     generator = torch.Generator().manual_seed(T)
     x = torch.randn(2, T, 5, 6, generator=generator).to(dtype)[:, :, 1:4]
-    N = (T - block) // stride + 1
-    blocks = block_tokens.gather(x, block, stride, N)
-    assert torch.equal(blocks, _gather(x, None, block, stride))
+    config = NSAConfig(compress_block=block, compress_stride=stride, select_block=block)
+    blocks = kernels.gather(x, block, stride, config.num_compressed(T))
+    assert torch.equal(blocks, op._gather(x, None, config.key))
     grad = torch.randn(blocks.shape, generator=generator).to(dtype)
-    want = _scatter(grad, None, T, block, stride)
-    torch.testing.assert_close(block_tokens.scatter(grad, T, stride), want)
+    want = op._scatter(grad, None, T, config.key)
+    torch.testing.assert_close(kernels.scatter(grad, T, stride), want)

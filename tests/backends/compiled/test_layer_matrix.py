@@ -70,6 +70,7 @@ def _inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*[Oo]nline softmax is disabled:UserWarning")  # Inductor's
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("config", MATRIX, ids=name_of)
 @pytest.mark.parametrize(
