@@ -45,9 +45,9 @@ def as_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     The tests of :mod:`nsa.core.compile` ask for a compiler.
     """
-    from nsa.core import compile as fusion
+    from nsa.core import compile as core_compile
 
-    monkeypatch.setattr(fusion, "COMPILER", None)
+    monkeypatch.setattr(core_compile, "COMPILER", None)
 
 
 @pytest.fixture

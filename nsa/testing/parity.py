@@ -10,7 +10,7 @@ from torch import Tensor
 from nsa import reference
 from nsa.attention import nsa_attention
 from nsa.attention import select_blocks as public_select_blocks
-from nsa.backends.dispatch import plan
+from nsa.backends.dispatch import Resolution, plan
 from nsa.backends.protocol import Problem
 from nsa.config import NSAConfig
 from nsa.reference.masks import compressed_mask
@@ -64,12 +64,16 @@ def attention_parity(backend: str, inputs: Inputs) -> list[ParityRow]:
     ]
 
 
+def planned(backend: str, inputs: Inputs) -> Resolution:
+    """What runs each step of a problem under a backend."""
+    q, packed = inputs.q, inputs.cu_seqlens is not None
+    problem = Problem(inputs.config, q.device, q.dtype, inputs.record.length, packed, True)
+    return plan(problem, backend, current_settings())
+
+
 def _lses(backend: str, inputs: Inputs) -> list[Tensor]:
     q, config, longest = inputs.q.detach(), inputs.config, inputs.max_seqlen
-    problem = Problem(
-        config, q.device, q.dtype, inputs.record.length, inputs.cu_seqlens is not None, False
-    )
-    chosen = plan(problem, backend, current_settings())
+    chosen = planned(backend, inputs)
     assert inputs.block_idx is not None
     found = []
     for branch in ("compressed", "selected", "window"):

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 
 from nsa import NSAttention, nsa_attention, use_settings
-from nsa.core import compile as fusion
+from nsa.core import compile as core_compile
 from nsa.testing import Inputs, make_inputs
 from tests.support.layers import CONFIG, LENGTHS, agree, by_part, gradients, make_layer, problem
 
@@ -198,7 +198,7 @@ def test_grad_in_one_graph() -> None:
 
 def test_compiled_says_that_it_compiles_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's own rule, and its own words: a transform belongs inside ``torch.compile``."""
-    monkeypatch.setattr(fusion, "COMPILER", "aot_eager")
+    monkeypatch.setattr(core_compile, "COMPILER", "aot_eager")
     torch._dynamo.reset()
     x = case()
     attend = attention(x, "compiled")

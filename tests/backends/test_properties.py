@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsa import KV, NSAConfig, nsa_attention, reference
-from nsa.backends import load
 from nsa.backends.fa2.providers import provider
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks
+from nsa.testing.parity import planned
 from nsa.testing.strategies import Case, cases
 from tests.support.backends import fa2_by_math, refuses_packed, targets
 
@@ -145,12 +145,9 @@ def test_packed_equals_alone(backend: str, device: str, dtype: torch.dtype, case
         )
         faults = [row for row in attention_parity(backend, alone) if not row.ok]
         assert not faults, (length, faults)
-        if not hasattr(load(backend), "select_blocks"):
-            continue  # the backend that selects in its place is tested itself
-        lists = load(backend).select_blocks(alone.q, alone.compressed.k, config)
-        together = load(backend).select_blocks(
-            inputs.q, inputs.compressed.k, config, inputs.cu_seqlens
-        )
+        select = planned(backend, alone).step("select").select_blocks
+        lists = select(alone.q, alone.compressed.k, config)
+        together = select(inputs.q, inputs.compressed.k, config, inputs.cu_seqlens)
         assert torch.equal(lists, together[:, tokens])
 
 
@@ -195,7 +192,7 @@ def test_steps_take_the_position_of_the_first_row(
     backend: str, device: str, dtype: torch.dtype, case: Case, data: st.DataObject
 ) -> None:
     inputs = case.inputs(dtype, device)
-    config, steps, T = inputs.config, load(backend), inputs.q.shape[1]
+    config, chosen, T = inputs.config, planned(backend, inputs), inputs.q.shape[1]
     assert inputs.block_idx is not None
     start = data.draw(st.integers(0, T - 1), label="q_start")
     end = data.draw(st.integers(start + 1, T), label="end")
@@ -210,14 +207,13 @@ def test_steps_take_the_position_of_the_first_row(
     }
     for name, (whole, part) in calls.items():
         want = [x[:, start:end] for x in getattr(reference, name)(*whole, config)]
-        got = getattr(steps, name)(*part, config, q_start=start)
+        step = chosen.step(name.removesuffix("_attention"))
+        got = getattr(step, name)(*part, config, q_start=start)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    if not hasattr(steps, "select_blocks"):
-        return
-    k = inputs.compressed.k
+    select, k = chosen.step("select").select_blocks, inputs.compressed.k
     want_blocks = reference.select_blocks(inputs.q, k, config)[:, start:end]
-    assert torch.equal(steps.select_blocks(q, k, config, q_start=start), want_blocks)
+    assert torch.equal(select(q, k, config, q_start=start), want_blocks)
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), targets())
@@ -266,6 +262,7 @@ def test_ties_go_to_the_lower_index(backend: str, device: str, dtype: torch.dtyp
     """With q = 0 every visible block weighs the same, and scores tie but at the edges."""
     inputs = make_inputs(CONFIG, length=90, dtype=dtype, device=device)
     zero = torch.zeros_like(inputs.q)
-    lists = load(backend).select_blocks(zero, inputs.compressed.k, CONFIG)
+    select = planned(backend, inputs).step("select").select_blocks
+    lists = select(zero, inputs.compressed.k, CONFIG)
     assert torch.equal(lists, reference.select_blocks(zero, inputs.compressed.k, CONFIG))
     assert lists[0, -1, 0].tolist() == [0, 1, 2, 14]

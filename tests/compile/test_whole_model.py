@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nsa import NSAConfig, use_settings
-from nsa.core import compile as fusion
+from nsa.core import compile as core_compile
 from nsa.models import LanguageModel, ModelConfig
 
 CONFIG = ModelConfig(
@@ -72,7 +72,7 @@ def runs() -> Iterator[Any]:
 @pytest.mark.parametrize(("backend", "packed", "warm_up"), [*runs()])
 def test_one_graph_serves_all_lengths(backend: str, packed: bool, warm_up: tuple[int, ...]) -> None:
     """With floats as the README advises, once with torch's default."""
-    floats = nullcontext if (backend, packed) == ("compiled", True) else fusion.static_floats
+    floats = nullcontext if (backend, packed) == ("compiled", True) else core_compile.static_floats
     model = LanguageModel(CONFIG, backend=backend)
     weights = list(model.parameters())
     loss_of = torch.compile(model.loss, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -139,8 +139,8 @@ def test_dynamic_shapes_make_a_graph_once() -> None:
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         model.compile_loss(dynamic=True, backend=compiler)(*batch(40, False)[0])
         assert len(made) == 1
-        patch.setattr(fusion, "COMPILER", compiler)
-        fusion.fused(model.norm)(torch.randn(2, 40, CONFIG.dim))
+        patch.setattr(core_compile, "COMPILER", compiler)
+        core_compile.compile_glue(model.norm)(torch.randn(2, 40, CONFIG.dim))
     assert len(made) == 2
 
 
@@ -168,12 +168,12 @@ def test_a_refusal_names_its_reason_in_a_trace() -> None:
 
 def test_the_marker_of_a_constant_is_torchs() -> None:
     """nsa.backends.dispatch sets it without importing the compiler."""
-    from nsa.backends.dispatch import _decide_by_key, _settings_key
+    from nsa.backends.dispatch import _plan_by_key, _settings_key
 
     @torch.compiler.assume_constant_result
     def theirs() -> None: ...
 
-    for ours in (_decide_by_key, _settings_key):
+    for ours in (_plan_by_key, _settings_key):
         assert vars(ours) == vars(theirs)
 
 

@@ -12,7 +12,7 @@ import torch
 from nsa import BackendUnavailable, NSAConfig, NSAttention, nsa_attention, resolve
 from nsa.backends import dispatch
 from nsa.backends.compiled import steps as compiled
-from nsa.core import compile as fusion
+from nsa.core import compile as core_compile
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
 CONFIG = NSAConfig(
@@ -53,7 +53,7 @@ def attend(x: Inputs, backend: str) -> torch.Tensor:
 @pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_parity_through_inductor(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "COMPILER", "inductor")
+    monkeypatch.setattr(core_compile, "COMPILER", "inductor")
     x = problem(packed)
     rows = attention_parity("compiled", x)
     assert [row for row in rows if not row.ok] == []
@@ -78,7 +78,7 @@ def test_gradients_of_a_layer_through_inductor() -> None:
 
 def test_two_backward_passes_through_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with buffer donation on before, which refuses the second."""
-    monkeypatch.setattr(fusion, "COMPILER", "aot_eager")
+    monkeypatch.setattr(core_compile, "COMPILER", "aot_eager")
     torch._dynamo.reset()
     x = problem(False)
     # not by monkeypatch, whose undoing deletes the option
@@ -91,7 +91,7 @@ def test_two_backward_passes_through_one_graph(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_layer_compiles_itself_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "COMPILER", "aot_eager")
+    monkeypatch.setattr(core_compile, "COMPILER", "aot_eager")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     layers = [NSAttention(24, CONFIG, backend="compiled") for _ in range(3)]
@@ -107,8 +107,8 @@ def test_the_layer_compiles_itself_once_for_all_layers(monkeypatch: pytest.Monke
 
 
 def test_past_the_recompile_limit_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "COMPILER", "eager")
-    monkeypatch.setattr(fusion, "RECOMPILE_LIMIT", 1)
+    monkeypatch.setattr(core_compile, "COMPILER", "eager")
+    monkeypatch.setattr(core_compile, "RECOMPILE_LIMIT", 1)
     torch._dynamo.reset()
     attend(problem(False), "compiled")
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):

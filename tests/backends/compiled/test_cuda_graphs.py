@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nsa import NSAConfig, NSAttention
-from nsa.core import compile as fusion
+from nsa.core import compile as core_compile
 from nsa.models import LanguageModel, ModelConfig
 from tests.support.layers import agree, by_part
 
@@ -162,7 +162,7 @@ def test_a_graph_of_ones_own(
     monkeypatch: pytest.MonkeyPatch, compiler: str | None, packed: bool
 ) -> None:
     """Forward and backward captured together, replayed on other numbers and other parameters."""
-    monkeypatch.setattr(fusion, "COMPILER", compiler)
+    monkeypatch.setattr(core_compile, "COMPILER", compiler)
     layer, call = make_layer(), packing(packed)
     x, dout = draw(0, packed)
     graph, captured = capture(lambda: step_of(layer, layer, x, dout, **call))

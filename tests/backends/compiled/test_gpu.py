@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nsa import NSAConfig, nsa_attention, resolve
-from nsa.core import compile as fusion
+from nsa.core import compile as core_compile
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 from nsa.testing.strategies import Case, cases
 
@@ -123,7 +123,7 @@ def test_parity_over_drawn_shapes(dtype: torch.dtype, case: Case) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
 def test_parity_through_inductor(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "COMPILER", "inductor")
+    monkeypatch.setattr(core_compile, "COMPILER", "inductor")
     x = problem(SMALL, torch.bfloat16, **SHAPES[4 if packed else 3])
     assert [row for row in attention_parity("compiled", x) if not row.ok] == []
 

@@ -236,7 +236,7 @@ def test_keys_are_never_repeated_for_the_group(path: Path) -> None:
 
 
 def test_the_sources_are_found() -> None:
-    assert {"sdpa.py", "sdpa_band.py", "sdpa_selected.py"} <= {path.name for path in SOURCES}
+    assert {"steps.py", "window.py", "selected.py"} <= {path.name for path in SOURCES}
 
 
 # VmHWM, not ru_maxrss: the latter starts at the size of the process that started this one.
