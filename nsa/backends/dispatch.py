@@ -23,7 +23,6 @@ from nsa import registry
 from nsa.backends.fa2 import providers as fa2_providers
 from nsa.backends.protocol import STEPS, Backend, Gated, Problem
 from nsa.config import NSAConfig
-from nsa.core.compile import keep_saved_tensors
 from nsa.errors import BackendUnavailable, SettingsError, require_known
 from nsa.registry import TABLE
 from nsa.settings import LENGTH_FLAGS, Settings, current_settings
@@ -181,7 +180,6 @@ def _plan_by_key(
     settings_key: str,
 ) -> tuple[Any, ...]:
     """:func:`_plan` of strings and numbers: of other objects a trace makes no constants."""
-    keep_saved_tensors()
     where = torch.device(device) if index is None else torch.device(device, index)
     config, settings = NSAConfig.from_key(config_key), Settings.from_key(settings_key)
     problem = Problem(config, where, dtype, length, packed, needs_grad)

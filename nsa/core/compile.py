@@ -7,16 +7,13 @@ themselves here, into one graph for each kind of input.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-
-_LOG = logging.getLogger("nsa")
 
 COMPILER: str | None = "inductor"
 """The ``torch.compile`` backend; None runs everything as it is written (for tests)."""
@@ -41,9 +38,8 @@ def compile_glue(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         if is_in_torch_dispatch_mode(include_infra_modes=False):
             return function(*args, **kwargs)
-        keep_saved_tensors()
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT), static_floats():
-            return _compiled(function, COMPILER)(*args, **kwargs)
+            return _keep_buffers(_compiled(function, COMPILER), *args, **kwargs)
 
     return call
 
@@ -63,16 +59,19 @@ def _compiled(function: Callable[P, R], compiler: str) -> Callable[P, R]:
     return torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
 
 
-def keep_saved_tensors() -> None:
-    """Turns AOTAutograd's buffer donation off, for this process.
+def _keep_buffers(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a compiled function whose backward may run more than once, as that of eager code may.
 
-    With it Inductor's backward overwrites a saved tensor after its last use, although another saved
-    tensor may be a view of the same memory: gates and their slices, queries and their reshapes. The
-    gradients are then wrong, in silence (torch 2.11 and 2.13). It stays off, since a backward that
-    keeps its graph is refused while it is on, whatever was donated.
+    By default a compiled backward overwrites buffers that its forward saved, and refuses
+    ``retain_graph=True``. Whoever compiles a model has chosen that; whoever calls this library has
+    not. The option decides when a graph is made; later torch asks whether its list of such buffers
+    is empty, and takes one that was never made for a full one (2.11 and 2.13).
     """
     import torch._functorch.config as functorch
 
-    if functorch.donated_buffer:
-        functorch.donated_buffer = False
-        _LOG.info("torch._functorch.config.donated_buffer is off: saved views would be overwritten")
+    with functorch.patch(donated_buffer=False):
+        output = function(*args, **kwargs)
+    made = getattr(getattr(output.grad_fn, "_forward_cls", None), "metadata", None)
+    if made is not None and made.bw_donated_idxs is None:
+        made.bw_donated_idxs = []
+    return output

@@ -61,11 +61,19 @@ def test_parity_through_inductor(packed: bool, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_gradients_of_a_layer_through_inductor() -> None:
-    """Saved gates and their slices share memory, which a donated buffer would overwrite."""
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "sdpa"),
+        *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("sdpa", "compiled")),
+    ],
+)
+def test_gradients_of_a_layer_through_inductor(device: str, backend: str) -> None:
+    """With donated buffers, torch's default: no saved tensor may share another's memory."""
+    assert torch._functorch.config.donated_buffer
     torch._dynamo.reset()
-    layer = NSAttention(24, CONFIG, backend="sdpa")
-    x = torch.randn(2, 50, 24, requires_grad=True)
+    layer = NSAttention(24, CONFIG, backend=backend, device=device)
+    x = torch.randn(2, 50, 24, device=device, requires_grad=True)
     dout = torch.randn_like(x)
     leaves = (x, *layer.parameters())
     want = torch.autograd.grad(layer(x), leaves, dout)
