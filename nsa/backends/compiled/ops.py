@@ -9,6 +9,7 @@ size, V value size, n listed blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -16,77 +17,95 @@ from torch import Tensor
 from nsa.core import flops
 from nsa.core.operators import config_of, define_attention
 
-Triple = tuple[Tensor, Tensor, Tensor]
+Options = Callable[..., dict[str, Any]]
 
 
-def _window_call(seq_start: Tensor | None, config: str, q_start: int) -> dict[str, Any]:
-    asked = config_of(config)
-    call = {"window": asked.window, "scale": asked.softmax_scale, "q_start": q_start}
-    return {"start": seq_start, **call}
+def _over_keys(options: Options) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of the sliding window's kernels; ``options`` says of k and the call how
+    they see its keys."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+        from nsa.backends.compiled.window.launch import window_forward
+
+        return window_forward(q, k, v, **options(k, *call))
+
+    def backward(dout: Tensor, q: Tensor, k: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from nsa.backends.compiled.window.launch import window_backward
+
+        v, out, lse, *call = given
+        return window_backward(dout, q, k, v, out, lse, **options(k, *call))
+
+    return forward, backward
 
 
-def _window(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
-    from nsa.backends.compiled.window.launch import window_forward
+def _tokens(k: Tensor, seq_start: Tensor | None, key: str, q_start: int) -> dict[str, Any]:
+    config = config_of(key)
+    window, scale = config.window, config.softmax_scale
+    return {"window": window, "start": seq_start, "scale": scale, "q_start": q_start}
 
-    return window_forward(q, k, v, **_window_call(*call))
 
+def _blocks(
+    k: Tensor,
+    cmp_seq_start: Tensor | None,
+    seq_start: Tensor | None,
+    seen_from: Tensor | None,
+    seen_until: Tensor | None,
+    key: str,
+    q_start: int,
+) -> dict[str, Any]:
+    """As wide as the keys, which stand d tokens apart."""
+    from nsa.backends.compiled.window.bounds import Blocks
 
-def _window_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *call: Any
-) -> Triple:
-    from nsa.backends.compiled.window.launch import window_backward
-
-    return window_backward(dout, q, k, v, out, lse, **_window_call(*call))
+    config = config_of(key)
+    where = (seq_start, seen_from, seen_until)
+    blocks = Blocks(config.compress_block, config.compress_stride, *where)
+    call = {"start": cmp_seq_start, "scale": config.softmax_scale, "q_start": q_start}
+    return {"window": max(1, k.shape[1]), "blocks": blocks, **call}
 
 
 window_attention = define_attention(
     "window_attention",
     "Tensor? seq_start, str config, SymInt q_start",
-    _window,
-    _window_backward,
+    *_over_keys(_tokens),
     flops.window,
 )
 """``(q [B, T, H, D], k [B, S, K, D], v [B, S, K, V], seq_start int32 [T] or None, config, q_start)
 -> out, lse``; see :func:`nsa.backends.compiled.window.launch.window_forward`."""
 
+compressed_attention = define_attention(
+    "compressed_attention",
+    "Tensor? cmp_seq_start, Tensor? seq_start, Tensor? seen_from, Tensor? seen_until, "
+    "str config, SymInt q_start",
+    *_over_keys(_blocks),
+    flops.compressed,
+)
+"""``(q, k [B, N, K, D], v [B, N, K, V], the four of :func:`nsa.core.packing.block_bounds` or None,
+config, q_start) -> out, lse``."""
 
-def _selected_call(seq_start: Tensor | None, config: str, q_start: int) -> dict[str, Any]:
-    asked = config_of(config)
-    call = {"select_block": asked.select_block, "scale": asked.softmax_scale, "q_start": q_start}
-    return {"start": seq_start, **call}
+
+def _lists(seq_start: Tensor | None, key: str, q_start: int) -> dict[str, Any]:
+    config = config_of(key)
+    block, scale = config.select_block, config.softmax_scale
+    return {"start": seq_start, "select_block": block, "scale": scale, "q_start": q_start}
 
 
 def _selected(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_idx: Tensor,
-    seq_start: Tensor | None,
-    sequences: int,
-    *call: Any,
+    q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor, *call: Any
 ) -> tuple[Tensor, Tensor]:
     from nsa.backends.compiled.selected.launch import selected_forward
 
-    return selected_forward(q, k, v, block_idx, **_selected_call(seq_start, *call))
+    seq_start, _, *rest = call
+    return selected_forward(q, k, v, block_idx, **_lists(seq_start, *rest))
 
 
-def _selected_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_idx: Tensor,
-    seq_start: Tensor | None,
-    sequences: int,
-    *call: Any,
-) -> Triple:
+def _selected_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     from nsa.backends.compiled.selected.launch import selected_backward
 
-    options = _selected_call(seq_start, *call)
-    options["sequences"] = None if seq_start is None else sequences
-    return selected_backward(dout, q, k, v, out, lse, block_idx, **options)
+    *tensors, seq_start, sequences, key, q_start = given
+    options = _lists(seq_start, key, q_start)
+    return selected_backward(
+        *tensors, **options, sequences=None if seq_start is None else sequences
+    )
 
 
 selected_attention = define_attention(
@@ -99,48 +118,3 @@ selected_attention = define_attention(
 """``(q, k, v, block_idx int32 [B, T, K, n], seq_start int32 [T] or None, number of packed
 sequences, config, q_start) -> out, lse``; see
 :func:`nsa.backends.compiled.selected.launch.selected_forward`."""
-
-
-def _compressed_call(
-    k: Tensor,
-    cmp_seq_start: Tensor | None,
-    seq_start: Tensor | None,
-    seen_from: Tensor | None,
-    seen_until: Tensor | None,
-    config: str,
-    q_start: int,
-) -> dict[str, Any]:
-    """Compressed attention as a sliding window: as wide as the keys, which stand d tokens apart."""
-    from nsa.backends.compiled.window.bounds import Blocks
-
-    asked = config_of(config)
-    block, stride = asked.compress_block, asked.compress_stride
-    blocks = Blocks(block, stride, seq_start, seen_from, seen_until)
-    call = {"start": cmp_seq_start, "scale": asked.softmax_scale, "q_start": q_start}
-    return {"window": max(1, k.shape[1]), "blocks": blocks, **call}
-
-
-def _compressed(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
-    from nsa.backends.compiled.window.launch import window_forward
-
-    return window_forward(q, k, v, **_compressed_call(k, *call))
-
-
-def _compressed_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *call: Any
-) -> Triple:
-    from nsa.backends.compiled.window.launch import window_backward
-
-    return window_backward(dout, q, k, v, out, lse, **_compressed_call(k, *call))
-
-
-compressed_attention = define_attention(
-    "compressed_attention",
-    "Tensor? cmp_seq_start, Tensor? seq_start, Tensor? seen_from, Tensor? seen_until, "
-    "str config, SymInt q_start",
-    _compressed,
-    _compressed_backward,
-    flops.compressed,
-)
-"""``(q, k [B, N, K, D], v [B, N, K, V], the four of :func:`nsa.core.packing.block_bounds` or None,
-config, q_start) -> out, lse``."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.backends.fa2.providers import Call, Provider, provider
+from nsa.backends.fa2.providers import Call, provider
 from nsa.backends.shared.block_tiles import (
     Blocks,
     Tiles,
@@ -112,26 +112,26 @@ def pack(
     )
 
 
-def selected_forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_idx: Tensor,
-    config: NSAConfig,
     cu_seqlens: Tensor | None,
+    key: str,
     q_start: int,
-    *,
-    source: Provider,
-    store: Store,
+    source: str,
+    workspace: list[int],
 ) -> tuple[Tensor, Tensor]:
     """q ``[B, T, H, P]``, k and v ``[B, S, K, P]`` -> out ``[B, T, H, P]``, lse ``[B, T, H]``."""
+    config, fa2 = config_of(key), provider(source, q.device)
     B, T, H, P = q.shape
     K = k.shape[2]
     G = H // K
-    with store.lease(q.device) as space:
+    with Store.of(workspace).lease(q.device) as space:
         packing = pack(q, k, v, block_idx, config, cu_seqlens, q_start, space)
         own = own_blocks(q, k, config, cu_seqlens, q_start)
-        near, near_lse = source.forward(*own.fold_all(q, k, v), own.call)
+        near, near_lse = fa2.forward(*own.fold_all(q, k, v), own.call)
         near = own.unfold(near, B, T).reshape(B * T * K, G, P)
         near_lse = own.unfold(near_lse, B, T).reshape(B * T * K, G)
         near_lse = near_lse.masked_fill(~_lists_own(packing)[:, None], NEG_INF)
@@ -149,7 +149,7 @@ def selected_forward(
                 q_t = packing.take("q", q_rows[here], tiles.rows[rows]).view(-1, m * G, 1, P)
                 k_t = packing.take("k", packing.k_blocks, block, "keys")[:, :, None]
                 v_t = packing.take("v", packing.v_blocks, block, "keys")[:, :, None]
-                out_t, lse_t = source.forward(q_t, k_t, v_t, call)
+                out_t, lse_t = fa2.forward(q_t, k_t, v_t, call)
                 parts[rows], parts_lse[rows] = out_t.view(-1, G, P), lse_t.view(-1, G)
             slot = tiles.slot.flatten()
             far = packing.take("far", parts, slot).view(*tiles.slot.shape, G, P)
@@ -162,7 +162,7 @@ def selected_forward(
     return out.view(B, T, H, P), lse.view(B, T, H)
 
 
-def selected_backward(
+def _backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -170,24 +170,24 @@ def selected_backward(
     out: Tensor,
     lse: Tensor,
     block_idx: Tensor,
-    config: NSAConfig,
     cu_seqlens: Tensor | None,
+    key: str,
     q_start: int,
-    *,
-    source: Provider,
-    store: Store,
+    source: str,
+    workspace: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtypes of q, k, v."""
+    config, fa2 = config_of(key), provider(source, q.device)
     B, T, H, P = q.shape
     K = k.shape[2]
     G = H // K
     dout = dout.contiguous()
-    with store.lease(q.device) as space:
+    with Store.of(workspace).lease(q.device) as space:
         packing = pack(q, k, v, block_idx, config, cu_seqlens, q_start, space)
         own = own_blocks(q, k, config, cu_seqlens, q_start)
         near_lse = lse.view(B * T * K, G)
         near_lse = near_lse.masked_fill(~_lists_own(packing)[:, None], NEG_INF)
-        dq_near, dk_near, dv_near = source.backward(
+        dq_near, dk_near, dv_near = fa2.backward(
             own.fold(dout),
             *own.fold_all(q, k, v),
             own.fold(out),
@@ -216,7 +216,7 @@ def selected_backward(
                 k_t = packing.take("k", packing.k_blocks, block, "keys")[:, :, None]
                 v_t = packing.take("v", packing.v_blocks, block, "keys")[:, :, None]
                 lse_t = lse_t.view(-1, m * G, 1)
-                dq_t, dk_t, dv_t = source.backward(dout_t, q_t, k_t, v_t, out_t, lse_t, call)
+                dq_t, dk_t, dv_t = fa2.backward(dout_t, q_t, k_t, v_t, out_t, lse_t, call)
                 shares[rows] = dq_t.view(-1, G * P)
                 dk.index_add_(0, block, dk_t[:, :, 0].to(dk.dtype))
                 dv.index_add_(0, block, dv_t[:, :, 0].to(dv.dtype))
@@ -228,60 +228,6 @@ def selected_backward(
         dk[:, there] += own.unfold(dk_near, B, T, keys=True)
         dv[:, there] += own.unfold(dv_near, B, T, keys=True)
     return dq.view(B, T, H, P).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_idx: Tensor,
-    cu_seqlens: Tensor | None,
-    key: str,
-    q_start: int,
-    source: str,
-    workspace: list[int],
-) -> tuple[Tensor, Tensor]:
-    return selected_forward(
-        q,
-        k,
-        v,
-        block_idx,
-        config_of(key),
-        cu_seqlens,
-        q_start,
-        source=provider(source, q.device),
-        store=Store.of(workspace),
-    )
-
-
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_idx: Tensor,
-    cu_seqlens: Tensor | None,
-    key: str,
-    q_start: int,
-    source: str,
-    workspace: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return selected_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        block_idx,
-        config_of(key),
-        cu_seqlens,
-        q_start,
-        source=provider(source, q.device),
-        store=Store.of(workspace),
-    )
 
 
 _SELECTED = define_attention(

@@ -38,52 +38,24 @@ def _layout(
     return Layout(blocks, asked.select_block, asked.window, scale, *rest)
 
 
-def _forward(
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    gates: Tensor,
-    out_cmp: Tensor,
-    lse_cmp: Tensor,
-    block_idx: Tensor,
-    *call: Any,
-) -> tuple[Tensor, ...]:
+def _forward(q: Tensor, *given: Any) -> tuple[Tensor, ...]:
     from nsa.backends.compiled.gated.launch import Branches, gated_forward
 
-    k, v = Branches(k_cmp, k_slc, k_win), Branches(v_cmp, v_slc, v_win)
-    return gated_forward(q, k, v, gates, out_cmp, block_idx, _layout(*call[:-1]))
+    k, v = Branches(*given[:6:2]), Branches(*given[1:6:2])
+    gates, out_cmp, _, block_idx, *call, _ = given[6:]
+    return gated_forward(q, k, v, gates, out_cmp, block_idx, _layout(*call))
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    gates: Tensor,
-    out_cmp: Tensor,
-    lse_cmp: Tensor,
-    out_slc: Tensor,
-    out_win: Tensor,
-    lse_slc: Tensor,
-    lse_win: Tensor,
-    block_idx: Tensor,
-    *call: Any,
-) -> tuple[Tensor, ...]:
+def _backward(dout: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, ...]:
     from nsa.backends.compiled.gated.launch import Branches, gated_backward
 
+    k, v = Branches(*given[:6:2]), Branches(*given[1:6:2])
+    gates, out_cmp, lse_cmp, out_slc, out_win, lse_slc, lse_win, block_idx, *call = given[6:]
     dq, dk, dv, dgates = gated_backward(
         dout,
         q,
-        Branches(k_cmp, k_slc, k_win),
-        Branches(v_cmp, v_slc, v_win),
+        k,
+        v,
         gates,
         Branches(out_cmp, out_slc, out_win),
         Branches(lse_cmp, lse_slc, lse_win),
