@@ -24,7 +24,7 @@ class ShapeError(NSAError, ValueError):
 
 
 class BackendUnavailable(NSAError):
-    """A backend asked for by name cannot run this problem; nothing else was run instead."""
+    """A backend requested by name cannot run this problem; nothing else was run instead."""
 
 
 class CheckpointError(NSAError):

@@ -130,13 +130,13 @@ def _forward(
     G = H // K
     with Store.of(workspace).lease(q.device) as space:
         packing = pack(q, k, v, block_idx, config, cu_seqlens, q_start, space)
-        own = own_blocks(q, k, config, cu_seqlens, q_start)
-        near, near_lse = fa2.forward(*own.fold_all(q, k, v), own.call)
-        near = own.unfold(near, B, T).reshape(B * T * K, G, P)
-        near_lse = own.unfold(near_lse, B, T).reshape(B * T * K, G)
-        near_lse = near_lse.masked_fill(~_lists_own(packing)[:, None], NEG_INF)
+        own = diagonal_blocks(q, k, config, cu_seqlens, q_start)
+        diag, diag_lse = fa2.forward(*own.fold_all(q, k, v), own.call)
+        diag = own.unfold(diag, B, T).reshape(B * T * K, G, P)
+        diag_lse = own.unfold(diag_lse, B, T).reshape(B * T * K, G)
+        diag_lse = diag_lse.masked_fill(~_lists_own(packing)[:, None], NEG_INF)
         q_rows = q.reshape(B * T * K, G * P)
-        out, lse = torch.empty_like(near), torch.empty_like(near_lse)
+        out, lse = torch.empty_like(diag), torch.empty_like(diag_lse)
         m = packing.m
         call = tile_call(config, m * G)
         for here, tiles in packing.chunks(G):
@@ -152,13 +152,13 @@ def _forward(
                 out_t, lse_t = fa2.forward(q_t, k_t, v_t, call)
                 parts[rows], parts_lse[rows] = out_t.view(-1, G, P), lse_t.view(-1, G)
             slot = tiles.slot.flatten()
-            far = packing.take("far", parts, slot).view(*tiles.slot.shape, G, P)
-            far_lse = packing.take("far_lse", parts_lse, slot).view(*tiles.slot.shape, G)
-            lse[here] = torch.cat([far_lse, near_lse[here, None]], 1).logsumexp(1)
+            off_diag = packing.take("far", parts, slot).view(*tiles.slot.shape, G, P)
+            off_diag_lse = packing.take("far_lse", parts_lse, slot).view(*tiles.slot.shape, G)
+            lse[here] = torch.cat([off_diag_lse, diag_lse[here, None]], 1).logsumexp(1)
             whole = lse[here].masked_fill(lse[here] == NEG_INF, 0.0)
-            weighted = (far_lse - whole[:, None]).exp()[..., None] * far
-            near_weight = (near_lse[here] - whole).exp()[..., None]
-            out[here] = (weighted.sum(1) + near_weight * near[here]).to(out.dtype)
+            weighted = (off_diag_lse - whole[:, None]).exp()[..., None] * off_diag
+            diag_weight = (diag_lse[here] - whole).exp()[..., None]
+            out[here] = (weighted.sum(1) + diag_weight * diag[here]).to(out.dtype)
     return out.view(B, T, H, P), lse.view(B, T, H)
 
 
@@ -184,17 +184,17 @@ def _backward(
     dout = dout.contiguous()
     with Store.of(workspace).lease(q.device) as space:
         packing = pack(q, k, v, block_idx, config, cu_seqlens, q_start, space)
-        own = own_blocks(q, k, config, cu_seqlens, q_start)
-        near_lse = lse.view(B * T * K, G)
-        near_lse = near_lse.masked_fill(~_lists_own(packing)[:, None], NEG_INF)
-        dq_near, dk_near, dv_near = fa2.backward(
+        own = diagonal_blocks(q, k, config, cu_seqlens, q_start)
+        diag_lse = lse.view(B * T * K, G)
+        diag_lse = diag_lse.masked_fill(~_lists_own(packing)[:, None], NEG_INF)
+        dq_diag, dk_diag, dv_diag = fa2.backward(
             own.fold(dout),
             *own.fold_all(q, k, v),
             own.fold(out),
-            _fold_lse(own, near_lse.view(B, T, H)),
+            _fold_lse(own, diag_lse.view(B, T, H)),
             own.call,
         )
-        dq = own.unfold(dq_near, B, T).reshape(B * T * K, G * P).to(lse.dtype)
+        dq = own.unfold(dq_diag, B, T).reshape(B * T * K, G * P).to(lse.dtype)
         dk = torch.zeros_like(packing.k_blocks, dtype=lse.dtype)
         dv = torch.zeros_like(packing.v_blocks, dtype=lse.dtype)
         q_rows, dout_rows, out_rows = (x.reshape(B * T * K, G * P) for x in (q, dout, out))
@@ -202,8 +202,8 @@ def _backward(
         m = packing.m
         call = tile_call(config, m * G)
         for here, tiles in packing.chunks(G):
-            shares = packing.room("parts", tiles.total * m + 1, G * P, dtype=q.dtype)
-            shares[-1:].zero_()
+            partial_dq = packing.room("parts", tiles.total * m + 1, G * P, dtype=q.dtype)
+            partial_dq[-1:].zero_()
             for run in runs(tiles):
                 rows, block = slice(run.start * m, run.stop * m), tiles.block[run]
                 query = tiles.rows[rows]
@@ -217,16 +217,16 @@ def _backward(
                 v_t = packing.take("v", packing.v_blocks, block, "keys")[:, :, None]
                 lse_t = lse_t.view(-1, m * G, 1)
                 dq_t, dk_t, dv_t = fa2.backward(dout_t, q_t, k_t, v_t, out_t, lse_t, call)
-                shares[rows] = dq_t.view(-1, G * P)
+                partial_dq[rows] = dq_t.view(-1, G * P)
                 dk.index_add_(0, block, dk_t[:, :, 0].to(dk.dtype))
                 dv.index_add_(0, block, dv_t[:, :, 0].to(dv.dtype))
-            picked = packing.take("far", shares, tiles.slot.flatten())
+            picked = packing.take("far", partial_dq, tiles.slot.flatten())
             dq[here] += picked.view(*tiles.slot.shape, G * P).sum(1, dtype=dq.dtype)
         dk = from_blocks(dk, packing.blocks, dk.new_empty(k.shape)).contiguous()
         dv = from_blocks(dv, packing.blocks, dv.new_empty(v.shape)).contiguous()
         there = slice(own.first, q_start + T) if cu_seqlens is None else slice(None)
-        dk[:, there] += own.unfold(dk_near, B, T, keys=True)
-        dv[:, there] += own.unfold(dv_near, B, T, keys=True)
+        dk[:, there] += own.unfold(dk_diag, B, T, keys=True)
+        dv[:, there] += own.unfold(dv_diag, B, T, keys=True)
     return dq.view(B, T, H, P).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -270,14 +270,14 @@ def tile_call(config: NSAConfig, rows: int) -> Call:
     return Call(scale=config.softmax_scale, causal=False, max_q=rows, max_k=config.select_block)
 
 
-class Own(NamedTuple):
+class DiagonalBlocks(NamedTuple):
     """The blocks that queries stand in, as causal attention of each block to itself."""
 
     call: Call
     lead: int
-    """Empty places in front of the first query (regular)."""
+    """Empty slots in front of the first query (regular)."""
     tail: int
-    """Empty places behind the last (regular)."""
+    """Empty slots behind the last (regular)."""
     first: int
     """The first key token (regular)."""
     last: int
@@ -308,9 +308,9 @@ class Own(NamedTuple):
         return x[:, lead : x.shape[1] - self.tail]
 
 
-def own_blocks(
+def diagonal_blocks(
     q: Tensor, k: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, q_start: int
-) -> Own:
+) -> DiagonalBlocks:
     """How the queries' own blocks are laid out."""
     size, scale = config.select_block, config.softmax_scale
     T = q.shape[1]
@@ -318,18 +318,18 @@ def own_blocks(
         lead = q_start % size
         tail = -(lead + T) % size
         call = Call(scale=scale, causal=True, max_q=size, max_k=size)
-        return Own(call, lead, tail, q_start - lead, q_start + T)
+        return DiagonalBlocks(call, lead, tail, q_start - lead, q_start + T)
     block = packed_select_blocks(cu_seqlens, T, config)
     starts = cu_seqlens.long()
     last = starts[(block.seq_id + 1).clamp_max(starts.numel() - 1)]
     ends = torch.minimum(starts[block.seq_id] + (block.position + 1) * size, last)
     cu = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
     call = Call(scale=scale, causal=True, cu_q=cu, cu_k=cu, max_q=size, max_k=size)
-    return Own(call, 0, 0, 0, T)
+    return DiagonalBlocks(call, 0, 0, 0, T)
 
 
-def _fold_lse(own: Own, lse: Tensor) -> Tensor:
-    """lse ``[B, T, H]`` like q; −inf in empty places."""
+def _fold_lse(own: DiagonalBlocks, lse: Tensor) -> Tensor:
+    """lse ``[B, T, H]`` like q; −inf in empty slots."""
     if own.call.cu_q is not None:
         return lse[0]
     lse = F.pad(lse, (0, 0, own.lead, own.tail), value=NEG_INF)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.backends.sdpa.numerics import bmm, heads_first, operand_dtype
-from nsa.backends.sdpa.window import Band, Chunk, chunks
+from nsa.backends.sdpa.window import Chunk, SlidingWindow, chunks
 from nsa.backends.shared.fold_queries import Fold, fold_rows
 from nsa.config import NSAConfig
 from nsa.core.geometry import num_select_blocks, overlap_weights
@@ -27,7 +27,7 @@ def top_blocks(
     lse: Tensor,
     config: NSAConfig,
     shape: Fold,
-    band: Band,
+    window: SlidingWindow,
     number: Tensor,
     longest: int,
 ) -> Tensor:
@@ -39,7 +39,7 @@ def top_blocks(
         longest: tokens of the longest sequence.
 
     Returns:
-        int32 ``[B, R*d, K, n]``, ascending, then −1; places without a query hold anything.
+        int32 ``[B, R*d, K, n]``, ascending, then −1; slots without a query are undefined.
     """
     B, K = k_cmp.shape[0], k_cmp.shape[2]
     R, d, rule = shape.rows, shape.stride, rule_of(config)
@@ -52,15 +52,15 @@ def top_blocks(
     result = torch.empty(B * K, R * d, n, dtype=torch.int32, device=q.device)
     within = torch.arange(d, device=q.device) + config.compress_block - 1
     stretch = _CPU_STRETCH if q.device.type == "cpu" else 1
-    for chunk in chunks(R, k_cmp.shape[1], band, B * K * M, q.device, stretch):
+    for chunk in chunks(R, k_cmp.shape[1], window, B * K * M, q.device, stretch):
         C, S = chunk.row_end - chunk.row, chunk.key_end - chunk.key
         rows = slice(chunk.row * M, chunk.row_end * M)
         p = bmm(q_rows[:, rows], k_rows[:, chunk.key : chunk.key_end].mT)
         p.mul_(config.softmax_scale).sub_(lse_rows[:, rows]).exp_()
         p = p.view(B * K, C, M, S).masked_fill_(chunk.hidden, 0.0)
         p = p.view(B * K, C, d, M // d, S).sum(3)
-        if band.row_seq is None:
-            last_row = band.first_row + chunk.row_end - 1
+        if window.row_seq is None:
+            last_row = window.first_row + chunk.row_end - 1
             reach = min(longest, last_row * d + config.compress_block + d - 1)
             scores = _scores_regular(p, num_select_blocks(reach, config), config)
         else:

@@ -52,8 +52,8 @@ def _even(blocks: Tensor) -> Tensor:
     return F.pad(blocks, (0, 0, 0, -blocks.shape[1] % EVEN)) if blocks.shape[1] % EVEN else blocks
 
 
-class Sizes(NamedTuple):
-    """How the work is cut."""
+class ChunkPlan(NamedTuple):
+    """How the work is split."""
 
     tokens: int
     """Query tokens of a chunk, whose partial results are held at once."""
@@ -63,15 +63,15 @@ class Sizes(NamedTuple):
     """Tiles whose scores are computed at once."""
 
 
-def sizes(block_idx: Tensor, blocks: Blocks, G: int, widest: int) -> Sizes:
-    """Cuts the work so that partial results and scores fit the device's chunk."""
+def chunk_plan(block_idx: Tensor, blocks: Blocks, G: int, widest: int) -> ChunkPlan:
+    """Split the work so that partial results and scores fit the device's chunk."""
     K, n = block_idx.shape[-2:]
     budget = chunk_elements(block_idx.device)
     m = max(1, TILE_ROWS // G)
     per_token = K * n * G * widest
     # partial results pass through once; a longer chunk fills its tiles better
     tokens = max(1, (16 * budget if block_idx.device.type == "cpu" else 2 * budget) // per_token)
-    return Sizes(tokens, m, max(1, budget // (m * G * blocks.size)))
+    return ChunkPlan(tokens, m, max(1, budget // (m * G * blocks.size)))
 
 
 def _tile_scores(
@@ -106,14 +106,14 @@ def _forward(
     k_blocks, v_blocks = _even(to_blocks(k, blocks, dtype)), _even(to_blocks(v, blocks, dtype))
     q_rows = q.reshape(B * T * K, G * D)
     lists = block_idx.flatten(0, 1)
-    cut = sizes(lists, blocks, G, max(D, V))
+    plan = chunk_plan(lists, blocks, G, max(D, V))
     out = q.new_empty(B * T * K, G, V)
     lse = q.new_empty(B * T * K, G, dtype=acc)
-    for first in range(0, B * T, cut.tokens):
-        here = slice(first * K, min(first + cut.tokens, B * T) * K)
-        chunk = lists[first : first + cut.tokens]
-        tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
-        partial = _partials(tiles, q_rows[here].to(dtype), k_blocks, v_blocks, cut, scale, G)
+    for first in range(0, B * T, plan.tokens):
+        here = slice(first * K, min(first + plan.tokens, B * T) * K)
+        chunk = lists[first : first + plan.tokens]
+        tiles = make_tiles(chunk, blocks, first, plan.tile, plan.tiles)
+        partial = _partials(tiles, q_rows[here].to(dtype), k_blocks, v_blocks, plan, scale, G)
         out[here], lse[here] = _merge(tiles, *partial)
     return out.view(B, T, H, V), lse.view(B, T, H)
 
@@ -142,16 +142,16 @@ def _backward(
     delta = (dout.to(lse.dtype) * out).sum(-1).view(B * T * K, G)
     lse = lse.masked_fill(lse == NEG_INF, 0.0).view(B * T * K, G)
     lists = block_idx.flatten(0, 1)
-    cut = sizes(lists, blocks, G, max(D, V))
+    plan = chunk_plan(lists, blocks, G, max(D, V))
     dq = q.new_empty(B * T * K, G * D)
     dk = torch.zeros_like(k_blocks, dtype=lse.dtype)
     dv = torch.zeros_like(v_blocks, dtype=lse.dtype)
-    for first in range(0, B * T, cut.tokens):
-        here = slice(first * K, min(first + cut.tokens, B * T) * K)
-        chunk = lists[first : first + cut.tokens]
-        tiles = make_tiles(chunk, blocks, first, cut.tile, cut.tiles)
+    for first in range(0, B * T, plan.tokens):
+        here = slice(first * K, min(first + plan.tokens, B * T) * K)
+        chunk = lists[first : first + plan.tokens]
+        tiles = make_tiles(chunk, blocks, first, plan.tile, plan.tiles)
         rows = q_rows[here].to(dtype), dout_rows[here].to(dtype), lse[here], delta[here]
-        partial = _tile_gradients(tiles, *rows, k_blocks, v_blocks, dk, dv, cut, scale)
+        partial = _tile_gradients(tiles, *rows, k_blocks, v_blocks, dk, dv, plan, scale)
         picked = partial.index_select(0, tiles.slot.flatten()).view(*tiles.slot.shape, G * D)
         dq[here] = picked.sum(1)
     return (
@@ -184,36 +184,36 @@ def tiled_attention(
 
 
 def _partials(
-    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, cut: Sizes, scale: float, G: int
+    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, plan: ChunkPlan, scale: float, G: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every tile row to its one block, not yet divided by its sum.
 
     Returns:
-        ``weighted [rows, G, V]``, ``highest [rows, G]`` (the score subtracted before the
-        exponential) and ``total [rows, G]``.
+        ``weighted [rows, G, V]``, ``m_i [rows, G]`` (the score subtracted before the
+        exponential) and ``l_i [rows, G]``.
     """
-    m, D, V, dtype = cut.tile, k.shape[-1], v.shape[-1], k.dtype
+    m, D, V, dtype = plan.tile, k.shape[-1], v.shape[-1], k.dtype
     acc = accumulation_dtype(dtype)
     weighted = torch.empty(tiles.total * m + 1, G, V, dtype=acc, device=q.device)
-    highest = torch.empty(tiles.total * m + 1, G, dtype=acc, device=q.device)
-    total = torch.empty_like(highest)
-    for spare in (weighted, highest, total):
+    m_i = torch.empty(tiles.total * m + 1, G, dtype=acc, device=q.device)
+    l_i = torch.empty_like(m_i)
+    for spare in (weighted, m_i, l_i):
         spare[-1].zero_()
-    taken, scores = _buffers(tiles.run, m * G, q, k, v), None
+    buffers, scores = _buffers(tiles.run, m * G, q, k, v), None
     if q.device.type == "cpu":
         scores = torch.empty(tiles.run, m * G, k.shape[1], dtype=acc)
     for run in runs(tiles):
         rows = slice(run.start * m, run.stop * m)
-        q_t = _take(q, tiles.rows[rows], taken[0]).view(-1, m * G, D)
-        k_t, v_t = _take(k, tiles.block[run], taken[1]), _take(v, tiles.block[run], taken[2])
+        q_t = _take(q, tiles.rows[rows], buffers[0]).view(-1, m * G, D)
+        k_t, v_t = _take(k, tiles.block[run], buffers[1]), _take(v, tiles.block[run], buffers[2])
         p = _tile_scores(q_t, k_t, tiles.visible[run], scale, scores)
         top = p.amax(-1, keepdim=True)
         top.masked_fill_(top == NEG_INF, 0.0)
         p.sub_(top).exp_()
-        total[rows] = p.sum(-1).view(-1, G)
-        highest[rows] = top.view(-1, G)
+        l_i[rows] = p.sum(-1).view(-1, G)
+        m_i[rows] = top.view(-1, G)
         weighted[rows] = bmm(p.to(dtype), v_t).view(-1, G, V)
-    return weighted, highest, total
+    return weighted, m_i, l_i
 
 
 def _buffers(run: int, rows: int, *tensors: Tensor) -> list[Tensor | None]:
@@ -230,16 +230,16 @@ def _take(x: Tensor, index: Tensor, out: Tensor | None) -> Tensor:
     return x.index_select(0, index) if out is None else torch.index_select(x, 0, index, out=out)
 
 
-def _merge(tiles: Tiles, weighted: Tensor, highest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def _merge(tiles: Tiles, weighted: Tensor, m_i: Tensor, l_i: Tensor) -> tuple[Tensor, Tensor]:
     """Joins each query's partial results: out ``[C*K, G, V]`` and lse ``[C*K, G]``."""
     queries, n = tiles.slot.shape
     slot = tiles.slot.flatten()
-    high = highest.index_select(0, slot).view(queries, n, -1)
+    high = m_i.index_select(0, slot).view(queries, n, -1)
     high.masked_fill_(~tiles.listed[..., None], NEG_INF)
     peak = high.amax(1, keepdim=True)
     peak.masked_fill_(peak == NEG_INF, 0.0)
     weight = high.sub_(peak).exp_()
-    sums = (weight * total.index_select(0, slot).view_as(weight)).sum(1)
+    sums = (weight * l_i.index_select(0, slot).view_as(weight)).sum(1)
     parts = weighted.index_select(0, slot).view(queries, n, *weighted.shape[1:])
     out = parts.mul_(weight[..., None]).sum(1)
     out = out.div_(sums.masked_fill(sums == 0, 1.0)[..., None])
@@ -256,20 +256,20 @@ def _tile_gradients(
     v: Tensor,
     dk: Tensor,
     dv: Tensor,
-    cut: Sizes,
+    plan: ChunkPlan,
     scale: float,
 ) -> Tensor:
-    """Adds to dk and dv ``[K * total, L, …]``; returns each row's share of dq ``[rows, G*D]``."""
-    m, G, D, V, dtype = cut.tile, lse.shape[-1], k.shape[-1], v.shape[-1], k.dtype
-    shares = torch.empty(tiles.total * m + 1, G * D, dtype=lse.dtype, device=q.device)
-    shares[-1].zero_()
-    taken = _buffers(tiles.run, m * G, q, k, v)
+    """Adds to dk and dv ``[K * total, L, …]``; returns each row's part of dq ``[rows, G*D]``."""
+    m, G, D, V, dtype = plan.tile, lse.shape[-1], k.shape[-1], v.shape[-1], k.dtype
+    partial_dq = torch.empty(tiles.total * m + 1, G * D, dtype=lse.dtype, device=q.device)
+    partial_dq[-1].zero_()
+    buffers = _buffers(tiles.run, m * G, q, k, v)
     for run in runs(tiles):
         rows = slice(run.start * m, run.stop * m)
         query, block = tiles.rows[rows], tiles.block[run]
-        q_t = _take(q, query, taken[0]).view(-1, m * G, D)
+        q_t = _take(q, query, buffers[0]).view(-1, m * G, D)
         do_t = dout.index_select(0, query).view(-1, m * G, V)
-        k_t, v_t = _take(k, block, taken[1]), _take(v, block, taken[2])
+        k_t, v_t = _take(k, block, buffers[1]), _take(v, block, buffers[2])
         p = _tile_scores(q_t, k_t, tiles.visible[run], scale)
         lse_t = lse.index_select(0, query)
         lse_t = lse_t.masked_fill_(tiles.visible[run].view(-1, 1) == 0, float("inf"))
@@ -277,6 +277,6 @@ def _tile_gradients(
         dv.index_add_(0, block, bmm(p.to(dtype).mT, do_t))
         ds = bmm(do_t, v_t.mT).sub_(delta.index_select(0, query).view(-1, m * G, 1))
         ds = ds.mul_(p).mul_(scale).to(dtype)
-        shares[rows] = bmm(ds, k_t).view(-1, G * D)
+        partial_dq[rows] = bmm(ds, k_t).view(-1, G * D)
         dk.index_add_(0, block, bmm(ds.mT, q_t))
-    return shares
+    return partial_dq

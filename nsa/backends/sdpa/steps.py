@@ -1,10 +1,10 @@
 """The ``sdpa`` backend: pure PyTorch, any device, memory linear in the number of tokens.
 
-- compressed: folded into plain causal attention (:mod:`.fold`) and given to PyTorch's fused
-  kernel where there is one (:mod:`.dense`), else, and when packed, to the band;
-- select: chunks of folded rows, scores mapped and ranked on the fly (:mod:`.sdpa_select`);
-- selected: queries sorted by block into equal tiles (:mod:`.tiles`, :mod:`.sdpa_selected`);
-- window: chunks of rows over a band of keys (:mod:`.sdpa_band`).
+- compressed: folded into plain causal attention (``shared/fold_queries``) and given to PyTorch's
+  fused kernel where there is one (``fused_causal``), else, and when packed, to the sliding window;
+- select: chunks of folded rows, scores mapped and ranked on the fly (``select``);
+- selected: queries sorted by block into equal tiles (``shared/block_tiles``, ``selected``);
+- window: chunks of rows over a sliding window of keys (``window``).
 
 The step signature is the one of :mod:`nsa.backends.protocol`.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa.backends.sdpa.fused_causal import causal_attention, has_kernel
 from nsa.backends.sdpa.select import top_blocks
 from nsa.backends.sdpa.selected import even_heads, tiled_attention
-from nsa.backends.sdpa.window import Band, band_attention
+from nsa.backends.sdpa.window import SlidingWindow, sliding_window_attention
 from nsa.backends.shared.fold_queries import Fold, fold, make_fold, nothing_seen, unfold
 from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
@@ -57,17 +57,19 @@ def compressed_attention(
         out = out.view(B, K, M, N, V).permute(0, 3, 1, 2, 4)
         lse = lse.reshape(B, K, M, N).permute(0, 3, 1, 2)
     else:
-        band = _compressed_band(shape, N, max_seqlen, config)
-        out, lse = band_attention(rows, k, v, band, config.softmax_scale)
+        window = _compressed_window(shape, N, max_seqlen, config)
+        out, lse = sliding_window_attention(rows, k, v, window, config.softmax_scale)
     out = unfold(out, cu_seqlens, T, N, config, q_start, 0.0)
     lse = unfold(lse[..., None], cu_seqlens, T, N, config, q_start, NEG_INF)
     return out, lse[..., 0]
 
 
-def _compressed_band(shape: Fold, N: int, max_seqlen: int | None, config: NSAConfig) -> Band:
+def _compressed_window(
+    shape: Fold, N: int, max_seqlen: int | None, config: NSAConfig
+) -> SlidingWindow:
     width = N if max_seqlen is None else min(N, config.num_compressed(max_seqlen))
     reach = shape.first_row + shape.rows if shape.row_seq is None else max(1, width)
-    return Band(max(1, reach), shape.first_row, shape.row_seq)
+    return SlidingWindow(max(1, reach), shape.first_row, shape.row_seq)
 
 
 def select_blocks(
@@ -111,8 +113,8 @@ def select_impl(
     first_only = first_block_only(config, q.device)
     if shape.rows == 0 or N == 0:
         return first_only.expand(B, T, K, -1)
-    band = _compressed_band(shape, N, longest, config)
-    chosen = top_blocks(q, k_cmp, lse, config, shape, band, number, longest)
+    window = _compressed_window(shape, N, longest, config)
+    chosen = top_blocks(q, k_cmp, lse, config, shape, window, number, longest)
     if cu_seqlens is None:
         chosen = chosen[:, shape.lead : shape.lead + T - shape.skipped]
         blind = first_only.expand(B, shape.skipped, K, -1)
@@ -154,7 +156,7 @@ def window_attention(
     B, T, H, D = q.shape
     K = k.shape[2]
     seq = None if cu_seqlens is None else packed_tokens(cu_seqlens, T).seq_id
-    band = Band(config.window, q_start, seq)
+    window = SlidingWindow(config.window, q_start, seq)
     rows = q.reshape(B, T, K, H // K, D)
-    out, lse = band_attention(rows, k, v, band, config.softmax_scale)
+    out, lse = sliding_window_attention(rows, k, v, window, config.softmax_scale)
     return out.reshape(B, T, H, v.shape[3]), lse.reshape(B, T, H)

@@ -1,6 +1,6 @@
-"""Causal attention over a band of keys, in chunks of rows: the window, and packed compression.
+"""Sliding-window attention in chunks of rows: the window, and packed compression.
 
-Row r sees the keys ``r - band < s <= r`` of its own sequence, itself at least. Rows and keys are
+Row r sees the keys ``r - window < s <= r`` of its own sequence, itself at least. Rows and keys are
 numbered alike; a row carries M queries per key head (G for the window, d*G for the folded
 compressed branch).
 
@@ -26,7 +26,7 @@ from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.operators import define_attention
 
 
-class Band(NamedTuple):
+class SlidingWindow(NamedTuple):
     """Which keys a row sees."""
 
     width: int
@@ -49,7 +49,12 @@ class Chunk(NamedTuple):
 
 
 def chunks(
-    rows: int, keys: int, band: Band, per_row: int, device: torch.device, stretch: int = 1
+    rows: int,
+    keys: int,
+    window: SlidingWindow,
+    per_row: int,
+    device: torch.device,
+    stretch: int = 1,
 ) -> Iterator[Chunk]:
     """Cuts the rows so that a chunk's scores fit; ``per_row`` is B*K*M.
 
@@ -59,18 +64,18 @@ def chunks(
     row_end = 0
     while row_end < rows:
         row = row_end
-        reach = min(band.width, keys, band.first_row + row + 1)
+        reach = min(window.width, keys, window.first_row + row + 1)
         # rows * (rows + reach) scores a chunk
         size = max(1, int(((reach * reach + 4 * budget) ** 0.5 - reach) / 2))
-        size = min(size, max(64, band.width // 2))  # more would be scores that the band hides
+        size = min(size, max(64, window.width // 2))  # more would be scores that the window hides
         row_end = min(row + size, rows)
-        first, last = band.first_row + row, band.first_row + row_end - 1
-        key, key_end = max(0, first - band.width + 1), min(keys, last + 1)
+        first, last = window.first_row + row, window.first_row + row_end - 1
+        key, key_end = max(0, first - window.width + 1), min(keys, last + 1)
         r = torch.arange(first, last + 1, device=device)[:, None]
         s = torch.arange(key, key_end, device=device)
-        hidden = (s > r) | (s <= r - band.width)
-        if band.row_seq is not None:
-            hidden |= band.row_seq[row:row_end, None] != band.row_seq[key:key_end]
+        hidden = (s > r) | (s <= r - window.width)
+        if window.row_seq is not None:
+            hidden |= window.row_seq[row:row_end, None] != window.row_seq[key:key_end]
         yield Chunk(row, row_end, key, key_end, hidden[:, None])
 
 
@@ -92,22 +97,22 @@ def _forward(
     first_row: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    band = Band(width, first_row, row_seq)
+    window = SlidingWindow(width, first_row, row_seq)
     B, R, K, M, _ = q.shape
     S, V = v.shape[1], v.shape[-1]
     dtype = operand_dtype(q)
     q_rows, k_rows, v_rows = _rows(q, dtype), heads_first(k, dtype), heads_first(v, dtype)
     out = q.new_empty(B * K, R * M, V)
     lse = q.new_empty(B * K, R * M, dtype=accumulation_dtype(q.dtype))
-    for chunk in chunks(R, S, band, B * K * M, q.device):
+    for chunk in chunks(R, S, window, B * K * M, q.device):
         here = slice(chunk.row * M, chunk.row_end * M)
         p = _scores(q_rows, k_rows, chunk, M, scale)
-        highest = p.amax(-1, keepdim=True)
-        p.sub_(highest).exp_()
-        total = p.sum(-1, keepdim=True)
+        m_i = p.amax(-1, keepdim=True)
+        p.sub_(m_i).exp_()
+        l_i = p.sum(-1, keepdim=True)
         weighted = bmm(p.to(dtype), v_rows[:, chunk.key : chunk.key_end])
-        out[:, here] = weighted.div_(total)
-        lse[:, here] = total.log_().add_(highest)[..., 0]
+        out[:, here] = weighted.div_(l_i)
+        lse[:, here] = l_i.log_().add_(m_i)[..., 0]
     return out.view(B, K, R, M, V).transpose(1, 2), lse.view(B, K, R, M).transpose(1, 2)
 
 
@@ -131,7 +136,7 @@ def _backward(
     first_row: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    band = Band(width, first_row, row_seq)
+    window = SlidingWindow(width, first_row, row_seq)
     B, R, K, M, D = q.shape
     S, V = v.shape[1], v.shape[-1]
     dtype = operand_dtype(q)
@@ -142,7 +147,7 @@ def _backward(
     dq = torch.zeros_like(q_rows, dtype=lse.dtype)
     dk = torch.zeros_like(k_rows, dtype=lse.dtype)
     dv = torch.zeros_like(v_rows, dtype=lse.dtype)
-    for chunk in chunks(R, S, band, B * K * M, q.device):
+    for chunk in chunks(R, S, window, B * K * M, q.device):
         rows = slice(chunk.row * M, chunk.row_end * M)
         keys = slice(chunk.key, chunk.key_end)
         p = _scores(q_rows, k_rows, chunk, M, scale).sub_(lse_rows[:, rows]).exp_()
@@ -170,7 +175,7 @@ def _pairs(x: flops.Arguments) -> int:
     return B * K * M * flops.window_pairs(R, x["width"], x["first_row"])
 
 
-_BAND = define_attention(
+_WINDOW = define_attention(
     "band",
     "Tensor? row_seq, SymInt width, SymInt first_row, float scale",
     _forward,
@@ -180,12 +185,12 @@ _BAND = define_attention(
 )
 
 
-def band_attention(
-    q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
+def sliding_window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: SlidingWindow, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each row over its band.
+    """Attention of each row over its window.
 
     q ``[B, R, K, M, D]``, k ``[B, S, K, D]``, v ``[B, S, K, V]`` -> out ``[B, R, K, M, V]``,
     lse ``[B, R, K, M]``.
     """
-    return _BAND(q, k, v, band.row_seq, band.width, band.first_row, scale)
+    return _WINDOW(q, k, v, window.row_seq, window.width, window.first_row, scale)

@@ -70,7 +70,7 @@ def number_blocks(
 def to_blocks(
     x: Tensor, blocks: Blocks, dtype: torch.dtype, space: Space = FRESH, name: str = "blocks"
 ) -> Tensor:
-    """``[B, S, K, D]`` -> contiguous ``[K * total, L, D]``; places without a token hold any."""
+    """``[B, S, K, D]`` -> contiguous ``[K * total, L, D]``; slots without a token are undefined."""
     B, S, K, D = x.shape
     shape = (K * blocks.total, blocks.size, D)
     if blocks.tokens is not None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import nsa.backends
 from nsa import NSAConfig, nsa_attention, reference, select_blocks
-from nsa.backends.sdpa.selected import sizes
-from nsa.backends.sdpa.window import Band, chunks
+from nsa.backends.sdpa.selected import chunk_plan
+from nsa.backends.sdpa.window import SlidingWindow, chunks
 from nsa.backends.shared.block_tiles import make_tiles, number_blocks
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
@@ -162,7 +162,7 @@ def test_chunks_cover_the_band_and_nothing_else(
     if lengths is not None:
         rows, first_row = sum(lengths), 0
         row_seq = torch.repeat_interleave(torch.tensor(lengths))
-    band, keys = Band(width, first_row, row_seq), first_row + rows
+    band, keys = SlidingWindow(width, first_row, row_seq), first_row + rows
     r = torch.arange(first_row, first_row + rows)[:, None]
     s = torch.arange(keys)
     visible = (r - width < s) & (s <= r)
@@ -218,13 +218,13 @@ def test_tiny_sizes_do_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert inputs.block_idx is not None
     lists = inputs.block_idx.flatten(0, 1)
     blocks = number_blocks(inputs.q, inputs.selected.k, CONFIG, None, 0)
-    whole = sizes(lists, blocks, CONFIG.group, 8)
+    whole = chunk_plan(lists, blocks, CONFIG.group, 8)
     assert whole.tokens >= lists.shape[0]
-    assert len(list(chunks(41, 41, Band(7), 8, lists.device))) == 1
+    assert len(list(chunks(41, 41, SlidingWindow(7), 8, lists.device))) == 1
     monkeypatch.setattr(ELEMENTS, 1)
     monkeypatch.setattr(ROWS, 1)
-    assert tuple(sizes(lists, blocks, CONFIG.group, 8)) == (1, 1, 1)
-    assert len(list(chunks(41, 41, Band(7), 8, lists.device))) == 41
+    assert tuple(chunk_plan(lists, blocks, CONFIG.group, 8)) == (1, 1, 1)
+    assert len(list(chunks(41, 41, SlidingWindow(7), 8, lists.device))) == 41
 
 
 # Memory

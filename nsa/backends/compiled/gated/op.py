@@ -25,17 +25,17 @@ def _layout(
     seen_from: Tensor | None,
     seen_until: Tensor | None,
     sequences: int,
-    config: str,
+    key: str,
 ) -> Any:
     from nsa.backends.compiled.gated.launch import Layout
     from nsa.backends.compiled.window.bounds import Blocks
 
-    asked = config_of(config)
-    block, stride = asked.compress_block, asked.compress_stride
+    config = config_of(key)
+    block, stride = config.compress_block, config.compress_stride
     blocks = Blocks(block, stride, seq_start, seen_from, seen_until)
-    scale = asked.softmax_scale
+    scale = config.softmax_scale
     rest = (seq_start, cmp_seq_start, sequences)
-    return Layout(blocks, asked.select_block, asked.window, scale, *rest)
+    return Layout(blocks, config.select_block, config.window, scale, *rest)
 
 
 def _forward(q: Tensor, *given: Any) -> tuple[Tensor, ...]:
