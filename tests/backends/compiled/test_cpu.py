@@ -172,3 +172,20 @@ def test_the_schemas_need_no_triton() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nsa.window_attention.default nsa.selected_attention.default" in done.stdout
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["off, on", "on, off"])
+def test_a_graph_is_not_used_under_another_autocast(
+    monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """Attention is never lowered; where autocast is off, nothing turns it off (see no_autocast)."""
+    monkeypatch.setattr(core_compile, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    x = problem(False)
+    want = attend(x, "sdpa")
+    for on in (first, not first):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            got = attend(x, "compiled")
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+    torch._dynamo.reset()
