@@ -5,18 +5,11 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.backends.fa2.providers import Call, provider
 from nsa.core import flops
 from nsa.core.operators import define_attention
-
-
-def pad_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Widens head sizes with zeros, which add nothing, to one multiple of 8."""
-    size = max(-(-x.shape[-1] // 8) * 8 for x in tensors)
-    return tuple(F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] != size else x for x in tensors)
 
 
 def _forward(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nsa.backends.fa2.op import flash_attention, pad_heads
+from nsa.backends.fa2.op import flash_attention
 from nsa.backends.fa2.providers import Call
 from nsa.backends.fa2.selected import selected_attention
 from nsa.backends.shared.fold_queries import fold, make_fold, nothing_seen, unfold
@@ -19,6 +19,7 @@ from nsa.backends.shared.workspace import Store
 from nsa.config import NSAConfig
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.packing import packed_blocks
+from nsa.core.padding import pad_heads
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Steps:
     ) -> tuple[Tensor, Tensor]:
         """The own block causally, earlier ones in tiles, merged by log-sum-exp."""
         V = v.shape[3]
-        q, k, v = pad_heads(q, k, v)
+        q, k, v = pad_heads(q, k, v, multiple=8, equal=True)
         if q.numel() == 0:
             return _nothing(q, k, v, V)
         out, lse = selected_attention(
@@ -126,7 +127,7 @@ class Steps:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         V = v.shape[3]
-        q, k, v = pad_heads(q, k, v)
+        q, k, v = pad_heads(q, k, v, multiple=8, equal=True)
         if q.numel() == 0:
             return _nothing(q, k, v, V)
         if call.cu_q is not None:

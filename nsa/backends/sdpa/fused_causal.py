@@ -9,8 +9,9 @@ X batch, M query heads on one key head, N rows and keys, D key size, V value siz
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from nsa.core.padding import pad_heads
 
 _FLASH_ALIGNMENT = 8
 _EFFICIENT_ALIGNMENT = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}
@@ -42,32 +43,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
         if dtype in (torch.float16, torch.bfloat16):
             # the gradients of the M copies of a key are rounded before they are summed
             q, k, v = q.float(), k.float(), v.float()
-        q, k, v = _pad_heads(q, k, v, multiple=1, equal=True)
+        q, k, v = pad_heads(q, k, v, multiple=1, equal=True)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, True, scale=scale
         )
     elif q.dtype != torch.float32 and max(q.shape[-1], value_dim) <= 256:
-        q, k, v = _pad_heads(q, k, v, multiple=_FLASH_ALIGNMENT, equal=True)
+        q, k, v = pad_heads(q, k, v, multiple=_FLASH_ALIGNMENT, equal=True)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, True, False, scale=scale
         )
     else:
-        q, k, v = _pad_heads(q, k, v, multiple=_EFFICIENT_ALIGNMENT[q.dtype], equal=False)
+        q, k, v = pad_heads(q, k, v, multiple=_EFFICIENT_ALIGNMENT[q.dtype])
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, True, scale=scale
         )
     return out[..., :value_dim].to(dtype), lse[..., :N].detach()
-
-
-def _pad_heads(
-    q: Tensor, k: Tensor, v: Tensor, *, multiple: int, equal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Widens head sizes with zeros, which add nothing, to what the kernel takes."""
-    D, V = (-(-size // multiple) * multiple for size in (q.shape[-1], v.shape[-1]))
-    if equal:
-        D = V = max(D, V)
-    return (
-        F.pad(q, (0, D - q.shape[-1])),
-        F.pad(k, (0, D - k.shape[-1])),
-        F.pad(v, (0, V - v.shape[-1])),
-    )

@@ -42,11 +42,6 @@ differently for matrices that begin off a cache line. Causality is to be exact t
 """
 
 
-def even_heads(x: Tensor) -> Tensor:
-    """``[…, D]`` widened with zeros, which add nothing, to a multiple of :data:`EVEN`."""
-    return F.pad(x, (0, -x.shape[-1] % EVEN)) if x.shape[-1] % EVEN else x
-
-
 def _even(blocks: Tensor) -> Tensor:
     """``[blocks, L, D]`` with L widened likewise; the keys added are visible to no query."""
     return F.pad(blocks, (0, 0, 0, -blocks.shape[1] % EVEN)) if blocks.shape[1] % EVEN else blocks
@@ -179,7 +174,7 @@ def tiled_attention(
     cu_seqlens: Tensor | None,
     q_start: int,
 ) -> tuple[Tensor, Tensor]:
-    """The selected branch; shapes as in the contract, head sizes widened by :func:`even_heads`."""
+    """The selected branch; shapes as in the protocol, head sizes a multiple of :data:`EVEN`."""
     return _SELECTED(q, k, v, block_idx, cu_seqlens, config.key, q_start)
 
 

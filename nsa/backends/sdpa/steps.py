@@ -16,13 +16,14 @@ from torch import Tensor
 
 from nsa.backends.sdpa.fused_causal import causal_attention, has_kernel
 from nsa.backends.sdpa.select import top_blocks
-from nsa.backends.sdpa.selected import even_heads, tiled_attention
+from nsa.backends.sdpa.selected import EVEN, tiled_attention
 from nsa.backends.sdpa.window import SlidingWindow, sliding_window_attention
 from nsa.backends.shared.fold_queries import Fold, fold, make_fold, nothing_seen, unfold
 from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.packing import packed_blocks, packed_tokens
+from nsa.core.padding import pad_heads
 from nsa.selection.rules import first_block_only
 
 
@@ -137,7 +138,7 @@ def selected_attention(
 ) -> tuple[Tensor, Tensor]:
     """Tiled attention over listed blocks; see :class:`nsa.backends.protocol.Backend`."""
     V = v.shape[3]
-    q, k, v = even_heads(q), even_heads(k), even_heads(v)
+    q, k, v = pad_heads(q, k, v, multiple=EVEN)
     out, lse = tiled_attention(q, k, v, block_idx, config, cu_seqlens, q_start)
     return out[..., :V], lse
 
