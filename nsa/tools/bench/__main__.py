@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -27,11 +27,11 @@ from nsa.tools.bench.advice import advice
 from nsa.tools.bench.flags import Plan, make_plan
 from nsa.tools.bench.plot import draw, require_matplotlib
 from nsa.tools.bench.report import header, heading, print_header, print_rows
-from nsa.tools.bench.rows import JsonlWriter, Row, groups
+from nsa.tools.bench.rows import Row, groups, write_line
 from nsa.tools.bench.run import Runner
 from nsa.tools.bench.timing import make_clock, measure_ceilings
 from nsa.tools.common.cli import fail, run
-from nsa.tools.common.progress import progress
+from nsa.tools.common.progress import Bar
 
 _WIDTH = 100
 """Columns of the tables where stdout is no terminal."""
@@ -62,21 +62,21 @@ def _main(argv: Sequence[str] | None) -> int:
         file = None
         if plan.jsonl is not None:
             file = stack.enter_context(open(plan.jsonl, "w", encoding="utf-8"))
-        return _bench(plan, settings, JsonlWriter(file), argv)
+        return _bench(plan, settings, file, argv)
 
 
-def _bench(plan: Plan, settings: Settings, writer: JsonlWriter, argv: Sequence[str] | None) -> int:
+def _bench(plan: Plan, settings: Settings, file: TextIO | None, argv: Sequence[str] | None) -> int:
     clock = make_clock(plan.device)
     dtypes = tuple(dict.fromkeys(trial.dtype for trial in plan.trials))
     ceilings = measure_ceilings(plan.device, dtypes, clock)
     known = header(plan.device, settings, ceilings, argv)
-    writer.write(known)
+    write_line(file, known)
     runner = Runner(plan, settings, clock)
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     print_header(known, runner.skipped, console)
     rows: list[Row] = []
     try:
-        _measure(runner, writer, rows, console)
+        _measure(runner, file, rows, console)
     finally:  # Ctrl-C keeps what was measured
         _print_advice(rows, console)
         _print_faults(runner.faults, console)
@@ -87,13 +87,13 @@ def _bench(plan: Plan, settings: Settings, writer: JsonlWriter, argv: Sequence[s
     return 1 if runner.faults else 0
 
 
-def _measure(runner: Runner, writer: JsonlWriter, rows: list[Row], console: Console) -> None:
+def _measure(runner: Runner, file: TextIO | None, rows: list[Row], console: Console) -> None:
     """Fills ``rows``, writes each, and prints each table when it is complete."""
     printed = 0
-    bar = progress(runner.steps)
+    bar = Bar(runner.steps)
 
     def doing(text: str) -> None:
-        bar.update(description=text, completed=runner.done)
+        bar.show(description=text, completed=runner.done)
 
     try:
         with bar:
@@ -104,7 +104,7 @@ def _measure(runner: Runner, writer: JsonlWriter, rows: list[Row], console: Cons
                     printed = len(rows)
                     bar.start()
                 rows.append(row)
-                writer.write(row.to_dict())
+                write_line(file, row.to_dict())
     finally:
         print_rows(rows[printed:], console)
 

@@ -61,17 +61,14 @@ def _lines(branch: str, times: list[tuple[int, float, float]]) -> list[str]:
     if len(lengths) > 1:
         measured = f"{len(lengths)} lengths from {lengths[0]} to {lengths[-1]}"
     least = least_length(times)
-    if least is None:
-        return [
-            f"# {branch}: sdpa is the faster one at T = {lengths[-1]} ({measured})",
-            f"NSA_USE_FA2_{flag}=0",
-        ]
     if least == ALWAYS:
-        return [
-            f"# {branch}: FA-2 is always the faster one ({measured}): "
-            f"leave NSA_FA2_MIN_LEN_{flag} unset"
-        ]
-    return [
-        f"# {branch}: FA-2 is the faster one from T = {least} on ({measured})",
-        f"NSA_FA2_MIN_LEN_{flag}={least}",
-    ]
+        text = f"FA-2 is always the faster one ({measured})"
+        return [f"# {branch}: {text}: leave NSA_FA2_MIN_LEN_{flag} unset"]
+    if least is None:
+        text, setting = f"sdpa is the faster one at T = {lengths[-1]}", f"USE_FA2_{flag}=0"
+    else:
+        text, setting = (
+            f"FA-2 is the faster one from T = {least} on",
+            f"FA2_MIN_LEN_{flag}={least}",
+        )
+    return [f"# {branch}: {text} ({measured})", f"NSA_{setting}"]

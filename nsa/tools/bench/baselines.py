@@ -25,18 +25,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.backends import load, unavailable
+from nsa.backends.protocol import Problem
 from nsa.errors import NSAError
 from nsa.settings import Settings
 from nsa.testing.inputs import Inputs
 from nsa.tools.bench.cases import DENSE, Timed
+from nsa.tools.common.failures import failures, one_line
 from nsa.tools.common.machine import version_of
-from nsa.tools.common.problems import Trial
+from nsa.tools.common.problems import run_branch
 
 FLA = "fla"
 _DISTRIBUTIONS = ("fla-core", "flash-linear-attention")
 _LEAST_GROUP = 16
-_BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
-"""What importing a package that does not fit this machine may raise."""
 
 
 class Unsupported(NSAError):
@@ -104,23 +104,17 @@ def dense_flash(name: str, settings: Settings) -> Baseline:
     A window that reaches past the longest sequence makes FlashAttention-2 run its causal kernel.
     """
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        longest = inputs.max_seqlen
-        assert longest is not None
-        wide = replace(inputs.config, window=longest + 1)
-        steps = load("fa2-varlen", settings)
-        return steps.window_attention(q, k, v, wide, inputs.cu_seqlens, max_seqlen=longest)[0]
-
     def timed(inputs: Inputs) -> Timed:
         q, longest = inputs.q, inputs.max_seqlen
         assert longest is not None
-        trial = Trial(
-            config=inputs.config, device=q.device, dtype=q.dtype, lengths=(longest,), packed=True
-        )
-        why_not = unavailable("fa2-varlen", trial.problem, settings)
+        problem = Problem(inputs.config, q.device, q.dtype, longest, packed=True, needs_grad=True)
+        why_not = unavailable("fa2-varlen", problem, settings)
         if why_not is not None:
             raise Unsupported(f"{name}: {why_not}")
-        return dense(name, attend).timed(inputs)
+        wide = replace(inputs, config=replace(inputs.config, window=longest + 1))
+        steps = load("fa2-varlen", settings)
+        leaves = (q, *inputs.window)
+        return Timed(lambda: run_branch(steps, "window", wide)[0], leaves, inputs.dout)
 
     return Baseline(name, DENSE, timed)
 
@@ -182,12 +176,12 @@ def find_fla(device: torch.device) -> Baseline:
         raise Unsupported("fla is not installed: pip install fla-core")
     if device.type != "cuda":
         raise Unsupported(f"{found} needs a CUDA device, got {device.type}")
+    broken: tuple[type[Exception], ...] = (*failures(), ImportError, OSError)
     try:
         module = importlib.import_module("fla.ops.nsa.parallel")
         function = module.ParallelNSAFunction
-    except _BROKEN as error:
-        text = " ".join(str(error).split())
-        raise Unsupported(f"{found} does not import ({type(error).__name__}: {text})") from error
+    except broken as error:
+        raise Unsupported(f"{found} does not import ({one_line(error)})") from error
     return fla_selected(module, function)
 
 

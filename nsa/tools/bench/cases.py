@@ -18,7 +18,7 @@ from nsa.backends.protocol import STEPS
 from nsa.config import NSAConfig
 from nsa.settings import Settings
 from nsa.testing.inputs import Inputs
-from nsa.tools.common.problems import Trial
+from nsa.tools.common.problems import Trial, run_branch
 
 WHOLE = ("all", "all+select")
 """The three branches and their sum: with the block list given, and with the selection in it."""
@@ -60,34 +60,26 @@ def make_data(trial: Trial) -> Data:
     """Random inputs, drawn on the device: normal, gates uniform."""
     inputs = trial.bare_inputs(native=True)
     steps = load("sdpa")
-    q, (k, v) = inputs.q.detach(), inputs.compressed
-    packing = _packing(inputs)
     with torch.no_grad():
-        _, lse = steps.compressed_attention(q, k, v, inputs.config, **packing)
-        blocks = steps.select_blocks(q, k, inputs.config, **packing, lse=lse)
+        _, lse = run_branch(steps, "compressed", inputs)
+        blocks = run_branch(steps, "select", inputs, lse=lse)
     return Data(replace(inputs, block_idx=blocks), lse)
 
 
 def timed_branch(branch: str, data: Data, resolution: Resolution, settings: Settings) -> Timed:
     """The call of one of :data:`BRANCHES` on what the resolution says runs it."""
-    x, config, packing = data.inputs, data.inputs.config, _packing(data.inputs)
+    x = data.inputs
     if branch in WHOLE:
-        listed = x.block_idx if branch == "all" else None
-        inputs, backend = (x.q, x.compressed, x.selected, x.window, x.gates), resolution.backend
-        return Timed(
-            lambda: nsa_attention(*inputs, config, **packing, block_idx=listed, backend=backend),
-            x.leaves(),
-            x.dout,
-        )
+        inputs = (x.q, x.compressed, x.selected, x.window, x.gates)
+        options: dict[str, Any] = {
+            "cu_seqlens": x.cu_seqlens,
+            "max_seqlen": x.max_seqlen,
+            "block_idx": x.block_idx if branch == "all" else None,
+            "backend": resolution.backend,
+        }
+        return Timed(lambda: nsa_attention(*inputs, x.config, **options), x.leaves(), x.dout)
     steps = load(resolution.per_branch[branch], settings)
     if branch == "select":
-        q, k = x.q.detach(), x.compressed.k.detach()
-        return Timed(lambda: steps.select_blocks(q, k, config, **packing, lse=data.lse))
-    step = getattr(steps, f"{branch}_attention")
+        return Timed(lambda: run_branch(steps, branch, x, lse=data.lse))
     leaves = (x.q, *getattr(x, branch))
-    blocks = (x.block_idx,) if branch == "selected" else ()
-    return Timed(lambda: step(*leaves, *blocks, config, **packing)[0], leaves, x.dout)
-
-
-def _packing(x: Inputs) -> dict[str, Any]:
-    return {"cu_seqlens": x.cu_seqlens, "max_seqlen": x.max_seqlen}
+    return Timed(lambda: run_branch(steps, branch, x)[0], leaves, x.dout)

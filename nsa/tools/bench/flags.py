@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,11 @@ import torch
 
 from nsa.backends import TABLE
 from nsa.config import NSAConfig
-from nsa.errors import ConfigError, UsageError, nearest
+from nsa.errors import ConfigError, UsageError
 from nsa.settings import PROVIDERS
 from nsa.tools.bench.baselines import FLA
 from nsa.tools.bench.cases import BRANCHES, WHOLE
-from nsa.tools.common.cli import Parser, choose_device, integer, number
+from nsa.tools.common.cli import Parser, choose_device, integer, number, one_of
 from nsa.tools.common.problems import Trial, short
 
 DECIDED = {"window": "WIN", "compressed": "CMP"}
@@ -76,38 +76,38 @@ def bench_parser() -> Parser:
     parser = Parser(
         prog="python -m nsa.tools.bench",
         description="Time NSA's backends beside dense causal attention, each after a parity check.",
+        epilog=_EXAMPLES,
     )
-    parser.epilog = _EXAMPLES
     what = parser.add_argument_group("what is timed (lists are separated by commas)")
     add = what.add_argument
 
-    def names(flag: str, known: Iterable[str], default: str) -> None:
-        text = f"of {', '.join(known)} (default: {default})"
-        add(flag, type=partial(_names, flag, tuple(known)), metavar="NAMES", help=text)
+    def add_list(flag: str, parse: Callable[[str], object], text: str, metavar: str) -> None:
+        add(flag, type=partial(_list, flag, parse), metavar=metavar, help=text)
 
-    names("--backends", _BACKENDS, "those that run")
-    names("--branches", BRANCHES, "all")
-    text = "tokens (default: 2048,8192,32768; CPU: 512 to 4096)"
-    add("--lengths", type=_lengths, metavar="T", help=text)
+    text = f"of {', '.join(_BACKENDS)} (default: those that run)"
+    add_list("--backends", one_of("--backends", _BACKENDS), text, "NAMES")
+    text = f"of {', '.join(BRANCHES)} (default: all)"
+    add_list("--branches", one_of("--branches", BRANCHES), text, "NAMES")
+    add_list("--lengths", _length, "tokens (default: 2048,8192,32768; CPU: 512 to 4096)", "T")
     add("--heads", metavar="LAYOUTS", help="Hq/Hkv[:Dk[/Dv]] (default: 64/4:128; CPU: 4/2:32)")
     text = f"of {', '.join(_DTYPES)} (default: bf16; CPU: fp32)"
-    add("--dtypes", type=_dtypes, metavar="NAMES", help=text)
+    add_list("--dtypes", _dtype, text, "NAMES")
     text = f"geometry and heads: {', '.join(_PRESETS)} (CPU: tiny)"
-    add("--preset", type=partial(_name, "--preset", _PRESETS), metavar="NAME", help=text)
+    add("--preset", type=one_of("--preset", _PRESETS), metavar="NAME", help=text)
     text = "sequences in a regular batch (default: 1)"
-    add("--batch", type=_count("--batch"), default=1, metavar="B", help=text)
+    add("--batch", type=partial(_count, "--batch"), default=1, metavar="B", help=text)
     text = "pack T tokens as N sequences, 1 : 2 : … : N"
-    add("--packed", type=_count("--packed"), metavar="N", help=text)
+    add("--packed", type=partial(_count, "--packed"), metavar="N", help=text)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     text = f"where FA-2 comes from: {', '.join(PROVIDERS)}"
-    add("--provider", type=partial(_name, "--provider", PROVIDERS), metavar="NAME", help=text)
+    add("--provider", type=one_of("--provider", PROVIDERS), metavar="NAME", help=text)
     text = "time only what decides NSA_FA2_MIN_LEN_WIN and _CMP, and print both"
     add("--find-fa2-min-len", action="store_true", help=text, dest="find_min_len")
     how = parser.add_argument_group("how")
     text = "about, of each timing (default: 0.2)"
     how.add_argument("--seconds", type=number, default=0.2, metavar="S", help=text)
     text = "of each, at least (default: 5)"
-    how.add_argument("--runs", type=_count("--runs"), default=5, metavar="N", help=text)
+    how.add_argument("--runs", type=partial(_count, "--runs"), default=5, metavar="N", help=text)
     output = parser.add_argument_group("output")
     text = "write a line for each row as it comes; replaces FILE"
     output.add_argument("--jsonl", type=Path, metavar="FILE", help=text)
@@ -209,36 +209,19 @@ def _list(flag: str, parse: Callable[[str], _Item], text: str) -> tuple[_Item, .
     return tuple(dict.fromkeys(parse(part) for part in parts))
 
 
-def _name(flag: str, known: Collection[str], text: str) -> str:
-    if text not in known:
-        hint = nearest(text, tuple(known))
-        raise UsageError(f"{flag}: expected one of the known names, got {text!r}; {hint}")
-    return text
+def _dtype(text: str) -> torch.dtype:
+    return _DTYPE_NAMES[one_of("--dtypes", tuple(_DTYPE_NAMES))(text)]
 
 
-def _names(flag: str, known: Collection[str], text: str) -> tuple[str, ...]:
-    return _list(flag, partial(_name, flag, known), text)
+def _length(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--lengths: expected integers, got {text!r}") from None
 
 
-def _dtypes(text: str) -> tuple[torch.dtype, ...]:
-    return _list("--dtypes", lambda part: _DTYPE_NAMES[_name("--dtypes", _DTYPE_NAMES, part)], text)
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    def parse(part: str) -> int:
-        try:
-            return int(part)
-        except ValueError:
-            raise UsageError(f"--lengths: expected integers, got {part!r}") from None
-
-    return _list("--lengths", parse, text)
-
-
-def _count(flag: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = integer(text)
-        if value < 1:
-            raise UsageError(f"{flag}: expected an int >= 1, got {value}")
-        return value
-
-    return parse
+def _count(flag: str, text: str) -> int:
+    value = integer(text)
+    if value < 1:
+        raise UsageError(f"{flag}: expected an int >= 1, got {value}")
+    return value

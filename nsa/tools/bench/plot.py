@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nsa.errors import NSAError
+from nsa.errors import UsageError
 from nsa.tools.bench.cases import DENSE, WHOLE
 from nsa.tools.bench.report import rate
 from nsa.tools.bench.rows import Row, groups
@@ -32,35 +32,24 @@ _POINTS = 60
 """Lengths at which a floor is computed."""
 
 
-class PlotError(NSAError):
-    """A plot that cannot be drawn here."""
-
-
 def require_matplotlib() -> None:
     """Finds out before anything is measured.
 
     Raises:
-        PlotError: matplotlib is not installed or does not import.
+        UsageError: matplotlib is not installed or does not import.
     """
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise PlotError(
-            f"--plot needs matplotlib ({error}): pip install 'nsa-torch[bench]'"
-        ) from error
+        text = f"--plot needs matplotlib ({error}): pip install 'nsa-torch[bench]'"
+        raise UsageError(text) from error
 
 
 def draw(rows: Iterable[Row], ceilings: Ceilings, heading: str, path: Path) -> bool:
     """Writes a figure: one row of panels for each table, forward at the left, both at the right.
 
-    Args:
-        rows: of a whole run; those of the single branches are left out.
-        ceilings: what the machine reaches, for the floors.
-        heading: what stands above everything.
-        path: a name that ends in .png, .svg or .pdf.
-
-    Returns:
-        Whether there was anything to draw.
+    Rows of single branches are left out; the ceilings give the floors; the heading stands above
+    everything. Returns whether there was anything to draw.
     """
     from matplotlib.figure import Figure  # an optional package
 
@@ -109,7 +98,8 @@ def _panel(panel: Any, group: list[Row], name: str, ceilings: Ceilings) -> None:
         panel.plot([length for length, _ in times], milliseconds, label=label, **style)
     lengths = sorted({row.trial.length for row in group})
     whole = next((row for row in group if row.branch != DENSE), group[0])
-    grid = _grid(lengths)
+    ratio = lengths[-1] / lengths[0]  # even steps of a logarithmic axis
+    grid = sorted({round(lengths[0] * ratio ** (i / _POINTS)) for i in range(_POINTS + 1)})
     works = [work(whole.branch, whole.trial.with_length(length)) for length in grid]
     passes = [both[:1] if name == "forward" else both for both in works]
     flops = ceilings.flops_per_second[short(whole.trial.dtype)]
@@ -121,13 +111,6 @@ def _panel(panel: Any, group: list[Row], name: str, ceilings: Ceilings) -> None:
     floor = [1e3 * sum(one.bytes for one in of) / moved for of in passes]
     panel.plot(grid, floor, label=label, linewidth=1.8, **_BYTES)
     _axes(panel, lengths)
-
-
-def _grid(lengths: list[int]) -> list[int]:
-    """Lengths from the least to the greatest, at even steps of a logarithmic axis."""
-    low, high = lengths[0], lengths[-1]
-    ratio = high / low
-    return sorted({round(low * ratio ** (i / _POINTS)) for i in range(_POINTS + 1)})
 
 
 def _axes(panel: Any, lengths: list[int]) -> None:

@@ -28,18 +28,8 @@ from nsa.tools.common.failures import OUT_OF_MEMORY
 from nsa.tools.common.machine import GIB, collect_machine
 
 _COMMAND = "python -m nsa.tools.bench"
-_OF_MACHINE = (
-    "os",
-    "cpu",
-    "cores",
-    "python",
-    "nsa",
-    "torch",
-    "torch_threads",
-    "cuda_runtime",
-    "cuda_driver",
-    "triton",
-)
+_OF_MACHINE = ("os", "cpu", "cores", "python", "nsa", "torch", "torch_threads")
+_OF_CUDA = ("cuda_runtime", "cuda_driver", "triton")
 _ORDER = {branch: i for i, branch in enumerate((*BRANCHES, DENSE))}
 _DIM, _BAD = "dim", "red"
 _LEGEND = """\
@@ -61,7 +51,7 @@ def header(
         "command": f"{_COMMAND} {shlex.join(arguments)}".strip(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if on_cuda else machine.cpu,
-        **{name: getattr(machine, name) for name in _OF_MACHINE},
+        **{name: getattr(machine, name) for name in _OF_MACHINE + _OF_CUDA},
         "python": machine.python.partition(",")[0],
         "fla": installed_fla(),
         "fa2_provider": _provider(settings, device),

@@ -75,21 +75,11 @@ class Row:
         return values
 
 
-class JsonlWriter:
-    """JSON lines, each written and flushed at once, so that an end in between loses none.
-
-    Args:
-        file: where they go; None writes nothing.
-    """
-
-    def __init__(self, file: TextIO | None) -> None:
-        self._file = file
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Adds one line."""
-        if self._file is not None:
-            self._file.write(json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n")
-            self._file.flush()
+def write_line(file: TextIO | None, values: dict[str, Any]) -> None:
+    """Write a JSON line to a file, if any, and flush it: an end in between loses none."""
+    if file is not None:
+        file.write(json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n")
+        file.flush()
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:

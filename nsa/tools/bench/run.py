@@ -33,13 +33,7 @@ _Result = TypeVar("_Result")
 
 
 class Runner:
-    """Measures a plan.
-
-    Args:
-        plan: what to measure.
-        settings: in force while it runs.
-        clock: of the plan's device.
-    """
+    """Measures a plan, under the settings in force and with the clock of its device."""
 
     def __init__(self, plan: Plan, settings: Settings, clock: Clock) -> None:
         self._plan, self._settings, self._clock = plan, settings, clock
@@ -58,7 +52,10 @@ class Runner:
     def rows(self, doing: Callable[[str], None]) -> Iterator[Row]:
         """Measures everything; ``doing`` is told what is measured next."""
         for trial, names in self._backends.items():
-            say = partial(_say, doing, trial)
+
+            def say(text: str, T: int = trial.length) -> None:
+                doing(f"T = {T}: {text}")
+
             say("inputs")
             data = self._try(trial, "inputs", partial(make_data, trial))
             measured: dict[tuple[str, str], Measurement] = {}
@@ -208,10 +205,6 @@ class Runner:
             note = f"{what}: {note}"
             self.faults.append(f"T = {trial.length}: {note}")
         return note
-
-
-def _say(doing: Callable[[str], None], trial: Trial, text: str) -> None:
-    doing(f"T = {trial.length}: {text}")
 
 
 def _free_memory() -> None:

@@ -95,14 +95,7 @@ def summarize(seconds: list[float]) -> Timing:
 
 
 def measure(call: Callable[[], object], clock: Clock, *, seconds: float, runs: int) -> Timing:
-    """Times a call.
-
-    Args:
-        call: what to time; its result is dropped.
-        clock: of the device that it runs on.
-        seconds: about how long the timed runs may take together.
-        runs: the fewest of them, even if they take longer.
-    """
+    """Times a call: at least ``runs`` times, together about as many ``seconds`` as given."""
     clock(call, 1)  # compiles, tunes, allocates
     [once] = clock(call, 1)
     if once * runs >= seconds:  # too slow to throw a run away

@@ -13,37 +13,25 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from itertools import pairwise
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
-from nsa.errors import ConfigError, NSAError, UsageError
+from nsa.errors import ConfigError, NSAError, UsageError, require_known
 from nsa.registry import names
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+_T = TypeVar("_T")
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`UsageError`, with the closest flag named."""
 
-    def __init__(
-        self,
-        *,
-        prog: str,
-        description: str,
-        epilog: str | None = None,
-        argument_default: object = None,
-    ) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            argument_default=argument_default,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def __init__(self, **options: Any) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=form, **options)
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parses every argument, or raises :class:`UsageError`."""
@@ -63,20 +51,29 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def integer(text: str) -> int:
+def _typed(parse: Callable[[str], _T], what: str) -> Callable[[str], _T]:
     """An argparse type whose message says what was expected."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+
+    def typed(text: str) -> _T:
+        try:
+            return parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from None
+
+    return typed
 
 
-def number(text: str) -> float:
-    """An argparse type whose message says what was expected."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+integer, number = _typed(int, "an integer"), _typed(float, "a number")
+
+
+def one_of(flag: str, known: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type that refuses a name that is not known, and tells the nearest."""
+
+    def typed(text: str) -> str:
+        require_known(flag, text, known, UsageError)
+        return text
+
+    return typed
 
 
 _TYPES: dict[type, tuple[Callable[[str], object], str | None]] = {
@@ -193,11 +190,10 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    device = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda":
         found = torch.cuda.device_count()

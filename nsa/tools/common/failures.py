@@ -9,6 +9,8 @@ import torch
 from nsa.errors import NSAError
 
 OUT_OF_MEMORY = "out of memory"
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""What PyTorch says on a CPU."""
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -22,15 +24,9 @@ def failures() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory, on whatever device."""
-    cpu = "can't allocate memory", "not enough memory"
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in cpu)
-
-
 def one_line(error: BaseException) -> str:
-    """An exception as its type and message."""
-    if out_of_memory(error):
-        return OUT_OF_MEMORY
+    """An exception as its type and message; a lack of memory, on whatever device, in its words."""
     text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _NO_MEMORY):
+        return OUT_OF_MEMORY
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -105,6 +104,15 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def output_of(*command: str) -> str:
+    """What a program prints; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
+
+
 def _collect_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
     """The devices torch sees, and its complaints (an old driver is one)."""
     messages = []
@@ -137,15 +145,8 @@ def _gpu(index: int) -> Gpu:
 
 def _collect_driver() -> tuple[str | None, tuple[str, ...]]:
     """Version and device names from nvidia-smi; (None, ()) without a working one."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None, ()
-    command = [program, "--query-gpu=driver_version,name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None, ()
-    rows = [line.split(",", 1) for line in done.stdout.splitlines() if "," in line]
+    told = output_of("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")
+    rows = [line.split(",", 1) for line in told.splitlines() if "," in line]
     return (rows[0][0].strip() if rows else None), tuple(row[1].strip() for row in rows)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from nsa.backends import Resolution, resolve
-from nsa.backends.protocol import Problem
+from nsa.backends.protocol import Backend, Problem
 from nsa.config import NSAConfig
 from nsa.settings import Settings
 from nsa.testing.inputs import Inputs, make_inputs, random_blocks
@@ -45,14 +46,8 @@ class Trial:
 
     @property
     def problem(self) -> Problem:
-        return Problem(
-            config=self.config,
-            device=self.device,
-            dtype=self.dtype,
-            length=max(self.lengths),
-            packed=self.packed,
-            needs_grad=True,
-        )
+        longest = max(self.lengths)
+        return Problem(self.config, self.device, self.dtype, longest, self.packed, needs_grad=True)
 
     def with_length(self, length: int) -> Trial:
         """The same batch of another T.
@@ -71,29 +66,14 @@ class Trial:
         Raises:
             BackendUnavailable: the backend cannot run this.
         """
-        problem = self.problem
-        return resolve(
-            problem.config,
-            device=problem.device,
-            dtype=problem.dtype,
-            length=problem.length,
-            packed=problem.packed,
-            needs_grad=problem.needs_grad,
-            backend=backend,
-            settings=settings,
-        )
+        return resolve(**self.problem._asdict(), backend=backend, settings=settings)
 
     def bare_inputs(self, *, native: bool = False) -> Inputs:
         """Random inputs without a list of blocks; see :func:`nsa.testing.make_inputs`."""
-        return make_inputs(
-            self.config,
-            length=None if self.packed else self.length,
-            batch=self.batch,
-            lengths=self.lengths if self.packed else None,
-            dtype=self.dtype,
-            device=self.device,
-            native=native,
-        )
+        size: dict[str, Any] = {"length": self.length, "batch": self.batch}
+        if self.packed:
+            size = {"lengths": self.lengths}
+        return make_inputs(self.config, **size, dtype=self.dtype, device=self.device, native=native)
 
     def inputs(self) -> Inputs:
         """The same with a list of blocks, random as well."""
@@ -132,6 +112,17 @@ def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
         return (torch.float32,)
     half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return (half, torch.float32)
+
+
+def run_branch(steps: Backend, branch: str, inputs: Inputs, **options: Any) -> Any:
+    """Run one step of a backend forward; ``options`` are further arguments of the step."""
+    options |= {"cu_seqlens": inputs.cu_seqlens, "max_seqlen": inputs.max_seqlen}
+    if branch == "select":
+        q, k = inputs.q.detach(), inputs.compressed.k.detach()
+        return steps.select_blocks(q, k, inputs.config, **options)
+    step = getattr(steps, f"{branch}_attention")
+    blocks = (inputs.block_idx,) if branch == "selected" else ()
+    return step(inputs.q, *getattr(inputs, branch), *blocks, inputs.config, **options)
 
 
 def short(dtype: torch.dtype) -> str:

@@ -13,9 +13,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from nsa.errors import UsageError, nearest
 from nsa.registry import names
-from nsa.tools.common.cli import Parser, run
+from nsa.tools.common.cli import Parser, one_of, run
 from nsa.tools.diagnose.compile.trials import COMPILERS
 from nsa.tools.diagnose.report import collect_diagnosis
 from nsa.tools.diagnose.tables import print_diagnosis
@@ -38,15 +37,17 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(
         prog="python -m nsa.tools.diagnose",
         description="Say what this machine can run, and hold every backend to the oracle.",
+        epilog=_EXAMPLES,
     )
-    parser.epilog = _EXAMPLES
     add = parser.add_argument
-    add("--backend", metavar="NAME", help=f"fail unless this one runs: {', '.join(names())}")
+    text = f"fail unless this one runs: {', '.join(names())}"
+    add("--backend", type=one_of("--backend", names()), metavar="NAME", help=text)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--profile", action="store_true", help="show which kernels run each branch (CUDA)")
     add(
         "--compile",
         nargs="?",
+        type=one_of("--compile", COMPILERS),
         const=COMPILERS[0],
         metavar="COMPILER",
         help="show what torch.compile makes of every backend, or of --backend's, and hold it to "
@@ -55,14 +56,6 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     add("--json", action="store_true", help="print JSON for programs instead of tables")
     arguments = parser.parse_strictly(argv)
-    for flag, name, known in (
-        ("--backend", arguments.backend, names()),
-        ("--compile", arguments.compile, COMPILERS),
-    ):
-        if name is not None and name not in known:
-            raise UsageError(
-                f"{flag}: expected one of the known names, got {name!r}; {nearest(name, known)}"
-            )
     # A library that prints while it is probed must not spoil the JSON.
     with contextlib.redirect_stdout(sys.stderr):
         diagnosis = collect_diagnosis(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from nsa.backends import Resolution, resolve
+from nsa.backends import Resolution
 from nsa.backends.dispatch import delegated
 from nsa.backends.fa2.providers import describe
-from nsa.backends.protocol import Backend
 from nsa.errors import BackendUnavailable
 from nsa.registry import TABLE
 from nsa.settings import Settings
-from nsa.testing.inputs import Inputs
 from nsa.tools.common.problems import Trial, short
 
 
@@ -51,7 +48,7 @@ def choose(trial: Trial, backend: str | None, settings: Settings) -> Choice:
     name = None
     branches: tuple[BranchChoice, ...] = ()
     try:
-        resolution = resolve(**trial.problem._asdict(), backend=backend)
+        resolution = trial.resolve(backend, settings)
         name, reason = resolution.backend, resolution.reason
         branches = _branches(resolution, trial, settings)
     except BackendUnavailable as error:
@@ -71,26 +68,14 @@ def _branches(resolution: Resolution, trial: Trial, settings: Settings) -> tuple
     reasons = delegated(resolution.backend, trial.problem, settings)
     if not TABLE[resolution.backend].selects:
         reasons = {"select": "FA-2 has no such step", **reasons}
-    found = []
-    for branch, backend in resolution.per_branch.items():
-        fa2 = TABLE[backend].fa2
-        found.append(
-            BranchChoice(
-                branch=branch,
-                backend=backend,
-                fa2=fa2 and settings.fa2_provider != "math",
-                provider=describe(settings.fa2_provider, trial.device) if fa2 else None,
-                why=reasons[branch] if backend != resolution.backend else "",
-            )
+    provider = settings.fa2_provider
+    return tuple(
+        BranchChoice(
+            branch=branch,
+            backend=backend,
+            fa2=TABLE[backend].fa2 and provider != "math",
+            provider=describe(provider, trial.device) if TABLE[backend].fa2 else None,
+            why=reasons[branch] if backend != resolution.backend else "",
         )
-    return tuple(found)
-
-
-def run_branch(steps: Backend, branch: str, inputs: Inputs, **options: Any) -> Any:
-    """Run one step of a backend forward; ``options`` are further arguments of the step."""
-    options |= {"cu_seqlens": inputs.cu_seqlens, "max_seqlen": inputs.max_seqlen}
-    if branch == "select":
-        return steps.select_blocks(inputs.q, inputs.compressed.k, inputs.config, **options)
-    step = getattr(steps, f"{branch}_attention")
-    blocks = (inputs.block_idx,) if branch == "selected" else ()
-    return step(inputs.q, *getattr(inputs, branch), *blocks, inputs.config, **options)
+        for branch, backend in resolution.per_branch.items()
+    )

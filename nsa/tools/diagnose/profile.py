@@ -20,8 +20,8 @@ from nsa.backends.protocol import Backend, Gated
 from nsa.errors import UsageError
 from nsa.testing.inputs import Inputs
 from nsa.tools.common.failures import failures, one_line
-from nsa.tools.common.problems import Trial
-from nsa.tools.diagnose.choices import BranchChoice, Choice, run_branch
+from nsa.tools.common.problems import Trial, run_branch
+from nsa.tools.diagnose.choices import BranchChoice, Choice
 
 GATED = "gated sum"
 """Not a step: where one backend runs every branch it may have a way to run them at once
@@ -146,26 +146,16 @@ def _call(steps: Backend, branch: str, inputs: Inputs) -> Callable[[], object]:
     """Forward and backward of a branch; selection has no backward."""
     if branch == "select":
         return torch.no_grad()(partial(run_branch, steps, branch, inputs))
-    if branch == GATED:
-        return _gated_call(cast(Gated, steps), steps, inputs)
+    if branch == GATED:  # the compressed branch's forward comes before it
+        with torch.no_grad():
+            before = run_branch(steps, "compressed", inputs)
+        given = (inputs.record, *before, inputs.block_idx, inputs.config)
+        gated, leaves = cast(Gated, steps).gated_attention, inputs.leaves()
+        return lambda: torch.autograd.grad(gated(*given), leaves, inputs.dout)
 
     def attend() -> object:
         out, _ = run_branch(steps, branch, inputs)
         return torch.autograd.grad(out, (inputs.q, *getattr(inputs, branch)), inputs.dout)
-
-    return attend
-
-
-def _gated_call(gated: Gated, steps: Backend, inputs: Inputs) -> Callable[[], object]:
-    """Forward and backward of the three branches at once; the compressed one's forward before."""
-    block_idx = inputs.block_idx
-    assert block_idx is not None
-    with torch.no_grad():
-        out_cmp, lse = run_branch(steps, "compressed", inputs)
-
-    def attend() -> object:
-        out = gated.gated_attention(inputs.record, out_cmp, lse, block_idx, inputs.config)
-        return torch.autograd.grad(out, inputs.leaves(), inputs.dout)
 
     return attend
 

@@ -124,14 +124,11 @@ def _parity(results: Iterable[ParityResult]) -> Table:
     for run, rows in runs.items():
         failed = [row for row in rows if not row.ok]
         passed = Text(f"{len(rows) - len(failed)} of {len(rows)}", style=BAD if failed else GOOD)
-        for i, row in enumerate(failed or [max(rows, key=_closeness)]):
+        nearest = max(rows, key=lambda row: row.error / row.bound if row.bound > 0 else 0.0)
+        for i, row in enumerate(failed or [nearest]):
             first = (run, passed) if i == 0 else ("", "")
             table.add_row(*first, row.tensor, f"{row.error:.2e}", f"{row.bound:.2e}")
     return table
-
-
-def _closeness(row: ParityResult) -> float:
-    return row.error / row.bound if row.bound > 0 else 0.0
 
 
 def _choices(choices: Iterable[Choice]) -> Table:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nsa.tools.common.progress import Bar, progress
+from nsa.tools.common.progress import Bar
 from nsa.training.data import Baselines
 from nsa.training.run import Run
 
@@ -26,7 +26,7 @@ class Display:
 
     def __init__(self, *, step: int, steps: int, drawn: bool | None = None) -> None:
         self._steps = steps
-        self.bar: Bar = progress(
+        self.bar = Bar(
             steps,
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -48,12 +48,12 @@ class Display:
 
     def advance(self, step: int) -> None:
         """Note that a step is done."""
-        self.bar.update(completed=step)
+        self.bar.show(completed=step)
 
     def report(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Show the loss (nats per byte) and the speed."""
         numbers = {"loss": f"{loss:.4f}", "speed": f"{tokens_per_second:,.0f}"}
-        self.bar.update(**numbers)
+        self.bar.show(**numbers)
         if not self.bar.drawn:
             self.line(
                 f"step {step}/{self._steps}  loss {numbers['loss']}  {numbers['speed']} tokens/s  "

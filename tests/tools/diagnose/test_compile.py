@@ -20,7 +20,6 @@ from nsa.settings import Settings, use_settings
 from nsa.tools.common import problems as trials
 from nsa.tools.common.machine import COMPILE_SWITCHES, collect_machine
 from nsa.tools.diagnose import __main__ as diagnose
-from nsa.tools.diagnose import choices
 from nsa.tools.diagnose.advice import advice
 from nsa.tools.diagnose.choices import choose
 from nsa.tools.diagnose.compile import branches as compile_kernels
@@ -488,7 +487,7 @@ def test_a_branch_that_fails(capsys, no_parity, untried, monkeypatch):
         raise RuntimeError("no kernel\nimage")
 
     resolution = Resolution("compiled", "", ("compiled",) * len(STEPS), ())
-    monkeypatch.setattr(choices, "resolve", lambda backend, **problem: resolution)
+    monkeypatch.setattr(trials, "resolve", lambda backend, **problem: resolution)
     monkeypatch.setattr(compile_kernels, "_operators", fail)
     monkeypatch.setattr(compile_report, "branch_kernels", branch_kernels)
     code, found = run_json(capsys, "--compile", "--backend", "sdpa")
@@ -505,8 +504,8 @@ def test_no_branches_where_compiled_cannot_run(capsys, no_parity, untried, monke
             raise BackendUnavailable("compiled needs a C++ compiler")
         return real(backend=backend, **problem)
 
-    real = choices.resolve
-    monkeypatch.setattr(choices, "resolve", refuse)
+    real = trials.resolve
+    monkeypatch.setattr(trials, "resolve", refuse)
     monkeypatch.setattr(compile_report, "branch_kernels", branch_kernels)
     code, out, _ = run(capsys, "--compile", "--backend", "sdpa")
     assert code == 0  # nobody asked for it

@@ -90,7 +90,7 @@ def test_the_newer_allocator_variable_counts_too(machine):
 
 def test_a_driver_that_does_not_answer(monkeypatch, tmp_path):
     program = tmp_path / "nvidia-smi"
-    monkeypatch.setattr(machine_module.shutil, "which", lambda name: str(program))
+    monkeypatch.setenv("PATH", str(tmp_path))
     for script in ("#!/bin/sh\nexit 9\n", "not a program", "#!/bin/sh\n"):
         program.write_text(script)
         program.chmod(0o755)

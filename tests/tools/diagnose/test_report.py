@@ -9,8 +9,9 @@ import torch
 from nsa.errors import BackendUnavailable
 from nsa.settings import FLAGS
 from nsa.testing.parity import ParityRow
+from nsa.tools.common import problems
 from nsa.tools.diagnose import __main__ as diagnose
-from nsa.tools.diagnose import choices, report
+from nsa.tools.diagnose import report
 from nsa.tools.diagnose.report import ParityResult
 from tests.support.diagnosing import run, run_json
 
@@ -87,7 +88,7 @@ def test_a_requested_backend_that_cannot_run(capsys, no_parity, monkeypatch):
     def refuse(config, *, backend, **problem):
         raise BackendUnavailable(f"backend={backend!r} asks for it, which cannot run this")
 
-    monkeypatch.setattr(choices, "resolve", refuse)
+    monkeypatch.setattr(problems, "resolve", refuse)
     code, found = run_json(capsys, "--backend", "sdpa")
     assert code == 1
     assert found["problems"] == ["backend='sdpa' asks for it, which cannot run this"]

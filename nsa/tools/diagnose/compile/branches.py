@@ -14,8 +14,8 @@ from nsa.backends import load
 from nsa.settings import Settings
 from nsa.testing.inputs import Inputs
 from nsa.tools.common.failures import failures, one_line
-from nsa.tools.common.problems import typical_trials
-from nsa.tools.diagnose.choices import BranchChoice, Choice, choose, run_branch
+from nsa.tools.common.problems import run_branch, typical_trials
+from nsa.tools.diagnose.choices import BranchChoice, Choice, choose
 
 BACKEND = "compiled"
 _ON_A_CPU = (500, 0, 12)

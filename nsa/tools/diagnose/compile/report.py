@@ -40,14 +40,12 @@ def collect_compile_report(
     """Compile, run and count; returns what is wrong as well.
 
     Args:
-        device: where the code runs.
         compiler: of the trials, one of :data:`nsa.tools.diagnose.compile.trials.COMPILERS`.
         backend: the only one to compile; None means all that can run.
-        settings: those in force.
         variables: the environment before anything was compiled.
         triton: its version, or None.
     """
-    from nsa.tools.common.progress import progress  # heavy: only who compiles needs it
+    from nsa.tools.common.progress import Bar  # heavy: only who compiles needs it
 
     toolchain = collect_toolchain(device, variables, triton)
     branches, refused = branch_kernels(device, settings)
@@ -66,14 +64,14 @@ def collect_compile_report(
         left_out |= {name: "not tried, for the reason at the end" for name, _ in planned}
         planned = []
     trials = []
-    with progress(len(planned)) as bar:
+    with Bar(len(planned)) as bar:
         for i, (name, trial) in enumerate(planned, start=1):
             if not bar.drawn:
                 bar.line(f"compiling {i} of {len(planned)}: {name}, {trial.kind}, {compiler}")
-            found = compile_trial(name, trial, compiler, lambda what: bar.update(description=what))
+            found = compile_trial(name, trial, compiler, lambda what: bar.show(description=what))
             trials.append(found)
             problems += faults(found)
-            bar.advance()
+            bar.step()
     report = CompileReport(
         toolchain=toolchain,
         variables=variables,

@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from nsa.settings import foreign_variable
-from nsa.tools.common.machine import CACHE_SWITCHES, INTERPRETER, OFF_SWITCHES
+from nsa.tools.common.machine import CACHE_SWITCHES, INTERPRETER, OFF_SWITCHES, output_of
 
 UNKNOWN = "not known to this version of torch"
 INDUCTOR_DIR, TRITON_DIR, TRITON_HOME = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"
@@ -95,13 +94,7 @@ def read_variables() -> tuple[Variable, ...]:
 def collect_toolchain(
     device: torch.device, variables: tuple[Variable, ...], triton: str | None
 ) -> Toolchain:
-    """Ask torch and the disk.
-
-    Args:
-        device: what code is made for.
-        variables: of :func:`read_variables`.
-        triton: its version, or None.
-    """
+    """Ask torch and the disk what makes code for a device."""
     values = {variable.assignment.partition("=")[0]: variable.value for variable in variables}
     compiler, refusal = _cpp_compiler() if device.type == "cpu" else _triton_compiler(triton)
     home = Path(foreign_variable(TRITON_HOME) or Path.home())
@@ -144,13 +137,7 @@ def _cpp_compiler() -> tuple[str, str | None]:
 
 def _version_line(compiler: str) -> str:
     """The first line that a compiler prints about itself; its name where it prints none."""
-    try:
-        done = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return compiler
-    return (done.stdout.splitlines() or [compiler])[0].strip()
+    return (output_of(compiler, "--version").splitlines() or [compiler])[0].strip()
 
 
 def _caches() -> str:

@@ -73,9 +73,7 @@ def plan_trials(
 ) -> tuple[list[tuple[str, Trial]], dict[str, str]]:
     """Plan what is to be compiled; returns as well the backends that are not, with the reason.
 
-    Args:
-        device: where the code runs.
-        backend: the only one; None or "auto" means all that can run.
+    ``backend`` is the only one; None or "auto" means all that can run.
     """
     longest = max(max(of) for of in lengths(CONFIG.nsa))
     small = small_trials(device)
@@ -96,12 +94,8 @@ def plan_trials(
 def compile_trial(
     backend: str, trial: Trial, compiler: str, say: Callable[[str], None]
 ) -> CompileTrial:
-    """Compile and run one backend on one kind of input, forward and backward.
-
-    Args:
-        compiler: one of :data:`COMPILERS`.
-        say: told what is next.
-    """
+    """Compile and run one backend on one kind of input, forward and backward; ``say`` is told what
+    is next."""
     from torch._dynamo import exc  # heavy: only who compiles needs it
     from torch._dynamo.utils import counters
 
