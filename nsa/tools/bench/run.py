@@ -86,7 +86,7 @@ class Runner:
             if name == "reference":  # for those who request it: it is quadratic
                 continue
             why_not = unavailable(name, trial.problem, self._settings)
-            if why_not is None and name == "compiled" and trial.device.type == "cpu":
+            if why_not is None and TABLE[name].compiles_glue and trial.device.type == "cpu":
                 why_not = "compiles for minutes on a CPU; ask for it with --backends"
             if why_not is None:
                 names.append(name)
