@@ -81,7 +81,8 @@ class Run:
             before, now = checkpoint.state["threads"], torch.get_num_threads()
             if device.type == "cpu" and before != now:
                 self.notes.append(f"saved with {before} threads, resuming with {now}")
-            self.notes += [f"resuming with {text}" for text in saved.rounding_differences(config)]
+            rounding = saved.differences(config, rounding=True)
+            self.notes += [f"resuming with {text}" for text in rounding]
 
     def train(self, display: Display) -> float | None:
         """Train up to the last step, or until a signal asks to stop (then save first).
