@@ -24,24 +24,6 @@ from nsa.backends.fa2.calls import Aten, Call, FlashAttn, Provider
 from nsa.backends.fa2.math_provider import Math
 from nsa.errors import BackendUnavailable
 
-__all__ = [
-    "ABSENT",
-    "BROKEN",
-    "IDLE",
-    "WORKS",
-    "WRONG",
-    "Aten",
-    "Call",
-    "FlashAttn",
-    "Math",
-    "Provider",
-    "Report",
-    "active_impl",
-    "describe",
-    "provider",
-    "survey",
-]
-
 SOURCES = ("flash_attn", "aten")
 """What "auto" tries, in this order."""
 
