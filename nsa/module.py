@@ -17,7 +17,7 @@ from nsa.compression import PHI, Compress, compress_both
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
 from nsa.core.compile import compile_glue
-from nsa.core.inputs import AttentionInputs
+from nsa.core.inputs import BRANCHES, AttentionInputs
 from nsa.core.linear import project
 from nsa.core.packing import packed_tokens
 from nsa.core.rope import apply_rope
@@ -25,8 +25,6 @@ from nsa.errors import ConfigError
 from nsa.gates import GATES
 from nsa.registry import TABLE
 from nsa.settings import current_settings
-
-BRANCHES = ("compressed", "selected", "window")
 
 
 class NSAttention(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
-from nsa.core.inputs import AttentionInputs
+from nsa.core.inputs import BRANCHES, AttentionInputs
 from nsa.core.packing import packed_blocks
 from nsa.errors import DataError, ShapeError
 
@@ -58,7 +58,7 @@ def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> 
 def check_values(inputs: AttentionInputs, config: NSAConfig) -> None:
     """Every input is finite (``NSA_CHECK=1`` only)."""
     named = {"q": inputs.q, "gates": inputs.gates}
-    for branch in ("compressed", "selected", "window"):
+    for branch in BRANCHES:
         for part, x in zip("kv", getattr(inputs, branch), strict=True):
             if branch == "compressed":
                 x = without_surplus(x, config, inputs.cu_seqlens)  # noqa: PLW2901

@@ -146,9 +146,8 @@ class LanguageModel(nn.Module):
         residual_std = _INIT_STD / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             parent, _, leaf = name.rpartition(".")
-            if leaf != "weight" or "norm" in parent or ".compress_" in parent:
-                continue
-            if parent.endswith("attention.gate_proj"):
+            own = "norm" in parent or ".compress_" in parent
+            if leaf != "weight" or own or parent.endswith("attention.gate_proj"):
                 continue
             writes_residual = parent.endswith((".o_proj", ".down_proj"))
             nn.init.normal_(parameter, std=residual_std if writes_residual else _INIT_STD)
@@ -156,10 +155,8 @@ class LanguageModel(nn.Module):
     @property
     def resolution(self) -> Resolution | None:
         """The NSA backend that ran and why; None before a forward and for dense attention."""
-        for module in self.modules():
-            if isinstance(module, NSAttention):
-                return module.resolution
-        return None
+        layers = (module for module in self.modules() if isinstance(module, NSAttention))
+        return next((layer.resolution for layer in layers), None)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block in place, as one graph (``nn.Module.compile(fullgraph=True)``).

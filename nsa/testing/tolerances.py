@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa import reference
+from nsa.core.inputs import BRANCHES
 from nsa.reference.attend import probabilities
 from nsa.testing.inputs import Inputs
 from nsa.testing.same_dtype import branches, plain_attention
@@ -25,7 +26,7 @@ FLOOR = {
     torch.float32: 2e-6,
     torch.float64: 1e-12,
 }
-LSE_NAMES = ("lse.compressed", "lse.selected", "lse.window")
+LSE_NAMES = tuple(f"lse.{branch}" for branch in BRANCHES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def expected(inputs: Inputs) -> dict[str, Expected]:
     """
     floor = FLOOR[inputs.q.dtype]
     exact = _without_surplus(inputs).cast(torch.float64)
-    truth_out = _oracle(exact)
+    truth_out = exact.attend(reference.nsa_attention)
     truth_grads = torch.autograd.grad(truth_out, exact.leaves(), exact.dout)
     plain = _without_surplus(inputs).cast(inputs.q.dtype)
     plain_out, plain_lses = plain_attention(plain)
@@ -63,7 +64,8 @@ def expected(inputs: Inputs) -> dict[str, Expected]:
     result = {"out": _bound(truth_out, plain_out, OUTPUT_FACTOR, floor * sizes["out"])}
     for name, truth, x in zip(Inputs.NAMES, truth_grads, plain_grads, strict=True):
         result[f"d{name}"] = _bound(truth, x, GRADIENT_FACTOR, floor * sizes[f"d{name}"])
-    for name, truth, x in zip(LSE_NAMES, _oracle_lses(exact), plain_lses, strict=True):
+    for branch, name, x in zip(BRANCHES, LSE_NAMES, plain_lses, strict=True):
+        truth = getattr(reference, f"{branch}_attention")(*exact.branch(branch))[1]
         result[name] = _bound(truth, x, OUTPUT_FACTOR, floor * sizes[name])
     return result
 
@@ -80,38 +82,14 @@ def _without_surplus(inputs: Inputs) -> Inputs:
     return inputs.with_leaves(leaves)
 
 
-def _oracle(inputs: Inputs) -> Tensor:
-    return reference.nsa_attention(
-        inputs.q,
-        inputs.compressed,
-        inputs.selected,
-        inputs.window,
-        inputs.gates,
-        inputs.config,
-        cu_seqlens=inputs.cu_seqlens,
-        block_idx=inputs.block_idx,
-    )
-
-
-def _oracle_lses(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    q, config, cu_seqlens = inputs.q, inputs.config, inputs.cu_seqlens
-    assert inputs.block_idx is not None
-    return (
-        reference.compressed_attention(q, *inputs.compressed, config, cu_seqlens)[1],
-        reference.selected_attention(q, *inputs.selected, inputs.block_idx, config, cu_seqlens)[1],
-        reference.window_attention(q, *inputs.window, config, cu_seqlens)[1],
-    )
-
-
 @torch.no_grad()
 def _sizes(inputs: Inputs) -> dict[str, float]:
     """M of every output and gradient."""
     inputs = replace(inputs.with_leaves(tuple(x.detach() for x in inputs.leaves())))
     scale = inputs.config.softmax_scale
     squares = dict.fromkeys(("out", *(f"d{name}" for name in Inputs.NAMES), *LSE_NAMES), 0.0)
-    kinds = ("compressed", "selected", "window")
     for part in branches(inputs):
-        kind = kinds[part.branch]
+        kind = BRANCHES[part.branch]
         p, lse = probabilities(part.q, part.k, part.mask, scale)
         B, T, K, G, _ = p.shape
         q = part.q.unflatten(2, (K, G))
