@@ -202,11 +202,7 @@ class LanguageModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
-        self,
-        tokens: Tensor,
-        *,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
+        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
     ) -> Tensor:
         """Score every possible next token after each token.
 
@@ -251,10 +247,8 @@ class LanguageModel(nn.Module):
         """Compute the mean cross-entropy in nats per token, in fp32 (fp64 for an fp64 model).
 
         Args:
-            tokens: as in :meth:`forward`.
             targets: int64 ``[B, T]``: the token that follows each of ``tokens``; -100 is left out.
-            cu_seqlens: as in :meth:`forward`.
-            max_seqlen: as in :meth:`forward`.
+            tokens, cu_seqlens, max_seqlen: as in :meth:`forward`.
 
         Returns:
             A scalar.

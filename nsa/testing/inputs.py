@@ -49,8 +49,9 @@ class Inputs:
     def with_leaves(self, leaves: tuple[Tensor, ...]) -> Inputs:
         """The same problem over other tensors, in the order of :meth:`leaves`."""
         q, ck, cv, sk, sv, wk, wv, gates = leaves
-        kvs = {"compressed": KV(ck, cv), "selected": KV(sk, sv), "window": KV(wk, wv)}
-        return replace(self, q=q, gates=gates, **kvs)
+        return replace(
+            self, q=q, gates=gates, compressed=KV(ck, cv), selected=KV(sk, sv), window=KV(wk, wv)
+        )
 
     def attend(self, attention: Callable[..., Tensor], **options: Any) -> Tensor:
         """Call :func:`nsa.nsa_attention`, or a function that takes the same, on this problem."""
