@@ -121,7 +121,11 @@ class CheckpointStore:
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            for path in self.folder.glob(".*.tmp"):  # what a killed save left
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             _write(temporary, step, tensors, state)
             if final.exists():  # of a damaged or abandoned run; latest does not name it
                 self._remove(final)
@@ -150,14 +154,6 @@ class CheckpointStore:
         trash = self.folder / f".{path.name}.{os.getpid()}.old.tmp"
         os.rename(path, trash)
         shutil.rmtree(trash)
-
-    def _sweep(self) -> None:
-        """Delete what a killed save left."""
-        for path in self.folder.glob(".*.tmp"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 def _write(

@@ -122,10 +122,9 @@ def _read_text(path: Path) -> bytes | None:
     """Read a text file; None for one that is empty, unreadable, or not text."""
     try:
         # A pipe or a device under the folder would block or never end.
-        data = path.read_bytes() if path.is_file() else b""
-    except OSError:
+        return _require_text(path) if path.is_file() else None
+    except (OSError, DataError):
         return None
-    return data if data.strip() and SEPARATOR not in data else None
 
 
 def _require_text(path: Path) -> bytes:

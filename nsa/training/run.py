@@ -70,7 +70,12 @@ class Run:
                 saved = RunConfig.from_dict(checkpoint.state["config"])
                 self._refuse_differences(saved)
         else:
-            self._refuse_existing()
+            for name in ("config.json", "checkpoints"):
+                if (folder / name).exists():
+                    raise CheckpointError(
+                        f"{folder} already holds a run: expected --resume to continue it, or "
+                        "another --out"
+                    )
         device = torch.device(config.train.device)
         self._compilation = Compilation(config.train.compile, device, compile_cache)
         self.corpus = load_corpus(config.train.data)
@@ -180,14 +185,6 @@ class Run:
                 f"{self.folder} holds a run of another configuration: {', '.join(differences)} "
                 "(stored -> requested); drop those flags, or choose another --out"
             )
-
-    def _refuse_existing(self) -> None:
-        for name in ("config.json", "checkpoints"):
-            if (self.folder / name).exists():
-                raise CheckpointError(
-                    f"{self.folder} already holds a run: expected --resume to continue it, or "
-                    "another --out"
-                )
 
 
 def stored_config(folder: Path) -> RunConfig:
