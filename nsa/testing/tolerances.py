@@ -7,7 +7,7 @@ root-sum-square of each element's terms, i.e. the root of the sum of all squared
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,10 +54,11 @@ def expected(inputs: Inputs) -> dict[str, Expected]:
     ``inputs.block_idx`` must be given: selection is compared apart.
     """
     floor = FLOOR[inputs.q.dtype]
-    exact = _without_surplus(inputs).cast(torch.float64)
+    # Surplus compressed rows are never read: zeros replace what stands there.
+    clean = inputs.with_leaves(tuple(x.detach().nan_to_num(nan=0.0) for x in inputs.leaves()))
+    exact, plain = clean.cast(torch.float64), clean.cast(inputs.q.dtype)
     truth_out = exact.attend(reference.nsa_attention)
     truth_grads = torch.autograd.grad(truth_out, exact.leaves(), exact.dout)
-    plain = _without_surplus(inputs).cast(inputs.q.dtype)
     plain_out, plain_lses = plain_attention(plain)
     plain_grads = torch.autograd.grad(plain_out, plain.leaves(), plain.dout)
     sizes = _sizes(exact)
@@ -76,16 +77,9 @@ def _bound(truth: Tensor, plain: Tensor, factor: float, floor: float) -> Expecte
     return Expected(truth, factor * away.norm().item() + floor)
 
 
-def _without_surplus(inputs: Inputs) -> Inputs:
-    """Surplus compressed rows are never read: replaces what stands there by zeros."""
-    leaves = tuple(x.detach().nan_to_num(nan=0.0) for x in inputs.leaves())
-    return inputs.with_leaves(leaves)
-
-
 @torch.no_grad()
 def _sizes(inputs: Inputs) -> dict[str, float]:
     """M of every output and gradient."""
-    inputs = replace(inputs.with_leaves(tuple(x.detach() for x in inputs.leaves())))
     scale = inputs.config.softmax_scale
     squares = dict.fromkeys(("out", *(f"d{name}" for name in Inputs.NAMES), *LSE_NAMES), 0.0)
     for part in branches(inputs):
