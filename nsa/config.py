@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from nsa.errors import ConfigError, require_fields, require_known
+from nsa.errors import ConfigError, is_finite, is_int, require, require_fields, require_known
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -100,19 +99,21 @@ class NSAConfig(Keyed):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" or (field.name == "value_dim" and value is not None):
-                _require_int(field.name, value)
+                if not is_int(value):
+                    got = f"{value!r} ({type(value).__name__})"
+                    raise ConfigError(f"{field.name}: expected an int, got {got}")
                 least = 0 if field.name in ("num_initial", "num_local") else 1
                 hint = ", or None" if field.name == "value_dim" else ""
-                _require(value >= least, field.name, f"at least {least}{hint}", value)
+                require(value >= least, field.name, f"at least {least}{hint}", value)
         d, forced = self.compress_stride, self.num_initial + self.num_local
         K, theta, l_max = self.num_kv_heads, self.rope_theta, self.select_block
-        positive = theta is None or (_is_finite(theta) and theta > 0)
+        positive = theta is None or (is_finite(theta) and theta > 0)
         for name, good, expected in (
             ("num_heads", self.num_heads % K == 0, f"a multiple of num_kv_heads={K}"),
             ("compress_block", self.compress_block % d == 0, f"a multiple of compress_stride={d}"),
             ("select_block", self.select_block % d == 0, f"a multiple of compress_stride={d}"),
             ("compress_block", self.compress_block <= l_max, f"at most select_block={l_max}"),
-            ("scale", self.scale is None or _is_finite(self.scale), "a finite number, or None"),
+            ("scale", self.scale is None or is_finite(self.scale), "a finite number, or None"),
             ("independent_kv", isinstance(self.independent_kv, bool), "True or False"),
             ("rope_theta", positive, "a finite number > 0, or None"),
             (
@@ -121,9 +122,9 @@ class NSAConfig(Keyed):
                 "even under RoPE (or rope_theta=None)",
             ),
         ):
-            _require(good, name, expected, getattr(self, name))
+            require(good, name, expected, getattr(self, name))
         limit = f"at most num_selected={self.num_selected}"
-        _require(forced <= self.num_selected, "num_initial + num_local", limit, forced)
+        require(forced <= self.num_selected, "num_initial + num_local", limit, forced)
         for name, kind in (("compression", Compression), ("gate", Gate)):
             require_known(name, getattr(self, name), get_args(kind))
 
@@ -172,18 +173,3 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "window": 64,
     },
 }
-
-
-def _is_finite(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def _require_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
-
-
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: expected {expected}, got {got!r}")

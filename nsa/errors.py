@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
@@ -37,6 +38,22 @@ class UsageError(NSAError):
 
 class DataError(NSAError):
     """Data that cannot be used: an unreadable or empty path, or values that are not finite."""
+
+
+def require(condition: bool, name: str, expected: str, got: object) -> None:
+    """Refuse a value of a configuration that breaks a rule."""
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is an int; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return (is_int(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def nearest(name: object, known: Sequence[str]) -> str:

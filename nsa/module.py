@@ -17,16 +17,14 @@ from nsa.compression import PHI, Compress, compress_both
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
 from nsa.core.compile import compile_glue
-from nsa.core.inputs import AttentionInputs
+from nsa.core.inputs import BRANCHES, AttentionInputs
 from nsa.core.linear import project
 from nsa.core.packing import packed_tokens
 from nsa.core.rope import apply_rope
-from nsa.errors import ConfigError
+from nsa.errors import is_int, require
 from nsa.gates import GATES
 from nsa.registry import TABLE
 from nsa.settings import current_settings
-
-BRANCHES = ("compressed", "selected", "window")
 
 
 class NSAttention(nn.Module):
@@ -55,8 +53,7 @@ class NSAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-            raise ConfigError(f"dim: expected an int >= 1, got {dim!r}")
+        require(is_int(dim) and dim >= 1, "dim", "an int >= 1", dim)
         self.dim, self.config, self.backend = dim, config, backend
         self.settings = current_settings()
         self._resolution: Resolution | None = None

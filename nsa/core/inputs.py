@@ -8,6 +8,8 @@ from torch import Tensor
 
 from nsa.config import KV
 
+BRANCHES = ("compressed", "selected", "window")
+
 
 class AttentionInputs(NamedTuple):
     """The tensors of one call of :func:`nsa.nsa_attention`.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
-from nsa.core.inputs import AttentionInputs
+from nsa.core.inputs import BRANCHES, AttentionInputs
 from nsa.core.packing import packed_blocks
 from nsa.errors import DataError, ShapeError
 
@@ -26,8 +26,7 @@ def check_layer_input(x: Tensor, dim: int, weight: Tensor) -> None:
     """x is ``[B, T, dim]`` where the layer's weights are, in a dtype that they can be used with."""
     if x.dim() != 3 or x.shape[-1] != dim:
         raise ShapeError(f"x: expected [B, T, {dim}], got {list(x.shape)}")
-    if x.device != weight.device:
-        raise ShapeError(f"x: expected the layer's device {weight.device}, got {x.device}")
+    check_device("x", x, weight, "the layer's device")
     if x.dtype not in _DTYPES:
         raise ShapeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dtype == weight.dtype or weight.dtype not in _DTYPES:  # quantised weights take any
@@ -41,9 +40,9 @@ def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> 
     q, cu_seqlens = inputs.q, inputs.cu_seqlens
     check_query(q, config)
     check_packing(q, cu_seqlens, inputs.max_seqlen, check=check)
-    for part, x in zip("kv", inputs.compressed, strict=True):
-        check_compressed(f"compressed.{part}", x, q, config, cu_seqlens, check=check)
     k_cmp, v_cmp = inputs.compressed
+    check_compressed("compressed.k", k_cmp, q, config, cu_seqlens, check=check)
+    check_compressed("compressed.v", v_cmp, q, config, cu_seqlens, check=check)
     if k_cmp.shape[1] != v_cmp.shape[1]:
         check_like_query("compressed.v", v_cmp, q, (1, k_cmp.shape[1], None, None))
     check_kv("selected", inputs.selected, q, config, inputs.q_start)
@@ -58,7 +57,7 @@ def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> 
 def check_values(inputs: AttentionInputs, config: NSAConfig) -> None:
     """Every input is finite (``NSA_CHECK=1`` only)."""
     named = {"q": inputs.q, "gates": inputs.gates}
-    for branch in ("compressed", "selected", "window"):
+    for branch in BRANCHES:
         for part, x in zip("kv", getattr(inputs, branch), strict=True):
             if branch == "compressed":
                 x = without_surplus(x, config, inputs.cu_seqlens)  # noqa: PLW2901
@@ -90,20 +89,14 @@ def check_like_query(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, .
     check_device(name, x, q)
 
 
-def check_device(name: str, x: Tensor, q: Tensor) -> None:
+def check_device(name: str, x: Tensor, q: Tensor, what: str = "q's device") -> None:
     """x is where q is."""
     if x.device != q.device:
-        raise ShapeError(f"{name}: expected q's device {q.device}, got {x.device}")
+        raise ShapeError(f"{name}: expected {what} {q.device}, got {x.device}")
 
 
 def check_compressed(
-    name: str,
-    x: Tensor,
-    q: Tensor,
-    config: NSAConfig,
-    cu_seqlens: Tensor | None,
-    *,
-    check: bool,
+    name: str, x: Tensor, q: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, *, check: bool
 ) -> None:
     """φ's output: exactly N rows for a regular batch, enough of them for a packed one."""
     size = config.dv if name.endswith(".v") else config.head_dim
@@ -178,17 +171,15 @@ def check_packing(
         raise ShapeError(
             f"cu_seqlens: expected int32, got {cu_seqlens.dtype}; use cu_seqlens.to(torch.int32)"
         )
-    if cu_seqlens.device != x.device:
-        raise ShapeError(f"cu_seqlens: expected device {x.device}, got {cu_seqlens.device}")
-    if max_seqlen is not None and (
-        not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool)
-    ):
-        raise ShapeError(
-            f"max_seqlen: expected an int, got {type(max_seqlen).__name__}; a tensor would have "
-            "to be read back from the device"
-        )
-    if max_seqlen is not None and max_seqlen < 0:
-        raise ShapeError(f"max_seqlen: expected >= 0, got {max_seqlen}")
+    check_device("cu_seqlens", cu_seqlens, x, "device")
+    if max_seqlen is not None:
+        if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
+            raise ShapeError(
+                f"max_seqlen: expected an int, got {type(max_seqlen).__name__}; a tensor would "
+                "have to be read back from the device"
+            )
+        if max_seqlen < 0:
+            raise ShapeError(f"max_seqlen: expected >= 0, got {max_seqlen}")
     if cu_seqlens.device.type == "cpu" or check:
         _check_packing_values(x.shape[1], cu_seqlens, max_seqlen, check=check)
 
@@ -222,12 +213,7 @@ def _check_packing_values(
 
 
 def check_block_idx(
-    block_idx: Tensor,
-    q: Tensor,
-    config: NSAConfig,
-    cu_seqlens: Tensor | None,
-    *,
-    check: bool,
+    block_idx: Tensor, q: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, *, check: bool
 ) -> None:
     """``block_idx`` is int32 ``[B, T, K, width]``, ascending, then −1."""
     expected = (q.shape[0], q.shape[1], config.num_kv_heads)

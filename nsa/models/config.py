@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from nsa.config import NSAConfig
-from nsa.errors import ConfigError, require_fields, require_known
+from nsa.errors import ConfigError, is_finite, is_int, require, require_fields, require_known
 
 Attention = Literal["nsa", "dense"]
 
@@ -39,22 +38,18 @@ class ModelConfig:
     """Added to the mean square inside RMSNorm."""
 
     def __post_init__(self) -> None:
-        if self.hidden_dim is None:
-            _require_positive_int("dim", self.dim)
-            rounded = 64 * max(1, round(self.dim * 8 / 3 / 64))
-            object.__setattr__(self, "hidden_dim", rounded)
         for name in ("dim", "num_layers", "hidden_dim", "vocab_size"):
-            _require_positive_int(name, getattr(self, name))
-        if not isinstance(self.nsa, NSAConfig):
-            raise ConfigError(f"nsa: expected an NSAConfig, got {self.nsa!r}")
+            value = getattr(self, name)
+            if name == "hidden_dim" and value is None:
+                value = 64 * max(1, round(self.dim * 8 / 3 / 64))
+                object.__setattr__(self, name, value)
+            require(is_int(value) and value >= 1, name, "an int >= 1", value)
+        require(isinstance(self.nsa, NSAConfig), "nsa", "an NSAConfig", self.nsa)
         require_known("attention", self.attention, get_args(Attention))
-        if not isinstance(self.tied_embeddings, bool):
-            raise ConfigError(
-                f"tied_embeddings: expected True or False, got {self.tied_embeddings!r}"
-            )
-        eps: object = self.norm_eps
-        if not isinstance(eps, float) or not 0 < eps < math.inf:
-            raise ConfigError(f"norm_eps: expected a finite float > 0, got {eps!r}")
+        tied, eps = self.tied_embeddings, self.norm_eps
+        require(isinstance(tied, bool), "tied_embeddings", "True or False", tied)
+        positive = isinstance(eps, float) and is_finite(eps) and eps > 0
+        require(positive, "norm_eps", "a finite float > 0", eps)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
@@ -74,10 +69,10 @@ class ModelConfig:
         missing = [name for name in ("dim", "num_layers", "nsa") if name not in values]
         if missing:
             raise ConfigError(f"expected a value for {missing[0]!r}, got none")
-        if not isinstance(values["nsa"], Mapping):
-            raise ConfigError(f"nsa: expected a table of values, got {values['nsa']!r}")
-        require_fields(NSAConfig, values["nsa"])
-        return cls(**{**values, "nsa": NSAConfig(**values["nsa"])})
+        nsa = values["nsa"]
+        require(isinstance(nsa, Mapping), "nsa", "a table of values", nsa)
+        require_fields(NSAConfig, nsa)
+        return cls(**{**values, "nsa": NSAConfig(**nsa)})
 
     def replace(self, **changes: Any) -> ModelConfig:
         """Copy with ``changes`` applied and checked."""
@@ -91,8 +86,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"dim": 768, "num_layers": 12},
     "tiny": {"dim": 128, "num_layers": 4},
 }
-
-
-def _require_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: expected an int >= 1, got {value!r}")

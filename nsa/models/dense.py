@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, D key size, V value
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,9 +35,7 @@ class DenseAttention(nn.Module):
         self.config = config
         heads, kv_heads = config.num_heads, config.num_kv_heads
 
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
-
+        linear = functools.partial(nn.Linear, bias=False, device=device, dtype=dtype)
         self.q_proj = linear(dim, heads * config.head_dim)
         self.k_proj = linear(dim, kv_heads * config.head_dim)
         self.v_proj = linear(dim, kv_heads * config.dv)
@@ -53,9 +53,8 @@ class DenseAttention(nn.Module):
 
         Args:
             x: ``[B, T, dim]``.
-            cu_seqlens: must be None: packed input needs block-diagonal attention, which this layer
-                does not have.
-            max_seqlen: must be None, for the same reason.
+            cu_seqlens, max_seqlen: must be None: packed input needs block-diagonal attention, which
+                this layer does not have.
 
         Returns:
             ``[B, T, dim]``.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.errors import ConfigError
+from nsa.errors import require
 from nsa.models.language_model import LanguageModel
 
 
@@ -42,10 +42,8 @@ class GenerationConfig:
             ("top_p", "a number in (0, 1]", lambda x: x is None or 0 < x <= 1),
             ("seed", "an int in [0, 2**63)", lambda x: 0 <= x < 2**63),
         ):
-            value = getattr(self, name)
-            if not holds(value):
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag}: expected {expected}, got {value!r}")
+            value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            require(holds(value), flag, expected, value)
 
 
 @torch.no_grad()

@@ -146,9 +146,8 @@ class LanguageModel(nn.Module):
         residual_std = _INIT_STD / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             parent, _, leaf = name.rpartition(".")
-            if leaf != "weight" or "norm" in parent or ".compress_" in parent:
-                continue
-            if parent.endswith("attention.gate_proj"):
+            own = "norm" in parent or ".compress_" in parent
+            if leaf != "weight" or own or parent.endswith("attention.gate_proj"):
                 continue
             writes_residual = parent.endswith((".o_proj", ".down_proj"))
             nn.init.normal_(parameter, std=residual_std if writes_residual else _INIT_STD)
@@ -156,21 +155,16 @@ class LanguageModel(nn.Module):
     @property
     def resolution(self) -> Resolution | None:
         """The NSA backend that ran and why; None before a forward and for dense attention."""
-        for module in self.modules():
-            if isinstance(module, NSAttention):
-                return module.resolution
-        return None
+        layers = (module for module in self.modules() if isinstance(module, NSAttention))
+        return next((layer.resolution for layer in layers), None)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile each block in place, as one graph (``nn.Module.compile(fullgraph=True)``).
+        """Compile each block in place, as one graph, with the ``options`` of ``torch.compile``.
 
         The blocks are alike, so the first one's code serves all: compiling takes as long as for a
         model of one layer. Names of parameters stay as they are. What a block cannot compile raises
         when it is first run. With ``dynamic=True`` run the model under
         :func:`nsa.core.compile.static_floats`, or torch makes the first graph twice.
-
-        Args:
-            options: of ``torch.compile``.
         """
         for block in self.blocks:
             block.compile(fullgraph=True, **options)
@@ -179,10 +173,7 @@ class LanguageModel(nn.Module):
         """Compile :meth:`loss` as one graph, from the embedding to the cross-entropy.
 
         Compiling takes longer the more layers there are; embedding, head and cross-entropy gain
-        too. The model itself stays as it is.
-
-        Args:
-            options: of ``torch.compile``.
+        too. The model itself stays as it is. ``options`` are those of ``torch.compile``.
 
         Returns:
             A function with the signature of :meth:`loss`. With ``activation_checkpointing``,
@@ -205,11 +196,7 @@ class LanguageModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
-        self,
-        tokens: Tensor,
-        *,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
+        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
     ) -> Tensor:
         """Score every possible next token after each token.
 
@@ -251,16 +238,11 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """Compute the mean cross-entropy in nats per token, in fp32 (fp64 for an fp64 model).
+        """Compute the mean cross-entropy, a scalar: nats per token, in fp32 (or fp64 as the model).
 
         Args:
-            tokens: as in :meth:`forward`.
             targets: int64 ``[B, T]``: the token that follows each of ``tokens``; -100 is left out.
-            cu_seqlens: as in :meth:`forward`.
-            max_seqlen: as in :meth:`forward`.
-
-        Returns:
-            A scalar.
+            tokens, cu_seqlens, max_seqlen: as in :meth:`forward`.
 
         Raises:
             ShapeError: when ``targets`` does not match ``tokens``, and as :meth:`forward`.

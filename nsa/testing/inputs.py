@@ -5,6 +5,7 @@ B batch, T tokens, N compressed blocks, H query heads, K key/value heads, D key 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
-from nsa.core.inputs import AttentionInputs
+from nsa.core.inputs import BRANCHES, AttentionInputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,21 +32,12 @@ class Inputs:
     max_seqlen: int | None = None
     block_idx: Tensor | None = None
 
-    NAMES = (
-        "q",
-        "compressed.k",
-        "compressed.v",
-        "selected.k",
-        "selected.v",
-        "window.k",
-        "window.v",
-        "gates",
-    )
+    NAMES = ("q", *(f"{branch}.{part}" for branch in BRANCHES for part in "kv"), "gates")
     """Names of :meth:`leaves`, in order."""
 
     def leaves(self) -> tuple[Tensor, ...]:
         """Every tensor that gets a gradient."""
-        return (self.q, *self.compressed, *self.selected, *self.window, self.gates)
+        return self.record.differentiable
 
     @property
     def record(self) -> AttentionInputs:
@@ -58,13 +50,27 @@ class Inputs:
         """The same problem over other tensors, in the order of :meth:`leaves`."""
         q, ck, cv, sk, sv, wk, wv, gates = leaves
         return replace(
-            self,
-            q=q,
-            compressed=KV(ck, cv),
-            selected=KV(sk, sv),
-            window=KV(wk, wv),
-            gates=gates,
+            self, q=q, gates=gates, compressed=KV(ck, cv), selected=KV(sk, sv), window=KV(wk, wv)
         )
+
+    def attend(self, attention: Callable[..., Tensor], **options: Any) -> Tensor:
+        """Call :func:`nsa.nsa_attention`, or a function that takes the same, on this problem."""
+        kvs = (self.compressed, self.selected, self.window)
+        return attention(
+            self.q,
+            *kvs,
+            self.gates,
+            self.config,
+            cu_seqlens=self.cu_seqlens,
+            max_seqlen=self.max_seqlen,
+            block_idx=self.block_idx,
+            **options,
+        )
+
+    def branch(self, branch: str) -> tuple[Any, ...]:
+        """The arguments of a step of that name; the block list must be given."""
+        blocks = (self.block_idx,) if branch == "selected" else ()
+        return (self.q, *getattr(self, branch), *blocks, self.config, self.cu_seqlens)
 
     def cast(self, dtype: torch.dtype) -> Inputs:
         """Fresh leaves in another dtype, each ready for a gradient."""
@@ -105,9 +111,9 @@ def make_inputs(
     else:
         assert length is not None
         used = rows = config.num_compressed(length)
-    drawn: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    if native:
-        drawn = {"dtype": dtype, "device": device}
+    drawn: dict[str, Any] = {"dtype": dtype, "device": device}
+    if not native:
+        drawn = {"dtype": torch.float64, "device": "cpu"}
     drawn["generator"] = torch.Generator(drawn["device"]).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

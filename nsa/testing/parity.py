@@ -13,6 +13,7 @@ from nsa.attention import select_blocks as public_select_blocks
 from nsa.backends.dispatch import Resolution, plan
 from nsa.backends.protocol import Problem
 from nsa.config import NSAConfig
+from nsa.core.inputs import BRANCHES
 from nsa.reference.masks import compressed_mask
 from nsa.reference.packing import spans
 from nsa.settings import current_settings
@@ -42,22 +43,14 @@ def attention_parity(backend: str, inputs: Inputs) -> list[ParityRow]:
     """Runs forward and backward on one backend; ``inputs.block_idx`` must be given."""
     leaves = tuple(x.detach().requires_grad_() for x in inputs.leaves())
     mine = inputs.with_leaves(leaves)
-    out = nsa_attention(
-        mine.q,
-        mine.compressed,
-        mine.selected,
-        mine.window,
-        mine.gates,
-        mine.config,
-        cu_seqlens=mine.cu_seqlens,
-        max_seqlen=mine.max_seqlen,
-        block_idx=mine.block_idx,
-        backend=backend,
-    )
+    out = mine.attend(nsa_attention, backend=backend)
     found = {"out": out}
     grads = torch.autograd.grad(out, leaves, mine.dout)
     found.update({f"d{name}": x for name, x in zip(Inputs.NAMES, grads, strict=True)})
-    found.update(zip(LSE_NAMES, _lses(backend, mine), strict=True))
+    chosen = planned(backend, mine)
+    for branch, name in zip(BRANCHES, LSE_NAMES, strict=True):
+        step = getattr(chosen.step(branch), f"{branch}_attention")
+        found[name] = step(*mine.branch(branch), max_seqlen=mine.max_seqlen)[1]
     return [
         ParityRow(name, want.error(found[name]), want.bound)
         for name, want in expected(inputs).items()
@@ -69,19 +62,6 @@ def planned(backend: str, inputs: Inputs) -> Resolution:
     q, packed = inputs.q, inputs.cu_seqlens is not None
     problem = Problem(inputs.config, q.device, q.dtype, inputs.record.length, packed, True)
     return plan(problem, backend, current_settings())
-
-
-def _lses(backend: str, inputs: Inputs) -> list[Tensor]:
-    q, config, longest = inputs.q.detach(), inputs.config, inputs.max_seqlen
-    chosen = planned(backend, inputs)
-    assert inputs.block_idx is not None
-    found = []
-    for branch in ("compressed", "selected", "window"):
-        step = getattr(chosen.step(branch), f"{branch}_attention")
-        listed = (inputs.block_idx,) if branch == "selected" else ()
-        kv = getattr(inputs, branch)
-        found.append(step(q, *kv, *listed, config, inputs.cu_seqlens, max_seqlen=longest)[1])
-    return found
 
 
 def selection_faults(backend: str, inputs: Inputs) -> list[str]:

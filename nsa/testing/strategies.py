@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 
+from nsa import reference
 from nsa.config import NSAConfig
 from nsa.testing.inputs import Inputs, make_inputs, random_blocks
 
@@ -52,10 +53,6 @@ class Case:
 
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
         """The problem itself, its block list included."""
-        from dataclasses import replace
-
-        from nsa import reference
-
         inputs = make_inputs(
             self.config,
             length=self.length,

@@ -7,12 +7,13 @@ root-sum-square of each element's terms, i.e. the root of the sum of all squared
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nsa import reference
+from nsa.core.inputs import BRANCHES
 from nsa.reference.attend import probabilities
 from nsa.testing.inputs import Inputs
 from nsa.testing.same_dtype import branches, plain_attention
@@ -25,7 +26,7 @@ FLOOR = {
     torch.float32: 2e-6,
     torch.float64: 1e-12,
 }
-LSE_NAMES = ("lse.compressed", "lse.selected", "lse.window")
+LSE_NAMES = tuple(f"lse.{branch}" for branch in BRANCHES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +54,19 @@ def expected(inputs: Inputs) -> dict[str, Expected]:
     ``inputs.block_idx`` must be given: selection is compared apart.
     """
     floor = FLOOR[inputs.q.dtype]
-    exact = _without_surplus(inputs).cast(torch.float64)
-    truth_out = _oracle(exact)
+    # Surplus compressed rows are never read: zeros replace what stands there.
+    clean = inputs.with_leaves(tuple(x.detach().nan_to_num(nan=0.0) for x in inputs.leaves()))
+    exact, plain = clean.cast(torch.float64), clean.cast(inputs.q.dtype)
+    truth_out = exact.attend(reference.nsa_attention)
     truth_grads = torch.autograd.grad(truth_out, exact.leaves(), exact.dout)
-    plain = _without_surplus(inputs).cast(inputs.q.dtype)
     plain_out, plain_lses = plain_attention(plain)
     plain_grads = torch.autograd.grad(plain_out, plain.leaves(), plain.dout)
     sizes = _sizes(exact)
     result = {"out": _bound(truth_out, plain_out, OUTPUT_FACTOR, floor * sizes["out"])}
     for name, truth, x in zip(Inputs.NAMES, truth_grads, plain_grads, strict=True):
         result[f"d{name}"] = _bound(truth, x, GRADIENT_FACTOR, floor * sizes[f"d{name}"])
-    for name, truth, x in zip(LSE_NAMES, _oracle_lses(exact), plain_lses, strict=True):
+    for branch, name, x in zip(BRANCHES, LSE_NAMES, plain_lses, strict=True):
+        truth = getattr(reference, f"{branch}_attention")(*exact.branch(branch))[1]
         result[name] = _bound(truth, x, OUTPUT_FACTOR, floor * sizes[name])
     return result
 
@@ -74,44 +77,13 @@ def _bound(truth: Tensor, plain: Tensor, factor: float, floor: float) -> Expecte
     return Expected(truth, factor * away.norm().item() + floor)
 
 
-def _without_surplus(inputs: Inputs) -> Inputs:
-    """Surplus compressed rows are never read: replaces what stands there by zeros."""
-    leaves = tuple(x.detach().nan_to_num(nan=0.0) for x in inputs.leaves())
-    return inputs.with_leaves(leaves)
-
-
-def _oracle(inputs: Inputs) -> Tensor:
-    return reference.nsa_attention(
-        inputs.q,
-        inputs.compressed,
-        inputs.selected,
-        inputs.window,
-        inputs.gates,
-        inputs.config,
-        cu_seqlens=inputs.cu_seqlens,
-        block_idx=inputs.block_idx,
-    )
-
-
-def _oracle_lses(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    q, config, cu_seqlens = inputs.q, inputs.config, inputs.cu_seqlens
-    assert inputs.block_idx is not None
-    return (
-        reference.compressed_attention(q, *inputs.compressed, config, cu_seqlens)[1],
-        reference.selected_attention(q, *inputs.selected, inputs.block_idx, config, cu_seqlens)[1],
-        reference.window_attention(q, *inputs.window, config, cu_seqlens)[1],
-    )
-
-
 @torch.no_grad()
 def _sizes(inputs: Inputs) -> dict[str, float]:
     """M of every output and gradient."""
-    inputs = replace(inputs.with_leaves(tuple(x.detach() for x in inputs.leaves())))
     scale = inputs.config.softmax_scale
     squares = dict.fromkeys(("out", *(f"d{name}" for name in Inputs.NAMES), *LSE_NAMES), 0.0)
-    kinds = ("compressed", "selected", "window")
     for part in branches(inputs):
-        kind = kinds[part.branch]
+        kind = BRANCHES[part.branch]
         p, lse = probabilities(part.q, part.k, part.mask, scale)
         B, T, K, G, _ = p.shape
         q = part.q.unflatten(2, (K, G))

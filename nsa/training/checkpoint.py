@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -121,7 +121,11 @@ class CheckpointStore:
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            for path in self.folder.glob(".*.tmp"):  # what a killed save left
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             _write(temporary, step, tensors, state)
             if final.exists():  # of a damaged or abandoned run; latest does not name it
                 self._remove(final)
@@ -151,37 +155,25 @@ class CheckpointStore:
         os.rename(path, trash)
         shutil.rmtree(trash)
 
-    def _sweep(self) -> None:
-        """Delete what a killed save left."""
-        for path in self.folder.glob(".*.tmp"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
 
 def _write(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> None:
     """Write the files of one checkpoint, the manifest last."""
     folder.mkdir()
-    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": {}}
-    for name, data in _contents(tensors, state):
+    files: dict[str, Any] = {}
+
+    def write(name: str, data: bytes) -> None:
         write_durably(folder / name, data)
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_durably(folder / _MANIFEST, to_json(manifest))
-    sync_folder(folder)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-
-def _contents(
-    tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-) -> Iterator[tuple[str, bytes]]:
-    """Yield each file's name and content, so that one is in memory at a time."""
     for group, named in tensors.items():
         # Made contiguous here: safetensors refuses views.
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-        yield f"{group}.safetensors", _safetensors().save(on_cpu)
-    yield _STATE, to_json(state)
+        write(f"{group}.safetensors", _safetensors().save(on_cpu))
+    write(_STATE, to_json(state))
+    write_durably(folder / _MANIFEST, to_json({"format": FORMAT, "step": step, "files": files}))
+    sync_folder(folder)
 
 
 def load_checkpoint(path: Path, groups: Iterable[str]) -> Checkpoint:

@@ -59,10 +59,7 @@ class Compilation:
     @contextlib.contextmanager
     def session(self, say: Callable[[str], None]) -> Iterator[None]:
         """Surround everything that may compile: load the file before, and turn what
-        ``torch.compile`` raises into one line.
-
-        Args:
-            say: prints a line.
+        ``torch.compile`` raises into one line. ``say`` prints a line.
 
         Raises:
             CompileFailed: with the first line of its reason.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from nsa.errors import ConfigError, require_known
+from nsa.errors import ConfigError, is_finite, is_int, require, require_known
 from nsa.models import ModelConfig
 
 Precision = Literal["fp32", "bf16"]
@@ -74,10 +74,8 @@ class TrainConfig:
             if field.type == "int":
                 value = getattr(self, field.name)
                 least = 0 if field.name in ("seed", "warmup") else 1
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ConfigError(
-                        f"{flag(field.name)}: expected an int >= {least}, got {value!r}"
-                    )
+                good = is_int(value) and value >= least
+                require(good, flag(field.name), f"an int >= {least}", value)
         for name, expected, holds in (
             ("lr", "> 0", lambda x: x > 0),
             ("min_lr", "in [0, 1]", lambda x: 0 <= x <= 1),
@@ -87,9 +85,7 @@ class TrainConfig:
             ("grad_clip", "> 0", lambda x: x > 0),
         ):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not holds(value):
-                raise ConfigError(f"{flag(name)}: expected a number {expected}, got {value!r}")
+            require(is_finite(value) and holds(value), flag(name), f"a number {expected}", value)
         require_known("--precision", self.precision, get_args(Precision))
         require_known("--compile", self.compile, get_args(CompileMode))
 
@@ -139,10 +135,9 @@ class RunConfig:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        if self.model.attention == "dense" and self.train.backend is not None:
-            raise ConfigError(
-                f"--backend: expected none with --attention dense, got {self.train.backend!r}"
-            )
+        backend = self.train.backend
+        allowed = backend is None or self.model.attention != "dense"
+        require(allowed, "--backend", "none with --attention dense", backend)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -156,8 +151,8 @@ class RunConfig:
             ConfigError: a part, a name or a value is missing, unknown or out of range.
         """
         for part in ("model", "train"):
-            if not isinstance(values.get(part), Mapping):
-                raise ConfigError(f"{part}: expected a table of values, got {values.get(part)!r}")
+            value = values.get(part)
+            require(isinstance(value, Mapping), part, "a table of values", value)
         train = {**_ADDED_LATER, **values["train"]}
         names = {field.name for field in fields(TrainConfig)}
         for name in sorted(names ^ set(train)):
@@ -165,20 +160,14 @@ class RunConfig:
             raise ConfigError(f"train: expected a value for each setting, got {known} for {name!r}")
         return cls(model=ModelConfig.from_dict(values["model"]), train=TrainConfig(**train))
 
-    def differences(self, other: RunConfig) -> list[str]:
-        """List the fields that change what is computed, each as ``name mine -> other's``."""
-        return [text for name, text in self._changes(other) if name not in _FREE | _ROUNDING]
-
-    def rounding_differences(self, other: RunConfig) -> list[str]:
-        """List likewise the fields that change only the last bits of it."""
-        return [text for name, text in self._changes(other) if name in _ROUNDING]
-
-    def _changes(self, other: RunConfig) -> list[tuple[str, str]]:
+    def differences(self, other: RunConfig, *, rounding: bool = False) -> list[str]:
+        """List the fields that change what is computed, each as ``name mine -> other's``, or with
+        ``rounding`` those that change only the last bits of it."""
         mine, theirs = self._flat(), other._flat()
         return [
-            (name, f"{name} {mine[name]} -> {theirs[name]}")
-            for name in mine
-            if mine[name] != theirs[name]
+            f"{name} {value} -> {theirs[name]}"
+            for name, value in mine.items()
+            if value != theirs[name] and name not in _FREE and (name in _ROUNDING) == rounding
         ]
 
     def _flat(self) -> dict[str, Any]:

@@ -66,45 +66,44 @@ def load_corpus(source: str) -> Corpus:
     Raises:
         DataError: a path that does not exist, cannot be read, or holds no text.
     """
+    root, suffix, skipped = Path(source), "", _SKIPPED_FOLDERS
     if source == STDLIB:
-        root = Path(sysconfig.get_path("stdlib"))
-        paths = list(_walk(root, suffix=".py", skipped=_SKIPPED_FOLDERS | _SKIPPED_IN_STDLIB))
-    else:
-        root = Path(source)
-        if not source or not root.exists():
-            raise DataError(
-                f"--data: expected a file or folder of text, got {source!r}, which is "
-                f"not there (or {STDLIB!r} for Python's own source)"
-            )
-        if root.is_file():
-            return _cut_file(root, source)
-        paths = list(_walk(root, suffix="", skipped=_SKIPPED_FOLDERS))
-
-    documents: dict[str, bytes] = {}
-    for path in paths:
-        text = _read_text(path)
-        if text is not None:
-            documents[path.relative_to(root).as_posix()] = text
-    if not documents:
+        root, suffix = Path(sysconfig.get_path("stdlib")), ".py"
+        skipped |= _SKIPPED_IN_STDLIB
+    elif not source or not root.exists():
         raise DataError(
-            f"--data: expected text files in {root}, got {len(paths)} files, none of "
-            "them readable, non-empty text"
+            f"--data: expected a file or folder of text, got {source!r}, which is "
+            f"not there (or {STDLIB!r} for Python's own source)"
         )
+    if root.is_file():
+        left_out, documents = 0, {root.name: _require_text(root)}
+    else:
+        paths = list(_walk(root, suffix=suffix, skipped=skipped))
+        texts = {path.relative_to(root).as_posix(): _read_text(path) for path in paths}
+        documents = {name: text for name, text in texts.items() if text is not None}
+        left_out = len(paths) - len(documents)
+        if not documents:
+            raise DataError(
+                f"--data: expected text files in {root}, got {len(paths)} files, none of "
+                "them readable, non-empty text"
+            )
     if len(documents) == 1:
         (text,) = documents.values()
-        return _cut(text, source, skipped=len(paths) - 1)
-
-    # The files with the smallest hashes, not those under a threshold: never an empty split.
-    by_hash = sorted(documents, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-    count = max(1, round(_VALIDATION_SHARE * len(documents)))
-    validation = set(by_hash[:count])
+        cut = len(text) - max(1, len(text) // 10)
+        train, validation = [text[:cut]], [text[cut:]]
+    else:
+        # The files with the smallest hashes, not those under a threshold: never an empty split.
+        by_hash = sorted(documents, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+        count = max(1, round(_VALIDATION_SHARE * len(documents)))
+        train = [documents[name] for name in sorted(by_hash[count:])]
+        validation = [documents[name] for name in sorted(by_hash[:count])]
     return Corpus(
         source=source,
-        train=_join([documents[name] for name in sorted(documents) if name not in validation]),
-        validation=_join([documents[name] for name in sorted(validation)]),
-        train_files=len(documents) - count,
-        validation_files=count,
-        skipped=len(paths) - len(documents),
+        train=_join(train),
+        validation=_join(validation),
+        train_files=len(train),
+        validation_files=len(validation),
+        skipped=left_out,
     )
 
 
@@ -123,13 +122,13 @@ def _read_text(path: Path) -> bytes | None:
     """Read a text file; None for one that is empty, unreadable, or not text."""
     try:
         # A pipe or a device under the folder would block or never end.
-        data = path.read_bytes() if path.is_file() else b""
-    except OSError:
+        return _require_text(path) if path.is_file() else None
+    except (OSError, DataError):
         return None
-    return data if data.strip() and SEPARATOR not in data else None
 
 
-def _cut_file(path: Path, source: str) -> Corpus:
+def _require_text(path: Path) -> bytes:
+    """Read the one file that ``--data`` names, or say why it will not do."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -138,19 +137,7 @@ def _cut_file(path: Path, source: str) -> Corpus:
         raise DataError(f"--data: expected text in {path}, got an empty file")
     if SEPARATOR in data:
         raise DataError(f"--data: expected text in {path}, got a binary file (it has NUL bytes)")
-    return _cut(data, source, skipped=0)
-
-
-def _cut(text: bytes, source: str, *, skipped: int) -> Corpus:
-    cut = len(text) - max(1, len(text) // 10)
-    return Corpus(
-        source=source,
-        train=_join([text[:cut]]),
-        validation=_join([text[cut:]]),
-        train_files=1,
-        validation_files=1,
-        skipped=skipped,
-    )
+    return data
 
 
 def _join(documents: list[bytes]) -> np.ndarray:
@@ -234,8 +221,7 @@ def baselines(corpus: Corpus, *, count: int, seq_len: int) -> Baselines:
     bigram = (pairs + unigram) / (pairs.sum(1, keepdims=True) + 1)
 
     starts = validation_starts(corpus, count=count, seq_len=seq_len)
-    window = corpus.validation[starts[:, None] + np.arange(seq_len + 1)]
-    before, after = window[:, :-1].ravel(), window[:, 1:].ravel()
+    before, after = (x.flatten().numpy() for x in _windows(corpus.validation, starts, seq_len))
     return Baselines(
         unigram=float(-np.log(unigram[after]).mean()),
         bigram=float(-np.log(bigram[before, after]).mean()),

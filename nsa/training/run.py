@@ -70,7 +70,12 @@ class Run:
                 saved = RunConfig.from_dict(checkpoint.state["config"])
                 self._refuse_differences(saved)
         else:
-            self._refuse_existing()
+            for name in ("config.json", "checkpoints"):
+                if (folder / name).exists():
+                    raise CheckpointError(
+                        f"{folder} already holds a run: expected --resume to continue it, or "
+                        "another --out"
+                    )
         device = torch.device(config.train.device)
         self._compilation = Compilation(config.train.compile, device, compile_cache)
         self.corpus = load_corpus(config.train.data)
@@ -81,7 +86,8 @@ class Run:
             before, now = checkpoint.state["threads"], torch.get_num_threads()
             if device.type == "cpu" and before != now:
                 self.notes.append(f"saved with {before} threads, resuming with {now}")
-            self.notes += [f"resuming with {text}" for text in saved.rounding_differences(config)]
+            rounding = saved.differences(config, rounding=True)
+            self.notes += [f"resuming with {text}" for text in rounding]
 
     def train(self, display: Display) -> float | None:
         """Train up to the last step, or until a signal asks to stop (then save first).
@@ -179,14 +185,6 @@ class Run:
                 f"{self.folder} holds a run of another configuration: {', '.join(differences)} "
                 "(stored -> requested); drop those flags, or choose another --out"
             )
-
-    def _refuse_existing(self) -> None:
-        for name in ("config.json", "checkpoints"):
-            if (self.folder / name).exists():
-                raise CheckpointError(
-                    f"{self.folder} already holds a run: expected --resume to continue it, or "
-                    "another --out"
-                )
 
 
 def stored_config(folder: Path) -> RunConfig:

@@ -30,12 +30,7 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """Runs optimizer steps; what it computes depends on the configuration and the data alone.
-
-    Args:
-        config: model and training.
-        corpus: the data.
-    """
+    """Runs optimizer steps; what it computes depends on the configuration and the data alone."""
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
         train = config.train

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nsa.backends.fa2.providers import Call, provider
+from nsa.backends.fa2.calls import Call
+from nsa.backends.fa2.providers import provider
 from nsa.core import flops
 from nsa.core.operators import define_attention
 

@@ -24,24 +24,6 @@ from nsa.backends.fa2.calls import Aten, Call, FlashAttn, Provider
 from nsa.backends.fa2.math_provider import Math
 from nsa.errors import BackendUnavailable
 
-__all__ = [
-    "ABSENT",
-    "BROKEN",
-    "IDLE",
-    "WORKS",
-    "WRONG",
-    "Aten",
-    "Call",
-    "FlashAttn",
-    "Math",
-    "Provider",
-    "Report",
-    "active_impl",
-    "describe",
-    "provider",
-    "survey",
-]
-
 SOURCES = ("flash_attn", "aten")
 """What "auto" tries, in this order."""
 
@@ -150,13 +132,10 @@ def _look(source: str, device: torch.device) -> tuple[Provider | None, Report]:
     impl = active_impl() if source == "aten" else None
     if impl is None:
         return _probe(source, device)
-    return None, Report(
-        name=source,
-        version=torch.__version__,
-        status=IDLE,
-        detail=f"{impl} is active in place of torch's FlashAttention-2 kernels",
-        fix="torch.nn.attention.restore_flash_attention_impl()",
-    )
+    detail = f"{impl} is active in place of torch's FlashAttention-2 kernels"
+    fix = "torch.nn.attention.restore_flash_attention_impl()"
+    version = torch.__version__
+    return None, Report(name=source, version=version, status=IDLE, detail=detail, fix=fix)
 
 
 @lru_cache(maxsize=64)
@@ -192,14 +171,9 @@ def _probe(source: str, device: torch.device) -> tuple[Provider | None, Report]:
 def _find_package() -> tuple[Provider | None, Report]:
     """``flash_attn``, by the distribution's name: flash-attn-4 installs a folder so called, too."""
     version = _version("flash-attn")
-    if version is None:
-        return None, Report(
-            name="flash_attn", version=None, status=ABSENT, detail=_why_absent(), fix=_INSTALL
-        )
     found = Report(name="flash_attn", version=version, status=IDLE, detail="imports")
-    if not version.startswith("2."):
-        detail = f"expected version 2 of flash-attn, got {version}"
-        return None, replace(found, status=ABSENT, detail=detail, fix=_INSTALL)
+    if version is None or not version.startswith("2."):
+        return None, replace(found, status=ABSENT, detail=_why_absent(version), fix=_INSTALL)
     try:
         return FlashAttn(importlib.import_module("flash_attn.flash_attn_interface")), found
     except _EXPECTED as error:
@@ -213,7 +187,9 @@ def _rebuild() -> str:
     return f"build it anew for this machine and torch {torch.__version__}: {_REBUILD}"
 
 
-def _why_absent() -> str:
+def _why_absent(version: str | None) -> str:
+    if version is not None:
+        return f"expected version 2 of flash-attn, got {version}"
     other = _version("flash-attn-4")
     if other is not None:
         return (
@@ -240,12 +216,9 @@ def _find_aten() -> tuple[Provider | None, Report]:
     found = Report(name="aten", version=torch.__version__, status=IDLE, detail="built in")
     if torch.backends.cuda.is_flash_attention_available():
         return Aten(), found
-    return None, replace(
-        found,
-        status=ABSENT,
-        detail="this build of torch has no FlashAttention kernels",
-        fix="install a CUDA build of torch, see https://pytorch.org/get-started/locally",
-    )
+    detail = "this build of torch has no FlashAttention kernels"
+    fix = "install a CUDA build of torch, see https://pytorch.org/get-started/locally"
+    return None, replace(found, status=ABSENT, detail=detail, fix=fix)
 
 
 _ALLOWED = 4 * torch.finfo(torch.float16).eps

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.backends.fa2.providers import Call, provider
+from nsa.backends.fa2.calls import Call
+from nsa.backends.fa2.providers import provider
 from nsa.backends.shared.block_tiles import (
     Blocks,
     Tiles,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from nsa.backends.fa2.calls import Call
 from nsa.backends.fa2.op import flash_attention
-from nsa.backends.fa2.providers import Call
 from nsa.backends.fa2.selected import selected_attention
 from nsa.backends.shared.fold_queries import fold, make_fold, nothing_seen, unfold
 from nsa.backends.shared.workspace import Store

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ Kind = Literal["rows", "keys", "other"]
 """What a buffer's first dimension counts; the first two can be pre-sized."""
 
 
-class Space(Protocol):
-    """Where buffers come from."""
+class Space:
+    """Where buffers come from: here, new tensors each time."""
 
     def take(
         self,
@@ -36,29 +36,14 @@ class Space(Protocol):
         kind: Kind = "other",
     ) -> Tensor:
         """A contiguous buffer that nothing else of this lease uses; it holds anything."""
-        ...
-
-
-class Fresh:
-    """New tensors each time."""
-
-    def take(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        kind: Kind = "other",
-    ) -> Tensor:
-        """See :class:`Space`."""
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-FRESH = Fresh()
+FRESH = Space()
 
 
 @dataclass
-class Kept:
+class Kept(Space):
     """Buffers by name, each as large as it ever had to be."""
 
     rows: int = 0

@@ -10,7 +10,8 @@ from torch.nn import attention
 
 from nsa import BackendUnavailable, NSAConfig, Resolution, nsa_attention, resolve, use_settings
 from nsa.backends.fa2 import providers as fa2_providers
-from nsa.backends.fa2.providers import Math, describe, provider, survey
+from nsa.backends.fa2.math_provider import Math
+from nsa.backends.fa2.providers import describe, provider, survey
 from nsa.testing import make_inputs
 from tests.support import flash_attn_stubs as stubs
 from tests.support.flash_attn_stubs import refusal

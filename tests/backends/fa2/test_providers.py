@@ -10,7 +10,9 @@ import torch
 
 from nsa import BackendUnavailable, NSAConfig, Resolution, resolve, use_settings
 from nsa.backends.fa2 import providers as fa2_providers
-from nsa.backends.fa2.providers import Aten, FlashAttn, Math, Report, describe, provider, survey
+from nsa.backends.fa2.calls import Aten, FlashAttn
+from nsa.backends.fa2.math_provider import Math
+from nsa.backends.fa2.providers import Report, describe, provider, survey
 from tests.support import flash_attn_stubs as stubs
 from tests.support.flash_attn_stubs import refusal
 
