@@ -2,7 +2,7 @@
 
 That a package is installed, or imports, says little: one built for another torch fails to load, and
 one built for another GPU loads and cannot run. So each source is called once, forward and backward,
-and its numbers are compared. What :func:`provider` decides by is what :func:`survey` tells.
+and its numbers are compared. What :func:`provider` decides by is what :func:`collect_reports` tells.
 
 B batch, T tokens, H query heads, K key/value heads, D head size.
 """
@@ -82,7 +82,7 @@ def describe(name: str, device: torch.device) -> str:
     return _choose(name, device)[1].title
 
 
-def survey(device: torch.device) -> tuple[Report, ...]:
+def collect_reports(device: torch.device) -> tuple[Report, ...]:
     """A look at every source, whichever is chosen; where FA-2 cannot run, without a call."""
     return tuple(_look(source, device)[1] for source in SOURCES)
 

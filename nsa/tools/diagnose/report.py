@@ -1,4 +1,4 @@
-"""The diagnosis of this machine: its facts, the backends and their parity, and what is wrong."""
+"""The diagnosis of this machine: what it has, the backends and their parity, and what is wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa.backends import unavailable
-from nsa.backends.fa2.providers import Report, survey
+from nsa.backends.fa2.providers import Report, collect_reports
 from nsa.registry import TABLE, fa2_names
 from nsa.settings import (
     FlagRow,
@@ -118,7 +118,7 @@ def collect_diagnosis(
     device = choose_device("cpu" if device_name == "auto" and not machine.gpus else device_name)
     if profile:
         check_profile_device(device)
-    providers = survey(device)
+    providers = collect_reports(device)
     mistake = environment_error()
     problems = [] if mistake is None else [mistake]
     settings_rows = tuple(explain_settings())

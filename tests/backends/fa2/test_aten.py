@@ -11,7 +11,7 @@ from torch.nn import attention
 from nsa import BackendUnavailable, NSAConfig, Resolution, nsa_attention, resolve, use_settings
 from nsa.backends.fa2 import providers as fa2_providers
 from nsa.backends.fa2.math_provider import Math
-from nsa.backends.fa2.providers import describe, provider, survey
+from nsa.backends.fa2.providers import collect_reports, describe, provider
 from nsa.testing import make_inputs
 from tests.support import flash_attn_stubs as stubs
 from tests.support.flash_attn_stubs import refusal
@@ -65,7 +65,7 @@ def test_auto_goes_past_a_broken_package(
     install(stubs.IMPORT_ERROR)
     assert provider("auto", CPU).name == "aten"
     assert describe("auto", CPU) == f"aten (torch {torch.__version__})"
-    assert [report.status for report in survey(CPU)] == ["broken", "works"]
+    assert [report.status for report in collect_reports(CPU)] == ["broken", "works"]
     assert "ImportError" in refusal("flash_attn")
 
 
@@ -74,7 +74,7 @@ def test_no_source_at_all_names_both(
 ) -> None:
     install(stubs.OS_ERROR)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    reports = survey(CPU)
+    reports = collect_reports(CPU)
     assert [report.status for report in reports] == ["broken", "absent"]
     assert refusal("auto") == "; ".join(report.refusal for report in reports)
     assert refusal("aten") == (
@@ -99,7 +99,10 @@ def test_another_implementation_in_place_of_torchs_own(
         f"aten (torch {torch.__version__}): FA3 is active in place of torch's FlashAttention-2 "
         "kernels (fix: torch.nn.attention.restore_flash_attention_impl())"
     )
-    assert (survey(CPU)[1].status, survey(CPU)[1].refusal) == ("not run", refusal("aten"))
+    assert (collect_reports(CPU)[1].status, collect_reports(CPU)[1].refusal) == (
+        "not run",
+        refusal("aten"),
+    )
     attention.restore_flash_attention_impl()
     assert provider("aten", CPU).name == "aten"
 

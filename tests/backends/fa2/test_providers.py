@@ -12,7 +12,7 @@ from nsa import BackendUnavailable, NSAConfig, Resolution, resolve, use_settings
 from nsa.backends.fa2 import providers as fa2_providers
 from nsa.backends.fa2.calls import Aten, FlashAttn
 from nsa.backends.fa2.math_provider import Math
-from nsa.backends.fa2.providers import Report, describe, provider, survey
+from nsa.backends.fa2.providers import Report, collect_reports, describe, provider
 from tests.support import flash_attn_stubs as stubs
 from tests.support.flash_attn_stubs import refusal
 
@@ -24,7 +24,7 @@ without_the_package = pytest.mark.skipif(
 
 
 def of_package() -> Report:
-    return survey(CPU)[0]
+    return collect_reports(CPU)[0]
 
 
 # The package

@@ -65,11 +65,11 @@ def test_tables_for_people(capsys, no_parity):
 
 
 def test_a_library_that_prints_does_not_spoil_the_json(capsys, no_parity, monkeypatch):
-    def survey(device):
+    def collect_reports(device):
         print("hello from a kernel library")
         return ()
 
-    monkeypatch.setattr(report, "survey", survey)
+    monkeypatch.setattr(report, "collect_reports", collect_reports)
     code, found = run_json(capsys)
     assert code == 0
     assert found["ok"]
