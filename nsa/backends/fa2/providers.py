@@ -2,7 +2,7 @@
 
 That a package is installed, or imports, says little: one built for another torch fails to load, and
 one built for another GPU loads and cannot run. So each source is called once, forward and backward,
-and its numbers are compared. What :func:`provider` decides by is what :func:`collect_reports` tells.
+and its numbers are compared. :func:`collect_reports` tells what :func:`provider` decides by.
 
 B batch, T tokens, H query heads, K key/value heads, D head size.
 """
