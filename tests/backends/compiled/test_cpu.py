@@ -61,6 +61,7 @@ def test_parity_through_inductor(packed: bool, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # Inductor's advice
 @pytest.mark.parametrize(
     ("device", "backend"),
     [
