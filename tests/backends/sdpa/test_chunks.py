@@ -143,11 +143,12 @@ def test_parity_holds_at_any_cut(
 
 
 @given(
-    rows=st.integers(0, 40),
+    rows=st.integers(0, 40) | st.integers(100, 200),
     first_row=st.integers(0, 10),
-    width=st.integers(1, 50),
-    per_row=st.integers(1, 5),
-    elements=st.integers(1, 500),
+    width=st.integers(1, 50) | st.integers(130, 200),
+    per_row=st.integers(0, 5),
+    elements=st.integers(1, 500) | st.just(2**17),
+    stretch=st.integers(1, 3),
     lengths=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=5),
 )
 def test_chunks_cover_the_band_and_nothing_else(
@@ -156,8 +157,10 @@ def test_chunks_cover_the_band_and_nothing_else(
     width: int,
     per_row: int,
     elements: int,
+    stretch: int,
     lengths: list[int] | None,
 ) -> None:
+    """Nor is any smaller than the scores that it may hold would let it be."""
     row_seq = None
     if lengths is not None:
         rows, first_row = sum(lengths), 0
@@ -169,13 +172,17 @@ def test_chunks_cover_the_band_and_nothing_else(
     if row_seq is not None:
         visible &= row_seq[:, None] == row_seq
     seen, after = torch.zeros_like(visible), 0
+    budget = stretch * elements // max(1, per_row)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ELEMENTS, elements)
-        for chunk in chunks(rows, keys, band, per_row, torch.device("cpu")):
+        for chunk in chunks(rows, band, per_row, torch.device("cpu"), stretch):
             assert chunk.row == after
             after = chunk.row_end
-            cut = chunk.row_end - chunk.row, chunk.key_end - chunk.key
-            assert cut[0] == 1 or cut[0] * cut[1] * per_row <= elements
+            size, reach = after - chunk.row, min(width, first_row + chunk.row + 1)
+            assert size == 1 or size * (size + reach) <= budget
+            whole = after == rows or size == max(64, width // 2)
+            assert whole or (size + 1) * (size + 1 + reach) > budget
+            assert chunk.key == max(0, first_row + chunk.row - width + 1)
             seen[chunk.row : chunk.row_end, chunk.key : chunk.key_end] = ~chunk.hidden[:, 0]
     assert after == rows
     assert torch.equal(seen, visible)
@@ -220,11 +227,11 @@ def test_tiny_sizes_do_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = number_blocks(inputs.q, inputs.selected.k, CONFIG, None, 0)
     whole = chunk_plan(lists, blocks, CONFIG.group, 8)
     assert whole.tokens >= lists.shape[0]
-    assert len(list(chunks(41, 41, SlidingWindow(7), 8, lists.device))) == 1
+    assert len(list(chunks(41, SlidingWindow(7), 8, lists.device))) == 1
     monkeypatch.setattr(ELEMENTS, 1)
     monkeypatch.setattr(ROWS, 1)
     assert tuple(chunk_plan(lists, blocks, CONFIG.group, 8)) == (1, 1, 1)
-    assert len(list(chunks(41, 41, SlidingWindow(7), 8, lists.device))) == 41
+    assert len(list(chunks(41, SlidingWindow(7), 8, lists.device))) == 41
 
 
 # Memory
