@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.backends.fa2.calls import Call
+from nsa.backends.fa2.calls import Call, readable
 from nsa.backends.fa2.providers import provider
 from nsa.backends.shared.block_tiles import (
     Blocks,
@@ -129,6 +129,7 @@ def _forward(
     B, T, H, P = q.shape
     K = k.shape[2]
     G = H // K
+    q, k, v = map(readable, (q, k, v))
     with Store.of(workspace).lease(q.device) as space:
         packing = pack(q, k, v, block_idx, config, cu_seqlens, q_start, space)
         own = diagonal_blocks(q, k, config, cu_seqlens, q_start)
@@ -182,7 +183,7 @@ def _backward(
     B, T, H, P = q.shape
     K = k.shape[2]
     G = H // K
-    dout = dout.contiguous()
+    dout, q, k, v = map(readable, (dout, q, k, v))
     with Store.of(workspace).lease(q.device) as space:
         packing = pack(q, k, v, block_idx, config, cu_seqlens, q_start, space)
         own = diagonal_blocks(q, k, config, cu_seqlens, q_start)

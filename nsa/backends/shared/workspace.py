@@ -75,7 +75,8 @@ class Kept(Space):
             size = max(count, least * math.prod(shape[1:]))
             del buffer
             self._buffers.pop((name, dtype), None)  # freed before its successor is made
-            buffer = torch.empty(size, dtype=dtype, device=device)
+            with torch.inference_mode(mode=False):  # a training step may come next
+                buffer = torch.empty(size, dtype=dtype, device=device)
             self._buffers[name, dtype] = buffer
             self.grown += 1
             _LOG.debug(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -231,6 +232,18 @@ def test_threads_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(kept_workspaces()) == 2
     for number, expected in enumerate(want):
         assert all(torch.equal(a, b) for a, b in zip(results[number], expected, strict=True))
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_any_mode_may_come_next(first: Callable[[], AbstractContextManager[None]]) -> None:
+    x = problem(31, 17)
+    want = step(x)
+    release_workspaces()
+    with first():
+        assert torch.equal(attend(x), want[0])
+    assert all(torch.equal(a, b) for a, b in zip(step(x), want, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(attend(x), want[0])
 
 
 def test_fa2_dense_keeps_nothing() -> None:
