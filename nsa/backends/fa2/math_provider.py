@@ -64,8 +64,8 @@ class Math:
 
 def _sequences(call: Call) -> list[tuple[slice, slice, Call]]:
     """Rows, keys and the regular call of each packed sequence."""
-    assert call.cu_q is not None
-    assert call.cu_k is not None
+    assert call.cu_q is not None and call.cu_q.is_contiguous()
+    assert call.cu_k is not None and call.cu_k.is_contiguous()
     rows, keys = call.cu_q.tolist(), call.cu_k.tolist()
     result = []
     for i in range(len(rows) - 1):

@@ -58,8 +58,8 @@ def _call(
         scale=scale,
         causal=causal,
         window=window,
-        cu_q=cu_q,
-        cu_k=cu_k,
+        cu_q=None if cu_q is None else cu_q.contiguous(),
+        cu_k=None if cu_k is None else cu_k.contiguous(),
         max_q=max_q,
         max_k=max_k,
     )
