@@ -218,9 +218,15 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
         CheckpointError: there is none, or a value of it is unknown or out of range.
     """
     try:
-        return RunConfig.from_dict(checkpoint.value("config", kind=dict))
+        config = RunConfig.from_dict(checkpoint.value("config", kind=dict))
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path}: unusable configuration: {error}") from error
+    layers, tensors = config.model.num_layers, checkpoint.tensors.get("model")
+    if tensors is not None and layers > len(tensors):  # to make them all might never end
+        raise CheckpointError(
+            f"{checkpoint.path}: expected tensors for {show(layers)} layers, got {len(tensors)}"
+        )
+    return config
 
 
 def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
