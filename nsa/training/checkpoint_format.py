@@ -141,10 +141,8 @@ def _read_manifest(folder: Path) -> tuple[int, dict[str, Any]]:
     step, files = values.get("step"), values.get("files")
     if type(step) is not int or step < 0 or not isinstance(files, dict):
         raise CheckpointError(f"{path} is damaged: expected a step and files")
-    if values == manifest and step_in(folder.name) not in (
-        -1,
-        step,
-    ):  # written before there were seals
+    without_seal = values == manifest  # written before there were seals
+    if without_seal and step_in(folder.name) not in (-1, step):
         raise CheckpointError(f"{path} is damaged: expected the step of its folder, got {step}")
     return step, files
 

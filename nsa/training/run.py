@@ -53,7 +53,8 @@ class Diverged(NSAError):
 
 
 class Run:
-    """Everything of one run, made and checked; nothing is written before :meth:`train`.
+    """Everything of one run, made and checked; nothing is written before :meth:`train` (the lock of
+    a trainer that was killed is taken away).
 
     Args:
         folder: of the run; locked while :meth:`train` runs.

@@ -304,6 +304,26 @@ def test_tensors_of_another_model_are_refused(finished, data):
         Trainer(config_of(data), corpus).restore(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("numpy", [625, 0, 0.0]),  # numpy would read what lies behind its words
+        ("numpy", [-1, 0, 0.0]),
+        ("numpy", ["x", 0, 0.0]),
+        ("numpy", []),
+        ("python", [3, [0] * 624, None]),
+        ("python", [3, [0] * 624 + [10**30], None]),
+        ("python", [3, [0] * 625, "x"]),
+        ("python", None),
+    ],
+)
+def test_states_of_generators_that_are_none(finished, data, name, value):
+    checkpoint = load_checkpoint(finished, GROUPS)
+    checkpoint.state["rng"][name] = value
+    with pytest.raises(CheckpointError, match="expected (states of random generators|list)"):
+        Trainer(config_of(data), load_corpus(str(data))).restore(checkpoint)
+
+
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     finished, data, tmp_path, capsys, monkeypatch
 ):
