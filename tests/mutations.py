@@ -140,7 +140,7 @@ MUTATIONS = (
     folder("a run that went on", "run.py", "if _state_of(self.folder) != self._found:", "if False:", "run_folder"),
     folder("links are pruned", "checkpoint.py", "and complete and not path.is_symlink()", "and complete", "run_folder"),
     folder("folders of others are pruned", "checkpoint.py", "step_in(path.name) >= 0 and complete", "complete", "run_folder"),
-    folder("a folder without a manifest is pruned", "checkpoint.py", "complete = os.path.isfile(path / MANIFEST)", "complete = True", "run_folder"),
+    folder("a folder without a manifest is pruned", "checkpoint.py", "complete = os.path.isfile(path / MANIFEST)", "complete = path.is_dir()", "run_folder"),
     folder("a save that needs the last one", "checkpoint.py", "previous = self.newest()", "previous = self.latest()", "run_folder"),
     folder("metrics that nobody sees", "metrics.py", "self._stay_at_the_path()", "pass", "files"),
     folder("metrics through a link", "metrics.py", "if kept != lines or path.is_symlink():", "if kept != lines:", "files"),
