@@ -13,6 +13,9 @@ from nsa.models import ModelConfig
 Precision = Literal["fp32", "bf16"]
 CompileMode = Literal["none", "blocks", "model"]
 
+_KINDS: dict[Any, Any] = {"str": str, "str | None": str | None, "bool": bool}
+"""Of the type of a field, what its value must be an instance of."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -76,6 +79,9 @@ class TrainConfig:
                 least = 0 if field.name in ("seed", "warmup") else 1
                 good = is_int(value) and value >= least
                 require(good, flag(field.name), f"an int >= {least}", value)
+            elif field.type in _KINDS:  # what a file holds may be of any type
+                kind, value = _KINDS[field.type], getattr(self, field.name)
+                require(isinstance(value, kind), flag(field.name), str(field.type), value)
         for name, expected, holds in (
             ("lr", "> 0", lambda x: x > 0),
             ("min_lr", "in [0, 1]", lambda x: 0 <= x <= 1),

@@ -22,6 +22,7 @@ from nsa.registry import names
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+_LONGEST_LINE = 2000
 _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 _T = TypeVar("_T")
 
@@ -178,8 +179,15 @@ def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None)
 
 def fail(message: str) -> int:
     """Prints ``error: message`` as one line on stderr; returns the exit code."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", printable(" ".join(message.split())), file=sys.stderr)
     return EXIT_ERROR
+
+
+def printable(text: str) -> str:
+    """Escape what would control a terminal, and cut what would fill it: files have strange names
+    in them."""
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}…"
 
 
 def choose_device(name: str) -> torch.device:
