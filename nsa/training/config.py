@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from nsa.errors import ConfigError, is_finite, is_int, require, require_known
 from nsa.models import ModelConfig
+from nsa.training.data import Split
 
 Precision = Literal["fp32", "bf16"]
 CompileMode = Literal["none", "blocks", "model"]
@@ -24,6 +25,8 @@ class TrainConfig:
 
     data: str
     """Text file or folder; by default "stdlib", Python's own standard library."""
+    split: Split = "bytes"
+    """What a 20th of is for validation; "files", of whatever size, is what old runs did."""
     device: str
     """A torch device."""
     precision: Precision
@@ -86,6 +89,7 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             require(is_finite(value) and holds(value), flag(name), f"a number {expected}", value)
+        require_known("--split", self.split, get_args(Split))
         require_known("--precision", self.precision, get_args(Precision))
         require_known("--compile", self.compile, get_args(CompileMode))
 
@@ -120,7 +124,7 @@ are compared themselves)."""
 _ROUNDING = frozenset({"compile"})
 """May change when a run is resumed, and changes rounding, which is then noted."""
 
-_ADDED_LATER = {"compile": "none"}
+_ADDED_LATER = {"compile": "none", "split": "files"}
 """Settings that older runs do not have, and what those runs did."""
 
 

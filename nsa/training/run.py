@@ -78,7 +78,7 @@ class Run:
                     )
         device = torch.device(config.train.device)
         self._compilation = Compilation(config.train.compile, device, compile_cache)
-        self.corpus = load_corpus(config.train.data)
+        self.corpus = load_corpus(config.train.data, config.train.split)
         require_length(self.corpus, config.train.seq_len)
         self.trainer = Trainer(config, self.corpus)
         if checkpoint is not None:

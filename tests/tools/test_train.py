@@ -10,6 +10,7 @@ import torch
 from nsa import ConfigError
 from nsa.tools.train import __main__ as train
 from nsa.tools.train.display import Display
+from nsa.tools.train.flags import run_config
 from nsa.training.checkpoint import load_checkpoint
 from nsa.training.config import RunConfig, TrainConfig
 from nsa.training.data import load_corpus, training_batch
@@ -183,6 +184,33 @@ def test_options_of_a_step(data, changes):
         trainer.train_step().loss, other.train_step().loss, rtol=1e-3, atol=0.0
     )
     assert other.model.activation_checkpointing is values["activation_checkpointing"]
+
+
+def test_what_was_split_is_printed(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, size in (("big.txt", 16_000), ("small.txt", 80)):
+        (data / name).write_text("some text" * (size // 9))
+    assert train.main([*flags(data=data, steps=1), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        f"data         {data}: 14,460 bytes to train on (1 files), 1,608 to validate (2; of "
+        "'big.txt' only the end), 0 files skipped\n"
+    ) in capsys.readouterr().out
+
+
+def test_runs_keep_their_split(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*flags(data=data, steps=1, split="files"), "--out", str(out)]) == 0
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert "split files" in capsys.readouterr().out
+    error = error_of(capsys, ["--out", str(out), "--resume", "--split", "bytes"])
+    assert "split files -> bytes" in error
+
+    values = config_of(data).to_dict()
+    assert values["train"].pop("split") == "bytes"
+    old = RunConfig.from_dict(values)  # of a run from before the flag
+    assert old.train.split == "files"
+    assert run_config({"data": str(data), "preset": "tiny"}, old).train.split == "files"
 
 
 def test_an_existing_run_is_not_overwritten(finished, data, capsys):

@@ -78,13 +78,14 @@ def print_header(run: Run) -> None:
 
     trainer, corpus, parts = run.trainer, run.corpus, run.config.to_dict()
     nsa = parts["model"].pop("nsa")
+    cut = f"; of {corpus.cut!r} only the end" if corpus.cut else ""
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     resumed = f", resuming from step {trainer.step}" if trainer.step else ""
     print(f"run          {run.folder}{resumed}")
     print(
         f"data         {corpus.source}: {len(corpus.train):,} bytes to train on "
         f"({corpus.train_files} files), {len(corpus.validation):,} to validate "
-        f"({corpus.validation_files}), {corpus.skipped} files skipped"
+        f"({corpus.validation_files}{cut}), {corpus.skipped} files skipped"
     )
     print(f"model        {line(parts['model'])}, {trainer.model.num_parameters():,} parameters")
     print(f"attention    {line(nsa)}")
