@@ -23,6 +23,10 @@ from nsa.training.trainer import GROUPS, StepResult, Trainer
 class Display(Protocol):
     """Where people look while a model trains."""
 
+    @property
+    def lost(self) -> Exception | None:
+        """Why nobody can look any more, if so: the run saves and stops."""
+
     def line(self, text: str) -> None:
         """Print one line."""
 
@@ -90,7 +94,8 @@ class Run:
             self.notes += [f"resuming with {text}" for text in rounding]
 
     def train(self, display: Display) -> float | None:
-        """Train up to the last step, or until a signal asks to stop (then save first).
+        """Train up to the last step, or until a signal or a lost display asks to stop (then save
+        first).
 
         Returns:
             The last validation loss (nats per byte), or None when it was stopped.
@@ -142,14 +147,14 @@ class Run:
                     display.line(f"step {step}: {text}")
                     self._compilation.keep(display.line)  # the first validation compiles, too
                     clock.restart()
-                if step % train.save_every == 0 or last or stop.requested:
+                if step % train.save_every == 0 or last or stop.requested or display.lost:
                     self._finite(result)
                     metrics.sync()  # metrics on the disk are never behind the checkpoint
                     self._store.save(step, trainer.tensors(), trainer.state())
                     clock.restart()
                     if last:
                         return validation_loss
-                    if stop.requested:
+                    if stop.requested or display.lost:
                         return None
 
     def _note_start(self, display: Display, first: str) -> None:

@@ -276,12 +276,18 @@ def test_divergence_is_not_saved(data, tmp_path, capsys, log_every):
 
 
 def test_a_reader_that_leaves(data, tmp_path):
-    process = start("-m", "nsa.tools.train", *flags(data=data), "--out", tmp_path / "run")
+    out = tmp_path / "run"
+    endless = flags(data=data, steps=1_000_000, save_every=1_000_000)
+    process = start("-m", "nsa.tools.train", *endless, "--out", out)
     process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == ""
+    errors = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 141
+    assert errors == (
+        f"error: stdout: Broken pipe; stopped and saved at step {load_checkpoint(out, ()).step}; "
+        f"resume with: python -m nsa.tools.train --out {out} --resume\n"
+    )
 
 
 def test_config_checks_its_values(data):

@@ -7,7 +7,6 @@ import ast
 import contextlib
 import difflib
 import inspect
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +18,12 @@ import torch
 
 from nsa.errors import ConfigError, NSAError, UsageError, require_known
 from nsa.registry import names
+from nsa.tools.common.failures import is_lack_of_memory
+from nsa.tools.common.streams import OutputLost, standard_streams
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+_SMALLER = "a smaller batch, shorter sequences or a smaller model"
 _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 _T = TypeVar("_T")
 
@@ -45,6 +47,11 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(given, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "see --help"
         raise UsageError(f"expected a known flag, got {given}; {hint}")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Called by argparse after ``--help``."""
+        sys.stdout.flush()  # what fails here is still said in one line
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for everything but unknown flags."""
@@ -153,27 +160,35 @@ def add_backend_and_device(parser: argparse.ArgumentParser) -> None:
 
 def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Runs a tool's body and turns what may go wrong into one line on stderr and an exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign is no reason to end
-    try:
-        code = body(argv)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The reader of our output is gone. Python would complain again when it flushes at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _EXIT_BROKEN_PIPE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except NSAError as error:
-        return fail(str(error))
-    except torch.OutOfMemoryError:
-        return fail("out of GPU memory; lower --batch-size or --seq-len")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{error.strerror or error}")
+    with standard_streams() as output:
+        try:
+            if output is None:
+                raise UsageError(
+                    "stdout: expected an open stream, got a closed one; send what nobody should "
+                    f"see to {os.devnull}"
+                )
+            code = body(argv)
+            output.flush()
+            if output.lost is not None:
+                raise output.lost
+            return code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except OutputLost as lost:
+            # As every command behind "| head": in silence, unless there is more to say.
+            code = fail(str(lost)) if lost.then or not lost.reader_left else EXIT_ERROR
+            return _EXIT_BROKEN_PIPE if lost.reader_left else code
+        except NSAError as error:
+            return fail(str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not is_lack_of_memory(error):
+                raise
+            where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            return fail(f"out of {where}; expected less to compute at once: {_SMALLER}")
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return fail(f"{where}{error.strerror or error}")
 
 
 def fail(message: str) -> int:

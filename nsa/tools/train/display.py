@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.table import Table
 
 from nsa.tools.common.progress import Bar
+from nsa.tools.common.streams import OutputLost
 from nsa.training.data import Baselines
 from nsa.training.run import Run
 
@@ -26,6 +27,8 @@ class Display:
 
     def __init__(self, *, step: int, steps: int, drawn: bool | None = None) -> None:
         self._steps = steps
+        self.lost: OutputLost | None = None
+        """Why stdout takes no more, if so; nothing is raised."""
         self.bar = Bar(
             steps,
             TextColumn("step"),
@@ -44,7 +47,10 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print one line."""
-        self.bar.line(text)
+        try:
+            self.bar.line(text)
+        except OutputLost as lost:
+            self.lost = lost
 
     def advance(self, step: int) -> None:
         """Note that a step is done."""
