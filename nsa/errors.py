@@ -7,6 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
+_SHOWN = 200
+"""Characters of a value that an error repeats."""
+
 
 class NSAError(Exception):
     """Base class of every error this library raises on purpose."""
@@ -43,7 +46,18 @@ class DataError(NSAError):
 def require(condition: bool, name: str, expected: str, got: object) -> None:
     """Refuse a value of a configuration that breaks a rule."""
     if not condition:
-        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
+        raise ConfigError(f"{name}: expected {expected}, got {shown(got)}")
+
+
+def shown(value: object) -> str:
+    """Show a value that a stranger may have written: short, and with every control sign escaped."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or an int of too many digits
+        return f"a {type(value).__name__} too large to show"
+    if len(text) > _SHOWN:
+        text = f"{text[:_SHOWN]}… ({len(text):,} characters)"
+    return text
 
 
 def is_int(value: object) -> bool:
@@ -70,7 +84,7 @@ def require_known(
     """Refuse a value that is none of the known ones, and name the nearest."""
     if value not in known:
         raise error(
-            f"{what}: expected one of the known names, got {value!r}; {nearest(value, known)}"
+            f"{what}: expected one of the known names, got {shown(value)}; {nearest(value, known)}"
         )
 
 
@@ -82,4 +96,4 @@ def require_fields(
     for name in given:
         if name not in names:
             what = what or f"names of {cls.__name__}"
-            raise error(f"expected {what}, got {name!r}; {nearest(name, names)}")
+            raise error(f"expected {what}, got {shown(name)}; {nearest(name, names)}")

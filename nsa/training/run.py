@@ -15,8 +15,9 @@ from nsa.training.checkpoint import CheckpointStore, load_checkpoint
 from nsa.training.compile import Compilation
 from nsa.training.config import RunConfig
 from nsa.training.data import load_corpus, require_length
-from nsa.training.files import JsonlWriter, replace_atomically, to_json
+from nsa.training.files import replace_atomically, to_json
 from nsa.training.interrupt import StopRequest
+from nsa.training.metrics import JsonlWriter
 from nsa.training.trainer import GROUPS, StepResult, Trainer
 
 
@@ -117,7 +118,8 @@ class Run:
         trainer, train = self.trainer, self.config.train
         first = trainer.step + 1
         # Lines of metrics past the checkpoint are dropped: those steps are run again.
-        metrics_file = JsonlWriter(self.folder / "metrics.jsonl", step=trainer.step)
+        path = self.folder / "metrics.jsonl"
+        metrics_file = JsonlWriter(path, step=trainer.step, say=display.line)
         with StopRequest() as stop, metrics_file as metrics:
             clock = _Clock(trainer)
             while True:

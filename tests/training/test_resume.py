@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nsa import CheckpointError
+from nsa import CheckpointError, DataError
 from nsa.tools.train import __main__ as train
 from nsa.training.checkpoint import CheckpointStore, load_checkpoint
 from nsa.training.data import load_corpus
-from nsa.training.files import JsonlWriter
 from nsa.training.interrupt import StopRequest
+from nsa.training.metrics import JsonlWriter
 from nsa.training.trainer import GROUPS, Trainer
 from tests.support.training_runs import config_of, error_of, flags, metrics, start, write_texts
 
@@ -252,8 +252,10 @@ def test_what_changes_no_number_may_change(finished, data, tmp_path, monkeypatch
 def test_metrics_keep_their_lines_apart(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\nnot json\n[]\n{"step": "x"}\n{"step": 2}\n{"step": 3}\n{"st')
-    with JsonlWriter(path, step=2) as file:
+    notes = []
+    with JsonlWriter(path, step=2, say=notes.append) as file:
         file.write(step=3, loss=0.5)
+    assert notes == [f"note: {path}: dropped damaged lines: 3"]
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
 
 
@@ -344,8 +346,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
 
 
 def test_a_disk_that_refuses_metrics(tmp_path):
-    file = JsonlWriter(tmp_path / "metrics.jsonl", step=0)
+    file = JsonlWriter(tmp_path / "metrics.jsonl", step=0, say=pytest.fail)
     file._file.close()
-    file._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the context manager
-    with pytest.raises(Exception, match="No space left on device"), file:
+    file._file, file._path = open("/dev/full", "w"), Path("/dev/full")  # noqa: SIM115
+    with pytest.raises(DataError, match="No space left on device"), file:
         file.write(step=1)
