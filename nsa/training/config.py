@@ -14,6 +14,9 @@ from nsa.training.data import Split
 Precision = Literal["fp32", "bf16"]
 CompileMode = Literal["none", "blocks", "model"]
 
+_MOST = {"accumulate": 2**16}
+"""The largest values, where they are no limits of int64: a step has to end."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -79,6 +82,8 @@ class TrainConfig:
                 least = 0 if field.name in ("seed", "warmup") else 1
                 good = is_int(value) and value >= least
                 require(good, flag(field.name), f"an int >= {least}", value)
+                most = _MOST.get(field.name, 2**63 - 1)
+                require(value <= most, flag(field.name), f"an int <= {most}", value)
         for name, expected, holds in (
             ("lr", "> 0", lambda x: x > 0),
             ("min_lr", "in [0, 1]", lambda x: 0 <= x <= 1),

@@ -17,6 +17,7 @@ from nsa.training.config import RunConfig
 from nsa.training.data import load_corpus, require_length
 from nsa.training.files import replace_atomically, to_json
 from nsa.training.interrupt import StopRequest
+from nsa.training.memory import require_memory_to_train
 from nsa.training.metrics import JsonlWriter
 from nsa.training.trainer import GROUPS, StepResult, Trainer
 
@@ -85,6 +86,7 @@ class Run:
         self._compilation = Compilation(config.train.compile, device, compile_cache)
         self.corpus = load_corpus(config.train.data, config.train.split)
         require_length(self.corpus, config.train.seq_len)
+        require_memory_to_train(config)
         self.trainer = Trainer(config, self.corpus)
         if checkpoint is not None:
             self.trainer.restore(checkpoint)

@@ -173,6 +173,7 @@ def test_runs_from_before_the_flag(data):
             ["--compile", "model", "--compile-cache", "/dev/null/code"],
             "--compile-cache: cannot use /dev/null/code: ",
         ),
+        (["--compile", "model", "--compile-cache", "a\0b"], "expected arguments without NUL, got"),
     ],
 )
 def test_refused_before_anything_runs(data, tmp_path, capsys, argv, text):

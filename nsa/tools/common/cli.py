@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import torch
 
-from nsa.errors import ConfigError, NSAError, UsageError, require_known
+from nsa.errors import ConfigError, NSAError, UsageError, require_known, shown
 from nsa.registry import names
 from nsa.tools.common.failures import is_lack_of_memory
 from nsa.tools.common.streams import OutputLost, standard_streams
@@ -37,6 +37,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parses every argument, or raises :class:`UsageError`."""
+        for text in sys.argv[1:] if argv is None else argv:
+            if "\0" in text:  # no system call takes it for a path
+                raise UsageError(f"expected arguments without NUL, got {shown(text)}")
         arguments, unknown = self.parse_known_args(argv)
         if not unknown:
             return arguments
@@ -65,12 +68,19 @@ def _typed(parse: Callable[[str], _T], what: str) -> Callable[[str], _T]:
         try:
             return parse(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"expected {what}, got {shown(text)}") from None
 
     return typed
 
 
-integer, number = _typed(int, "an integer"), _typed(float, "a number")
+def _int64(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {shown(text)}")
+    return value
+
+
+integer, number = _typed(_int64, "an integer"), _typed(float, "a number")
 
 
 def one_of(flag: str, known: Sequence[str]) -> Callable[[str], str]:
@@ -208,8 +218,9 @@ def choose_device(name: str) -> torch.device:
     device = None
     with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    # Torch keeps eight bits of a number: cuda:256 would be cuda:0.
+    if device is None or device.type not in ("cpu", "cuda") or str(device) != name:
+        raise ConfigError(f"--device: expected auto, cpu, cuda or cuda:N, got {shown(name)}")
     if device.type == "cuda":
         found = torch.cuda.device_count()
         if (device.index or 0) >= found:

@@ -16,6 +16,7 @@ from nsa.tools.common.cli import Parser, add_backend_and_device, add_fields, cho
 from nsa.training.checkpoint import load_checkpoint
 from nsa.training.config import RunConfig
 from nsa.training.data import SEPARATOR
+from nsa.training.memory import require_memory_to_load
 from nsa.training.trainer import load_model
 
 _EXAMPLES = """\
@@ -62,6 +63,7 @@ def _load(path: Path, backend: str | None, device: torch.device) -> tuple[Langua
         raise CheckpointError(f"{checkpoint.path}: unusable configuration: {error}") from error
     if config.model.attention == "dense" and backend is not None:
         raise ConfigError(f"--backend: expected none for a dense model, got {backend!r}")
+    require_memory_to_load(config.model)
     model = LanguageModel(config.model, backend=backend, device=device)
     load_model(model, checkpoint)
     return model.eval(), config.train.seq_len
