@@ -279,7 +279,8 @@ def test_a_reader_that_leaves(data, tmp_path):
     out = tmp_path / "run"
     endless = flags(data=data, steps=1_000_000, save_every=1_000_000)
     process = start("-m", "nsa.tools.train", *endless, "--out", out)
-    process.stdout.readline()
+    while not process.stdout.readline().startswith("step 1/"):
+        assert process.poll() is None  # one that leaves earlier ends it before there is a run
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()
