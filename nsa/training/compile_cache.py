@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from nsa.errors import ConfigError, is_int, shown
+from nsa.errors import ConfigError, is_int, show
 from nsa.training.files import (
     JSON_LIMIT,
     open_regular,
@@ -67,7 +67,7 @@ class CompileCache:
         self._foreign = False
         if "\0" in str(path):
             raise ConfigError(
-                f"--compile-cache: expected a path without NUL, got {shown(str(path))}"
+                f"--compile-cache: expected a path without NUL, got {show(str(path))}"
             )
         if path.exists() and not path.is_file():
             raise ConfigError(f"--compile-cache: expected a file, got {path}, which is none")
@@ -147,7 +147,7 @@ def _give_to_torch(part: bytes) -> None:
         with _silent(logging.getLogger("torch.compiler._cache")):  # it would print a traceback
             read = torch.compiler.load_cache_artifacts(part) is not None
     except _UNUSABLE as error:
-        reason = shown(f"{type(error).__name__}: {error}")
+        reason = show(f"{type(error).__name__}: {error}")
         raise ValueError(f"torch cannot use it ({reason})") from error
     if not read:
         raise ValueError("torch cannot read it")
@@ -196,7 +196,7 @@ def _split(stored: bytes, maker: dict[str, str]) -> list[bytes]:
         raise ValueError("damaged: its first line does not parse") from None
     for name, mine in {"format": _FORMAT, **maker}.items():
         if written[name] != mine:
-            theirs = shown(written[name]).strip("'")
+            theirs = show(written[name]).strip("'")
             raise ValueError(f"written for {name} {theirs}, here is {name} {mine}")
     parts, at = [], end + 1
     for size, digest in listed:

@@ -16,6 +16,8 @@ CompileMode = Literal["none", "blocks", "model"]
 
 _MOST = {"accumulate": 2**16}
 """The largest values, where they are no limits of int64: a step has to end."""
+_KINDS: dict[Any, Any] = {"str": str, "str | None": str | None, "bool": bool}
+"""Of the type of a field, what its value must be an instance of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,9 @@ class TrainConfig:
                 require(good, flag(field.name), f"an int >= {least}", value)
                 most = _MOST.get(field.name, 2**63 - 1)
                 require(value <= most, flag(field.name), f"an int <= {most}", value)
+            elif field.type in _KINDS:  # what a file holds may be of any type
+                kind, value = _KINDS[field.type], getattr(self, field.name)
+                require(isinstance(value, kind), flag(field.name), str(field.type), value)
         for name, expected, holds in (
             ("lr", "> 0", lambda x: x > 0),
             ("min_lr", "in [0, 1]", lambda x: 0 <= x <= 1),

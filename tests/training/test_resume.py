@@ -22,7 +22,15 @@ from nsa.training.data import load_corpus
 from nsa.training.interrupt import StopRequest
 from nsa.training.metrics import JsonlWriter
 from nsa.training.trainer import GROUPS, Trainer
-from tests.support.training_runs import config_of, error_of, flags, metrics, start, write_texts
+from tests.support.training_runs import (
+    assert_same_run,
+    config_of,
+    error_of,
+    flags,
+    metrics,
+    start,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +46,12 @@ def finished(tmp_path_factory, data):
     return out
 
 
-def assert_same_run(run: Path, other: Path) -> None:
-    """Bit for bit: metrics, weights, optimizer, random state."""
-    assert metrics(run) == metrics(other)
-    mine, theirs = (load_checkpoint(path, GROUPS) for path in (run, other))
-    assert mine.step == theirs.step
-    assert mine.state["rng"] == theirs.state["rng"]
-    for group in GROUPS:
-        assert mine.tensors[group].keys() == theirs.tensors[group].keys()
-        for name, tensor in mine.tensors[group].items():
-            assert torch.equal(tensor, theirs.tensors[group][name]), name
-
-
 def test_the_format_on_the_disk(finished):
     """Read without the library: files of earlier runs must load, so this changes with FORMAT."""
     folder = finished / "checkpoints" / (finished / "checkpoints" / "latest").read_text().strip()
     manifest = json.loads((folder / "manifest.json").read_text())
+    seal = manifest.pop("sha256")
+    assert seal == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     names = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
     assert (manifest["format"], manifest["step"], list(manifest["files"])) == (1, 12, names)
     for name, entry in manifest["files"].items():
@@ -74,7 +72,10 @@ def test_the_format_on_the_disk(finished):
         "rng": ["numpy", "python"],
         "versions": ["numpy", "torch"],
     }
-    assert state["config"] == json.loads((finished / "config.json").read_text())
+    config = json.loads((finished / "config.json").read_text())
+    seal = config.pop("sha256")
+    assert seal == hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    assert state["config"] == config
     assert [len(state["rng"]["python"]), len(state["rng"]["numpy"])] == [3, 3]
     assert state["threads"] == torch.get_num_threads()
 
@@ -323,6 +324,26 @@ def test_tensors_of_another_model_are_refused(finished, data):
     checkpoint.tensors["model"]["extra"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match="the model has no tensor named 'extra'"):
         Trainer(config_of(data), corpus).restore(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("numpy", [625, 0, 0.0]),  # numpy would read what lies behind its words
+        ("numpy", [-1, 0, 0.0]),
+        ("numpy", ["x", 0, 0.0]),
+        ("numpy", []),
+        ("python", [3, [0] * 624, None]),
+        ("python", [3, [0] * 624 + [10**30], None]),
+        ("python", [3, [0] * 625, "x"]),
+        ("python", None),
+    ],
+)
+def test_states_of_generators_that_are_none(finished, data, name, value):
+    checkpoint = load_checkpoint(finished, GROUPS)
+    checkpoint.state["rng"][name] = value
+    with pytest.raises(CheckpointError, match="expected (states of random generators|list)"):
+        Trainer(config_of(data), load_corpus(str(data))).restore(checkpoint)
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(

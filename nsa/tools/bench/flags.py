@@ -14,7 +14,7 @@ import torch
 
 from nsa.backends import TABLE
 from nsa.config import NSAConfig
-from nsa.errors import ConfigError, UsageError, shown
+from nsa.errors import ConfigError, UsageError, show
 from nsa.settings import PROVIDERS
 from nsa.tools.bench.baselines import FLA
 from nsa.tools.bench.cases import BRANCHES, WHOLE
@@ -169,7 +169,7 @@ def _trials(given: argparse.Namespace, device: torch.device) -> tuple[Trial, ...
         lengths = _THRESHOLD_LENGTHS[device.type]
     least = given.packed or 1
     if min(lengths) < least:
-        raise UsageError(f"--lengths: expected an int >= {least}, got {shown(min(lengths))}")
+        raise UsageError(f"--lengths: expected an int >= {least}, got {show(min(lengths))}")
     configs: tuple[NSAConfig, ...] = (base,)
     if given.heads is not None:
         configs = _list("--heads", lambda part: _layout(part, base), given.heads)
@@ -191,7 +191,7 @@ def _layout(text: str, base: NSAConfig) -> NSAConfig:
     found = _LAYOUT.fullmatch(text)
     if found is None:
         expected = "expected Hq/Hkv[:Dk[/Dv]], such as 64/4:128"
-        raise UsageError(f"--heads: {expected}, got {shown(text)}")
+        raise UsageError(f"--heads: {expected}, got {show(text)}")
     heads, kv_heads, k, v = (None if part is None else int(part) for part in found.groups())
     assert heads is not None
     assert kv_heads is not None
@@ -221,9 +221,9 @@ def _length(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise UsageError(f"--lengths: expected integers, got {shown(text)}") from None
+        raise UsageError(f"--lengths: expected integers, got {show(text)}") from None
     if value > _MOST_TOKENS:
-        raise UsageError(f"--lengths: expected integers <= {_MOST_TOKENS}, got {shown(text)}")
+        raise UsageError(f"--lengths: expected integers <= {_MOST_TOKENS}, got {show(text)}")
     return value
 
 

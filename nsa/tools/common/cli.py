@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import torch
 
-from nsa.errors import ConfigError, NSAError, UsageError, require_known, shown
+from nsa.errors import ConfigError, NSAError, UsageError, require_known, show
 from nsa.registry import names
 from nsa.tools.common.failures import is_lack_of_memory
 from nsa.tools.common.streams import OutputLost, standard_streams
@@ -24,6 +24,7 @@ from nsa.tools.common.streams import OutputLost, standard_streams
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 _SMALLER = "a smaller batch, shorter sequences or a smaller model"
+_LONGEST_LINE = 2000
 _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 _T = TypeVar("_T")
 
@@ -39,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         """Parses every argument, or raises :class:`UsageError`."""
         for text in sys.argv[1:] if argv is None else argv:
             if "\0" in text:  # no system call takes it for a path
-                raise UsageError(f"expected arguments without NUL, got {shown(text)}")
+                raise UsageError(f"expected arguments without NUL, got {show(text)}")
         arguments, unknown = self.parse_known_args(argv)
         if not unknown:
             return arguments
@@ -68,7 +69,7 @@ def _typed(parse: Callable[[str], _T], what: str) -> Callable[[str], _T]:
         try:
             return parse(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {what}, got {shown(text)}") from None
+            raise argparse.ArgumentTypeError(f"expected {what}, got {show(text)}") from None
 
     return typed
 
@@ -76,7 +77,7 @@ def _typed(parse: Callable[[str], _T], what: str) -> Callable[[str], _T]:
 def _int64(text: str) -> int:
     value = int(text)
     if not -(2**63) <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {show(text)}")
     return value
 
 
@@ -203,8 +204,15 @@ def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None)
 
 def fail(message: str) -> int:
     """Prints ``error: message`` as one line on stderr; returns the exit code."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", printable(" ".join(message.split())), file=sys.stderr)
     return EXIT_ERROR
+
+
+def printable(text: str) -> str:
+    """Escape what would control a terminal, and cut what would fill it: files have strange names
+    in them."""
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}…"
 
 
 def choose_device(name: str) -> torch.device:
@@ -220,7 +228,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     # Torch keeps eight bits of a number: cuda:256 would be cuda:0.
     if device is None or device.type not in ("cpu", "cuda") or str(device) != name:
-        raise ConfigError(f"--device: expected auto, cpu, cuda or cuda:N, got {shown(name)}")
+        raise ConfigError(f"--device: expected auto, cpu, cuda or cuda:N, got {show(name)}")
     if device.type == "cuda":
         found = torch.cuda.device_count()
         if (device.index or 0) >= found:

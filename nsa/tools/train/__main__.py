@@ -7,8 +7,8 @@ A run is a folder (``--out``)::
     checkpoints/     see nsa.training.checkpoint
 
 ``--resume`` continues bit for bit: on a CPU with the same number of threads, on a GPU as far as its
-kernels are deterministic, and with the same ``--compile``; another may be given, and is noted. One
-process at a time may write to a run.
+kernels are deterministic, and with the same ``--compile``; another may be given, and is noted. The
+folder is locked while a run trains in it; the file ``lock`` names the process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _main(argv: Sequence[str] | None) -> int:
     config = run_config(given, stored_config(out) if resume else None)
     training = Run(out, config, resume=resume, compile_cache=cache)
     for note in training.notes:
-        print(f"note: {note}: results may differ in the last bits")
+        print(note)
     out.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
     print_header(training)
     display = Display(step=training.trainer.step, steps=config.train.steps)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nsa.tools.common.cli import printable
 from nsa.tools.common.progress import Bar
 from nsa.tools.common.streams import OutputLost
 from nsa.training.data import Baselines
@@ -80,7 +81,7 @@ def print_header(run: Run) -> None:
     """Print the resolved configuration, every value of it."""
 
     def line(values: dict[str, Any]) -> str:
-        return ", ".join(f"{name} {value}" for name, value in values.items())
+        return printable(", ".join(f"{name} {value}" for name, value in values.items()))
 
     trainer, corpus, parts = run.trainer, run.corpus, run.config.to_dict()
     nsa = parts["model"].pop("nsa")
@@ -89,7 +90,7 @@ def print_header(run: Run) -> None:
     resumed = f", resuming from step {trainer.step}" if trainer.step else ""
     print(f"run          {run.folder}{resumed}")
     print(
-        f"data         {corpus.source}: {len(corpus.train):,} bytes to train on "
+        f"data         {printable(corpus.source)}: {len(corpus.train):,} bytes to train on "
         f"({corpus.train_files} files), {len(corpus.validation):,} to validate "
         f"({corpus.validation_files}{cut}), {corpus.skipped} files skipped"
     )
