@@ -11,6 +11,9 @@ from nsa.errors import ConfigError, is_finite, is_int, require, require_fields, 
 
 Attention = Literal["nsa", "dense"]
 
+_MOST = {"dim": 2**24, "num_layers": 10_000, "hidden_dim": 2**26, "vocab_size": 2**24}
+"""The largest sizes: bytes of a matrix are counted in int64, and layers are made in a minute."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -40,10 +43,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "hidden_dim", "vocab_size"):
             value = getattr(self, name)
-            if name == "hidden_dim" and value is None:
+            if name == "hidden_dim" and value is None:  # dim is checked by now
                 value = 64 * max(1, round(self.dim * 8 / 3 / 64))
                 object.__setattr__(self, name, value)
             require(is_int(value) and value >= 1, name, "an int >= 1", value)
+            require(value <= _MOST[name], name, f"an int <= {_MOST[name]}", value)
         require(isinstance(self.nsa, NSAConfig), "nsa", "an NSAConfig", self.nsa)
         require_known("attention", self.attention, get_args(Attention))
         tied, eps = self.tied_embeddings, self.norm_eps

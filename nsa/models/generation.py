@@ -84,7 +84,9 @@ def sample(
     if config.temperature == 0:
         return int(logits_C.argmax())
     # Sorted stably: equal logits keep their order, and nothing depends on topk's.
-    ordered, order = (logits_C / config.temperature).sort(descending=True, stable=True)
+    # No difference is infinite: a tiny temperature is the limit of zero.
+    scaled_C = (logits_C - logits_C.max()) / config.temperature
+    ordered, order = scaled_C.sort(descending=True, stable=True)
     shares = ordered[: config.top_k].softmax(0)
     if config.top_p is not None:
         before = shares.cumsum(0) - shares

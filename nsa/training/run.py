@@ -28,6 +28,7 @@ from nsa.training.files import (
 from nsa.training.interrupt import StopRequest
 from nsa.training.lock import NAME as LOCK
 from nsa.training.lock import FolderLock
+from nsa.training.memory import require_memory_to_train
 from nsa.training.metrics import JsonlWriter
 from nsa.training.trainer import GROUPS, StepResult, Trainer, config_of
 
@@ -37,6 +38,10 @@ _METRICS = "metrics.jsonl"
 
 class Display(Protocol):
     """Where people look while a model trains."""
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why nobody can look any more, if so: the run saves and stops."""
 
     def line(self, text: str) -> None:
         """Print one line."""
@@ -98,8 +103,9 @@ class Run:
             )
         device = torch.device(config.train.device)
         self._compilation = Compilation(config.train.compile, device, compile_cache)
-        self.corpus = load_corpus(config.train.data)
+        self.corpus = load_corpus(config.train.data, config.train.split)
         require_length(self.corpus, config.train.seq_len)
+        require_memory_to_train(config)
         self.trainer = Trainer(config, self.corpus)
         if checkpoint is not None:
             self.trainer.restore(checkpoint)
@@ -118,7 +124,8 @@ class Run:
             self.notes.append(f"note: {LATEST} is missing; taking {latest.name}, the newest there")
 
     def train(self, display: Display) -> float | None:
-        """Train up to the last step, or until a signal asks to stop (then save first).
+        """Train up to the last step, or until a signal or a lost display asks to stop (then save
+        first).
 
         Returns:
             The last validation loss (nats per byte), or None when it was stopped.
@@ -179,14 +186,14 @@ class Run:
                     display.line(f"step {step}: {text}")
                     self._compilation.keep(display.line)  # the first validation compiles, too
                     clock.restart()
-                if step % train.save_every == 0 or last or stop.requested:
+                if step % train.save_every == 0 or last or stop.requested or display.lost:
                     self._finite(result)
                     metrics.sync()  # metrics on the disk are never behind the checkpoint
                     self._store.save(step, trainer.tensors(), trainer.state())
                     clock.restart()
                     if last:
                         return validation_loss
-                    if stop.requested:
+                    if stop.requested or display.lost:
                         return None
 
     def _note_start(self, display: Display, first: str) -> None:

@@ -15,6 +15,7 @@ from nsa.models import GenerationConfig, LanguageModel, generate
 from nsa.tools.common.cli import Parser, add_backend_and_device, add_fields, choose_device, run
 from nsa.training.checkpoint import load_checkpoint
 from nsa.training.data import SEPARATOR
+from nsa.training.memory import require_memory_to_load
 from nsa.training.trainer import config_of, load_model
 
 _EXAMPLES = """\
@@ -58,6 +59,7 @@ def _load(path: Path, backend: str | None, device: torch.device) -> tuple[Langua
     config = config_of(checkpoint)
     if config.model.attention == "dense" and backend is not None:
         raise ConfigError(f"--backend: expected none for a dense model, got {backend!r}")
+    require_memory_to_load(config.model)
     model = LanguageModel(config.model, backend=backend, device=device)
     load_model(model, checkpoint)
     return model.eval(), config.train.seq_len

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nsa.tools.common.cli import EXIT_INTERRUPTED, run
+from nsa.tools.common.streams import OutputLost
 from nsa.tools.train.display import Display, print_header, print_result
 from nsa.tools.train.flags import run_config, train_parser
 from nsa.training.data import baselines
@@ -44,7 +45,10 @@ def _main(argv: Sequence[str] | None) -> int:
         validation_loss = training.train(display)
     if validation_loss is None:
         command = f"python -m nsa.tools.train --out {out} --resume"
-        print(f"stopped and saved at step {training.trainer.step}; resume with: {command}")
+        text = f"stopped and saved at step {training.trainer.step}; resume with: {command}"
+        if display.lost is not None:
+            raise OutputLost(display.lost.name, display.lost.reason, text)
+        print(text)
         return EXIT_INTERRUPTED
     train = config.train
     counted = baselines(training.corpus, count=train.eval_windows, seq_len=train.seq_len)
