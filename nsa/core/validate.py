@@ -9,10 +9,10 @@ D key size, V value size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsa.config import KV, NSAConfig
 from nsa.core.inputs import BRANCHES, AttentionInputs
@@ -22,13 +22,22 @@ from nsa.errors import DataError, ShapeError
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_layer_input(x: Tensor, dim: int, weight: Tensor) -> None:
-    """x is ``[B, T, dim]`` where the layer's weights are, in a dtype that they can be used with."""
+def check_layer_input(x: Tensor, dim: int, projections: Iterable[nn.Module]) -> None:
+    """x is ``[B, T, dim]`` where the layer's weights are, in a dtype that they can be used with.
+
+    What stands in place of a projection need not have a weight: the first that has one tells.
+    """
     if x.dim() != 3 or x.shape[-1] != dim:
         raise ShapeError(f"x: expected [B, T, {dim}], got {list(x.shape)}")
-    check_device("x", x, weight, "the layer's device")
     if x.dtype not in _DTYPES:
         raise ShapeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    for projection in projections:
+        weight = getattr(projection, "weight", None)
+        if isinstance(weight, Tensor):
+            break
+    else:
+        return
+    check_device("x", x, weight, "the layer's device")
     if x.dtype == weight.dtype or weight.dtype not in _DTYPES:  # quantised weights take any
         return
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
