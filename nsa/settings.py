@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
@@ -153,6 +154,9 @@ _environment: dict[str, str] = {}
 _from_environment: Settings | None = None
 _environment_error: str | None = None
 _override: ContextVar[Settings | None] = ContextVar("nsa_settings", default=None)
+_levels: dict[object, int | str] = {}
+"""By None what the logger's level was, then that of every open block which set it."""
+_levels_lock = threading.Lock()
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> None:
@@ -203,6 +207,8 @@ def foreign_variable(name: str) -> str | None:
 def use_settings(settings: Settings | None = None, **changes: Any) -> Iterator[Settings]:
     """Puts other settings in force inside a ``with`` block (this thread or task only).
 
+    The level of the ``nsa`` logger is the process': of overlapping blocks the latest decides.
+
     Args:
         settings: the base; None takes the settings in force.
         changes: fields of :class:`Settings` to replace.
@@ -214,15 +220,30 @@ def use_settings(settings: Settings | None = None, **changes: Any) -> Iterator[S
     before = _override.get() or _from_environment
     chosen = replace(settings if settings is not None else current_settings(), **changes)
     token = _override.set(chosen)
-    logger = logging.getLogger("nsa")
-    level = logger.level
-    if before is None or chosen.log != before.log:
-        logger.setLevel(chosen.log.upper())
+    changes_level = before is None or chosen.log != before.log
     try:
-        yield chosen
+        with _log_level(chosen.log) if changes_level else contextlib.nullcontext():
+            yield chosen
     finally:
-        logger.setLevel(level)
         _override.reset(token)
+
+
+@contextlib.contextmanager
+def _log_level(level: str) -> Iterator[None]:
+    """A level of the logger while this block is open; threads may leave theirs in any order."""
+    logger, block = logging.getLogger("nsa"), object()
+    with _levels_lock:
+        _levels.setdefault(None, logger.level)
+        _levels[block] = level.upper()
+        logger.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        with _levels_lock:
+            del _levels[block]
+            logger.setLevel([*_levels.values()][-1])
+            if len(_levels) == 1:
+                _levels.clear()
 
 
 def explain_settings() -> list[FlagRow]:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -343,6 +344,23 @@ def test_use_settings_sets_the_log_level(how):
     before = logger.level
     with use_settings(**how):
         assert logger.level == logging.DEBUG
+    assert logger.level == before
+
+
+@pytest.mark.parametrize("leaves_first", [0, 1])
+def test_overlapping_blocks_leave_the_log_level_as_it_was(leaves_first):
+    """Blocks of other threads, or generators: whichever is left first."""
+    logger = logging.getLogger("nsa")
+    before = logger.level
+    blocks = [use_settings(log="debug"), use_settings(log="error")]
+    threads = [ThreadPoolExecutor(1) for _ in blocks]
+    for thread, block in zip(threads, blocks, strict=True):
+        thread.submit(block.__enter__).result()
+    assert logger.level == logging.ERROR
+    threads[leaves_first].submit(blocks[leaves_first].__exit__, None, None, None).result()
+    assert logger.level == (logging.ERROR if leaves_first == 0 else logging.DEBUG)
+    other = 1 - leaves_first
+    threads[other].submit(blocks[other].__exit__, None, None, None).result()
     assert logger.level == before
 
 
