@@ -46,6 +46,9 @@ class ModelConfig:
             require(is_int(value) and value >= 1, name, "an int >= 1", value)
         require(isinstance(self.nsa, NSAConfig), "nsa", "an NSAConfig", self.nsa)
         require_known("attention", self.attention, get_args(Attention))
+        if self.attention == "dense":  # torch's kernels mask before they scale
+            scale = self.nsa.softmax_scale
+            require(scale > 0, "nsa.scale", "a number > 0 with attention='dense'", scale)
         tied, eps = self.tied_embeddings, self.norm_eps
         require(isinstance(tied, bool), "tied_embeddings", "True or False", tied)
         positive = isinstance(eps, float) and is_finite(eps) and eps > 0

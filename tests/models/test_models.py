@@ -36,6 +36,10 @@ def bytes_of(batch: int, length: int) -> torch.Tensor:
         ({"num_layers": 2.0}, "num_layers: expected an int >= 1, got 2.0"),
         ({"vocab_size": True}, "vocab_size: expected an int >= 1, got True"),
         ({"hidden_dim": -1}, "hidden_dim: expected an int >= 1, got -1"),
+        (
+            {"attention": "dense", "nsa": NSAConfig.preset("tiny", scale=-1.0)},
+            "nsa.scale: expected a number > 0 with attention='dense', got -1.0",
+        ),
         ({"attention": "dens"}, "attention: .* got 'dens'; did you mean 'dense'?"),
         ({"norm_eps": 0.0}, "norm_eps: expected a finite float > 0, got 0.0"),
         ({"norm_eps": math.nan}, "norm_eps: expected a finite float > 0, got nan"),

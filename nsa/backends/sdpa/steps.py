@@ -47,7 +47,8 @@ def compressed_attention(
         real = shape.real[:, None, None]
         k, v = k.where(real, 0.0), v.where(real, 0.0)
     rows = fold(q, cu_seqlens, N, K, config, q_start)
-    if cu_seqlens is None and 0 < shape.rows == N and shape.first_row == 0 and has_kernel(q):
+    square = cu_seqlens is None and 0 < shape.rows == N and shape.first_row == 0
+    if square and has_kernel(q, config.softmax_scale):
         M = rows.shape[3]
         out, lse = causal_attention(
             rows.permute(0, 2, 3, 1, 4).reshape(B * K, M, N, D),
