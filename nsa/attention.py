@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.backends.dispatch import Resolution, plan, settings_in_force
@@ -74,7 +75,7 @@ def nsa_attention(
         max_seqlen=max_seqlen,
         block_idx=block_idx,
     )
-    validate.check_inputs(inputs, config, check=settings.check)
+    inputs = validate.check_inputs(inputs, config, check=settings.check)
     problem = Problem(
         config,
         q.device,
@@ -114,7 +115,7 @@ def select_blocks(
     settings = settings_in_force()
     packed = cu_seqlens is not None
     validate.check_query(q, config)
-    validate.check_packing(q, cu_seqlens, max_seqlen, check=settings.check)
+    max_seqlen = validate.check_packing(q, cu_seqlens, max_seqlen, check=settings.check)
     validate.check_compressed("k_cmp", k_cmp, q, config, cu_seqlens, check=settings.check)
     if settings.check:
         blocks = validate.without_surplus(k_cmp, config, cu_seqlens)
@@ -123,7 +124,9 @@ def select_blocks(
     problem = Problem(config, q.device, q.dtype, length, packed, needs_grad=False)
     step = plan(problem, backend, settings).step("select").select_blocks
     with no_autocast(q.device):
-        return step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
+        block_idx = step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
+    missing = config.num_selected - block_idx.shape[-1]  # a step need not list what cannot be
+    return F.pad(block_idx, (0, missing), value=-1) if missing else block_idx
 
 
 def run(

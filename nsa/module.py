@@ -115,7 +115,7 @@ class NSAttention(nn.Module):
         """
         settings = self.settings
         validate.check_layer_input(x, self.dim, self._projections().values())
-        validate.check_packing(x, cu_seqlens, max_seqlen, check=settings.check)
+        max_seqlen = validate.check_packing(x, cu_seqlens, max_seqlen, check=settings.check)
         if settings.check:
             validate.check_finite({"x": x})
         autocast = torch.is_autocast_enabled(x.device.type)

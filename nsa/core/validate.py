@@ -44,11 +44,11 @@ def check_layer_input(x: Tensor, dim: int, projections: Iterable[nn.Module]) -> 
         raise ShapeError(f"x: expected the layer's dtype {weight.dtype}, got {x.dtype}")
 
 
-def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> None:
-    """Everything that is checked before a backend sees the inputs."""
+def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> AttentionInputs:
+    """Everything that is checked before a backend sees the inputs, which are returned."""
     q, cu_seqlens = inputs.q, inputs.cu_seqlens
     check_query(q, config)
-    check_packing(q, cu_seqlens, inputs.max_seqlen, check=check)
+    max_seqlen = check_packing(q, cu_seqlens, inputs.max_seqlen, check=check)
     k_cmp, v_cmp = inputs.compressed
     check_compressed("compressed.k", k_cmp, q, config, cu_seqlens, check=check)
     check_compressed("compressed.v", v_cmp, q, config, cu_seqlens, check=check)
@@ -61,6 +61,7 @@ def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> 
         check_block_idx(inputs.block_idx, q, config, cu_seqlens, check=check)
     if check:
         check_values(inputs, config)
+    return inputs._replace(max_seqlen=max_seqlen)
 
 
 def check_values(inputs: AttentionInputs, config: NSAConfig) -> None:
@@ -159,15 +160,19 @@ def check_gates(gates: Tensor, q: Tensor) -> None:
 
 def check_packing(
     x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, *, check: bool
-) -> None:
-    """``cu_seqlens`` is int32 ``[n_seq + 1]``, from 0 up to the total of x ``[1, total, …]``."""
+) -> int | None:
+    """``cu_seqlens`` is int32 ``[n_seq + 1]``, from 0 up to the total of x ``[1, total, …]``.
+
+    Returns:
+        the bound ``max_seqlen``, or the total if that is lower; None where no bound is given.
+    """
     if cu_seqlens is None:
         if max_seqlen is not None:
             raise ShapeError(
                 f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}; "
                 "pass cu_seqlens as well, or neither"
             )
-        return
+        return None
     if x.shape[0] != 1:
         raise ShapeError(
             f"cu_seqlens: expected packed input [1, total, ...], got batch size {x.shape[0]}"
@@ -191,6 +196,7 @@ def check_packing(
             raise ShapeError(f"max_seqlen: expected >= 0, got {max_seqlen}")
     if cu_seqlens.device.type == "cpu" or check:
         _check_packing_values(x.shape[1], cu_seqlens, max_seqlen, check=check)
+    return None if max_seqlen is None else torch.sym_min(max_seqlen, x.shape[1])
 
 
 def _check_packing_values(
