@@ -21,8 +21,10 @@ Gate = Literal["sigmoid", "softmax"]
 MOST = {
     **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "value_dim"), 2**16),
     "compress_block": 2**20,
+    "dim": 2**24,
 }
-"""The largest values of some fields: no layer's weights have more bytes than an int64 counts."""
+"""The largest values of some fields, and of a layer's width: its weights then have no more bytes
+than an int64 counts."""
 MOST_TOKENS = 2**31 - 1
 """The largest values of all others: kernels count tokens in int32."""
 

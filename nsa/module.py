@@ -14,9 +14,10 @@ from nsa.attention import run
 from nsa.backends.dispatch import Resolution, plan
 from nsa.backends.protocol import Problem
 from nsa.compression import PHI, Compress, compress_both
-from nsa.config import KV, NSAConfig
+from nsa.config import KV, MOST, NSAConfig
 from nsa.core import validate
 from nsa.core.compile import compile_glue
+from nsa.core.dtypes import autocast_dtype
 from nsa.core.inputs import BRANCHES, AttentionInputs
 from nsa.core.linear import project
 from nsa.core.packing import packed_tokens
@@ -55,6 +56,9 @@ class NSAttention(nn.Module):
     ) -> None:
         super().__init__()
         require(is_int(dim) and dim >= 1, "dim", "an int >= 1", dim)
+        require(dim <= MOST["dim"], "dim", f"at most {MOST['dim']}", dim)
+        validate.check_config(config)
+        validate.check_factory(device, dtype)
         self.dim, self.config, self.backend = dim, config, backend
         self.settings = current_settings()
         self._resolution: Resolution | None = None
@@ -114,12 +118,12 @@ class NSAttention(nn.Module):
             BackendUnavailable: the backend requested cannot run this.
         """
         settings = self.settings
-        validate.check_layer_input(x, self.dim, self._projections().values())
-        max_seqlen = validate.check_packing(x, cu_seqlens, max_seqlen, check=settings.check)
-        if settings.check:
+        validate.check_layer_input(x, self.dim, self._weight())
+        check = settings.check and not x.is_meta
+        max_seqlen = validate.check_packing(x, cu_seqlens, max_seqlen, check=check)
+        if check:
             validate.check_finite({"x": x})
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
         if TABLE[chosen.backend].compiles_glue and not torch.compiler.is_compiling():
             return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen)
@@ -169,7 +173,7 @@ class NSAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
-        if settings.check:
+        if settings.check and not x.is_meta:
             validate.check_values(inputs, config)
         out = run(
             chosen,
@@ -193,6 +197,14 @@ class NSAttention(nn.Module):
                 projections[name] = proj
         projections["gate"] = self.gate_proj
         return projections
+
+    def _weight(self) -> Tensor | None:
+        """That of the first projection which has one."""
+        weight = getattr(self.q_proj, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight
+        found = (getattr(module, "weight", None) for module in self._projections().values())
+        return next((weight for weight in found if isinstance(weight, Tensor)), None)
 
     def _keys_and_values(
         self, projected: dict[str, Tensor], positions: Tensor | None, dtype: torch.dtype

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from nsa.config import NSAConfig
+from nsa.config import MOST, NSAConfig
 from nsa.errors import ConfigError, is_finite, is_int, require, require_fields, require_known
 
 Attention = Literal["nsa", "dense"]
@@ -39,11 +39,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "hidden_dim", "vocab_size"):
-            value = getattr(self, name)
+            value, most = getattr(self, name), MOST["dim"]
             if name == "hidden_dim" and value is None:
                 value = 64 * max(1, round(self.dim * 8 / 3 / 64))
                 object.__setattr__(self, name, value)
             require(is_int(value) and value >= 1, name, "an int >= 1", value)
+            require(value <= most, name, f"at most {most}", value)
         require(isinstance(self.nsa, NSAConfig), "nsa", "an NSAConfig", self.nsa)
         require_known("attention", self.attention, get_args(Attention))
         if self.attention == "dense":  # torch's kernels mask before they scale
@@ -68,6 +69,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Invert :meth:`to_dict`; unknown or missing names raise ConfigError."""
+        require(isinstance(values, Mapping), "values", "a table of values", values)
         require_fields(cls, values)
         missing = [name for name in ("dim", "num_layers", "nsa") if name not in values]
         if missing:
