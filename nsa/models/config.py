@@ -50,6 +50,9 @@ class ModelConfig:
             require(value <= _MOST[name], name, f"an int <= {_MOST[name]}", value)
         require(isinstance(self.nsa, NSAConfig), "nsa", "an NSAConfig", self.nsa)
         require_known("attention", self.attention, get_args(Attention))
+        if self.attention == "dense":  # torch's kernels mask before they scale
+            scale = self.nsa.softmax_scale
+            require(scale > 0, "nsa.scale", "a number > 0 with attention='dense'", scale)
         tied, eps = self.tied_embeddings, self.norm_eps
         require(isinstance(tied, bool), "tied_embeddings", "True or False", tied)
         positive = isinstance(eps, float) and is_finite(eps) and eps > 0
@@ -69,6 +72,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Invert :meth:`to_dict`; unknown or missing names raise ConfigError."""
+        require(isinstance(values, Mapping), "values", "a table of values", values)
         require_fields(cls, values)
         missing = [name for name in ("dim", "num_layers", "nsa") if name not in values]
         if missing:

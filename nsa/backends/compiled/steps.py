@@ -147,7 +147,7 @@ def select_impl(
         compress_block=config.compress_block,
         compress_stride=config.compress_stride,
         select_block=config.select_block,
-        num_selected=config.num_selected,
+        num_selected=rule_of(config).width(longest, config),
         num_initial=config.num_initial,
         num_local=config.num_local,
         scale=config.softmax_scale,
