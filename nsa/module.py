@@ -229,5 +229,7 @@ class NSAttention(nn.Module):
         return x.contiguous() if theta is None else apply_rope(x, theta, positions)
 
 
-_ATTEND_COMPILED = compile_glue(NSAttention._attend)
+_ATTEND_COMPILED = compile_glue(
+    NSAttention._attend, lambda layer, x, chosen, dtype, *packing: (chosen, layer.config, dtype)
+)
 """The same as one graph, for backends that leave their glue to Inductor."""

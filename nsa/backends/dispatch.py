@@ -149,11 +149,13 @@ def plan(problem: Problem, backend: str | None, settings: Settings) -> Resolutio
     _check_name(backend)
     if not torch.compiler.is_compiling():
         return _plan(problem, backend, settings)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
     # branches, not values: the comparison of a symbolic length would be no constant
     known = _UNBOUNDED
     for flag in LENGTH_FLAGS:
         least = getattr(settings, flag)
-        if problem.length < least:
+        if guard_or_false(problem.length < least):  # a length without a hint is long
             known = min(known, least - 1)
     device = problem.device
     return Resolution(
