@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.core.dtypes import NEG_INF
+from nsa.core.geometry import list_width, num_select_blocks
 
 _INDEX_LIMIT = 2**31 - 1
 
@@ -27,16 +28,18 @@ class Rule(Protocol):
 
     name: str
 
-    def width(self, config: NSAConfig) -> int:
-        """Entries of every list, n; those past the blocks chosen are −1."""
+    def width(self, length: int, config: NSAConfig) -> int:
+        """Entries of every list, n, where no sequence is longer than ``length`` tokens; those past
+        the blocks chosen are −1."""
         ...
 
-    def choose(self, scores: Tensor, own: Tensor, config: NSAConfig) -> Tensor:
+    def choose(self, scores: Tensor, own: Tensor, n: int, config: NSAConfig) -> Tensor:
         """The blocks of each query.
 
         Args:
             scores: ``[X, C, d, J]``, not negative.
             own: int64 ``[C, d]``, the block each query stands in.
+            n: what :meth:`width` said.
 
         Returns:
             int32 ``[X, C, d, n]``, ascending, then −1.
@@ -49,13 +52,13 @@ class TopN:
 
     name = "top_n"
 
-    def width(self, config: NSAConfig) -> int:
-        """``num_selected``, however few candidates there are."""
-        return config.num_selected
+    def width(self, length: int, config: NSAConfig) -> int:
+        """``num_selected``, or all blocks where that is far more than there are."""
+        return list_width(length, config)
 
-    def choose(self, scores: Tensor, own: Tensor, config: NSAConfig) -> Tensor:
+    def choose(self, scores: Tensor, own: Tensor, n: int, config: NSAConfig) -> Tensor:
         """See :class:`Rule`."""
-        J, n = scores.shape[-1], self.width(config)
+        J = scores.shape[-1]
         j = torch.arange(J, device=scores.device)
         candidate = j <= own[..., None]
         forced = candidate & ((j < config.num_initial) | (j > own[..., None] - config.num_local))
@@ -86,8 +89,18 @@ def rule_of(config: NSAConfig) -> Rule:
     return RULES["top_n"]
 
 
-def first_block_only(config: NSAConfig, device: torch.device) -> Tensor:
+def first_block_only(n: int, device: torch.device) -> Tensor:
     """int32 ``[n]``, the list of a query that sees no compressed block: it stands in block 0, since
     l <= l'."""
-    slots = torch.arange(rule_of(config).width(config), device=device, dtype=torch.int32)
-    return slots.clamp_max(1).neg()
+    return torch.arange(n, device=device, dtype=torch.int32).clamp_max(1).neg()
+
+
+def takes_all(length: int, config: NSAConfig) -> bool:
+    """Whether every query of sequences of up to ``length`` tokens reads all that it may."""
+    return num_select_blocks(length, config) <= config.num_selected
+
+
+def all_blocks(position: Tensor, n: int, config: NSAConfig) -> Tensor:
+    """int32 ``[T, n]``, the lists of queries at ``position`` ``[T]`` that read all they may."""
+    block = torch.arange(n, device=position.device, dtype=torch.int32)
+    return block.where(block <= (position // config.select_block)[:, None], -1)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from nsa import KV, NSAConfig, nsa_attention, reference
 from nsa.backends.fa2.providers import provider
-from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks
+from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 from nsa.testing.parity import planned
 from nsa.testing.strategies import Case, cases
 from tests.support.backends import fa2_by_math, refuses_packed, targets
+from tests.support.layouts import LAYOUTS, laid_out
 
 BITWISE = ("reference", "sdpa")
 """Elsewhere causality is bitwise where the block lists are given."""
@@ -235,15 +236,19 @@ def test_double_backward_raises(backend: str, device: str, dtype: torch.dtype) -
         dq.sum().backward()
 
 
-@pytest.mark.parametrize(("backend", "device", "dtype"), targets())
-def test_inputs_need_not_be_contiguous(backend: str, device: str, dtype: torch.dtype) -> None:
-    inputs = make_inputs(CONFIG, length=37, batch=2, dtype=dtype, device=device)
-    inputs = replace(inputs, block_idx=random_blocks(inputs, 5))
-    strided = tuple(
-        x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs.leaves()
-    )
-    assert not strided[0].is_contiguous()
-    assert all(row.ok for row in attention_parity(backend, inputs.with_leaves(strided)))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype"), targets((torch.float32, torch.float16, torch.bfloat16))
+)
+def test_inputs_need_not_be_contiguous(
+    backend: str, device: str, dtype: torch.dtype, layout: str
+) -> None:
+    shapes = [{"length": 37, "batch": 2}, {"lengths": (23, 0, 14)}]
+    for shape in shapes[: 1 if refuses_packed(backend) else 2]:
+        inputs = make_inputs(CONFIG, dtype=dtype, device=device, **shape)
+        inputs = laid_out(replace(inputs, block_idx=random_blocks(inputs, 5)), layout)
+        faults = [row for row in attention_parity(backend, inputs) if not row.ok]
+        assert not faults + selection_faults(backend, inputs)
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), targets())

@@ -45,8 +45,31 @@ class Call:
         return 0 if self.causal else -1
 
 
+VECTOR_BYTES = 16
+"""What one load of FA-2 reads."""
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether FA-2 can read a tensor: rows contiguous, each at a multiple of its loads."""
+    step = VECTOR_BYTES // x.element_size()
+    rows = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % VECTOR_BYTES == 0
+        and all(stride % step == 0 for size, stride in rows if size > 1)
+    )
+
+
+def readable(x: Tensor) -> Tensor:
+    """The tensor itself or, where FA-2 could not read it, a copy."""
+    return x if is_readable(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 class Provider(Protocol):
-    """Forward and backward of attention; q ``[B, T, H, D]`` or packed ``[total, H, D]``."""
+    """Forward and backward of attention; q ``[B, T, H, D]`` or packed ``[total, H, D]``.
+
+    Every tensor is readable (:func:`is_readable`).
+    """
 
     name: str
 
@@ -105,7 +128,7 @@ class Aten:
         """See :class:`Provider`."""
         unused = torch.empty((), dtype=torch.uint64, device=q.device)  # no dropout, no seed
         return torch.ops.aten._flash_attention_backward(
-            dout.contiguous(),
+            dout,
             q,
             k,
             v,
@@ -161,7 +184,7 @@ class FlashAttn:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Provider`."""
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        given = (dout.contiguous(), q, k, v, out, _heads_first(lse), dq, dk, dv)
+        given = (dout, q, k, v, out, _heads_first(lse), dq, dk, dv)
         options = {**_options(call), "deterministic": False}
         if call.cu_q is None:
             self._interface._flash_attn_backward(*given, **options)

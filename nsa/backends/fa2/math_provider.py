@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nsa.backends.fa2.calls import Call
+from nsa.backends.fa2.calls import Call, is_readable
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 
 
@@ -22,6 +22,7 @@ class Math:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """See :class:`Provider`."""
+        assert all(map(is_readable, (q, k, v)))
         if call.cu_q is not None:
             out, lse = torch.full_like(q, float("nan")), q.new_full(q.shape[:2], float("nan"))
             lse = lse.to(accumulation_dtype(q))
@@ -37,6 +38,7 @@ class Math:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Provider`."""
+        assert all(map(is_readable, (dout, q, k, v, out)))
         if call.cu_q is not None:
             dq, dk, dv = (torch.full_like(x, float("nan")) for x in (q, k, v))
             for rows, keys, one in _sequences(call):
@@ -62,8 +64,8 @@ class Math:
 
 def _sequences(call: Call) -> list[tuple[slice, slice, Call]]:
     """Rows, keys and the regular call of each packed sequence."""
-    assert call.cu_q is not None
-    assert call.cu_k is not None
+    assert call.cu_q is not None and call.cu_q.is_contiguous()
+    assert call.cu_k is not None and call.cu_k.is_contiguous()
     rows, keys = call.cu_q.tolist(), call.cu_k.tolist()
     result = []
     for i in range(len(rows) - 1):

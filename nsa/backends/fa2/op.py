@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nsa.backends.fa2.calls import Call
+from nsa.backends.fa2.calls import Call, readable
 from nsa.backends.fa2.providers import provider
 from nsa.core import flops
 from nsa.core.operators import define_attention
@@ -22,6 +22,7 @@ def _forward(
     *call: Any,
 ) -> tuple[Tensor, Tensor]:
     *numbers, source = call
+    q, k, v = map(readable, (q, k, v))
     out, lse = provider(source, q.device).forward(q, k, v, _call(cu_q, cu_k, *numbers))
     return out.contiguous(), lse.contiguous()
 
@@ -38,6 +39,7 @@ def _backward(
     *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *numbers, source = call
+    dout, q, k, v, out = map(readable, (dout, q, k, v, out))
     given = (dout, q, k, v, out, lse, _call(cu_q, cu_k, *numbers))
     dq, dk, dv = provider(source, q.device).backward(*given)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -56,8 +58,8 @@ def _call(
         scale=scale,
         causal=causal,
         window=window,
-        cu_q=cu_q,
-        cu_k=cu_k,
+        cu_q=None if cu_q is None else cu_q.contiguous(),
+        cu_k=None if cu_k is None else cu_k.contiguous(),
         max_q=max_q,
         max_k=max_k,
     )

@@ -43,7 +43,7 @@ def top_blocks(
     """
     B, K = k_cmp.shape[0], k_cmp.shape[2]
     R, d, rule = shape.rows, shape.stride, rule_of(config)
-    n = rule.width(config)
+    n = rule.width(longest, config)
     M = d * (q.shape[2] // K)
     dtype = operand_dtype(q)
     q_rows = fold_rows(q, shape, K).transpose(1, 2).to(dtype).reshape(B * K, R * M, q.shape[3])
@@ -66,7 +66,7 @@ def top_blocks(
         else:
             scores = _scores_packed(p, chunk, number, num_select_blocks(longest, config), config)
         own = (number[chunk.row : chunk.row_end, None] * d + within) // config.select_block
-        chosen = rule.choose(scores, own, config)
+        chosen = rule.choose(scores, own, n, config)
         result[:, chunk.row * d : chunk.row_end * d] = chosen.flatten(1, 2)
     return result.view(B, K, R * d, n).transpose(1, 2)
 

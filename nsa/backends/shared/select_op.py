@@ -47,7 +47,7 @@ def _fake(
     backend: str,
 ) -> Tensor:
     config = config_of(key)
-    n = rule_of(config).width(config)
+    n = rule_of(config).width(longest, config)
     return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], n, dtype=torch.int32)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from nsa.errors import CheckpointError, ConfigError
+from nsa.errors import ConfigError
 from nsa.models import GenerationConfig, LanguageModel, generate
 from nsa.tools.common.cli import Parser, add_backend_and_device, add_fields, choose_device, run
 from nsa.training.checkpoint import load_checkpoint
-from nsa.training.config import RunConfig
 from nsa.training.data import SEPARATOR
-from nsa.training.trainer import load_model
+from nsa.training.memory import require_memory_to_load
+from nsa.training.trainer import config_of, load_model
 
 _EXAMPLES = """\
 examples:
@@ -56,12 +56,10 @@ def _main(argv: Sequence[str] | None) -> int:
 def _load(path: Path, backend: str | None, device: torch.device) -> tuple[LanguageModel, int]:
     """Load the model of a checkpoint; also returns the length that it was trained on."""
     checkpoint = load_checkpoint(path, ("model",))
-    try:
-        config = RunConfig.from_dict(checkpoint.state["config"])
-    except (KeyError, ConfigError) as error:
-        raise CheckpointError(f"{checkpoint.path}: unusable configuration: {error}") from error
+    config = config_of(checkpoint)
     if config.model.attention == "dense" and backend is not None:
         raise ConfigError(f"--backend: expected none for a dense model, got {backend!r}")
+    require_memory_to_load(config.model)
     model = LanguageModel(config.model, backend=backend, device=device)
     load_model(model, checkpoint)
     return model.eval(), config.train.seq_len

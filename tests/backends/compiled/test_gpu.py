@@ -19,6 +19,7 @@ from nsa import NSAConfig, nsa_attention, resolve
 from nsa.core import compile as core_compile
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 from nsa.testing.strategies import Case, cases
+from tests.support.layouts import LAYOUTS, laid_out
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,6 +109,12 @@ def test_parity_of_a_long_sequence(dtype: torch.dtype) -> None:
     config = replace(SMALL, num_heads=6, num_kv_heads=1, num_selected=16)
     length = selected_tiles.WITH_DQ_FROM + 77
     assert faults(problem(config, dtype, length=length)) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_need_not_be_contiguous(layout: str) -> None:
+    for shape in SHAPES[1:3] + SHAPES[4:]:
+        assert faults(laid_out(problem(SMALL, torch.bfloat16, **shape), layout)) == []
 
 
 @pytest.mark.slow

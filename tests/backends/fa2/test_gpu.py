@@ -14,6 +14,7 @@ from nsa import NSAConfig, nsa_attention
 from nsa.backends import load
 from nsa.backends.fa2 import selected as fa2_selected
 from nsa.backends.fa2.selected import CHUNK_TOKENS
+from nsa.backends.shared.workspace import kept_workspaces, release_workspaces
 from nsa.testing import Inputs, make_inputs
 
 pytestmark = [
@@ -105,6 +106,40 @@ def test_no_host_sync(backend: str, packed: bool, sync_is_an_error: Callable[[],
     torch.cuda.synchronize()
     sync_is_an_error()
     step()
+
+
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+def test_the_workspace_serves_any_mode_and_stream() -> None:
+    x, y = problem(packed=True), problem(packed=True, length=2048)
+
+    def step(x: Inputs) -> tuple[Tensor, ...]:
+        cu = {"cu_seqlens": x.cu_seqlens, "max_seqlen": x.max_seqlen}
+        kvs = (x.compressed, x.selected, x.window)
+        out = nsa_attention(x.q, *kvs, x.gates, CONFIG, **cu, backend="fa2-varlen")
+        return out, *torch.autograd.grad(out, x.leaves(), x.dout)
+
+    def close(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
+        """FA-2 adds dk and dv in no fixed order."""
+        return all(
+            torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(got, want, strict=True)
+        )
+
+    want = step(x), step(y)
+    release_workspaces()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    torch.cuda.synchronize()
+    for turn in range(4):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                if turn == 0:
+                    with torch.inference_mode():
+                        x.attend(nsa_attention, backend="fa2-varlen")
+                results += [(step(x), step(y))]
+    torch.cuda.synchronize()
+    assert len(kept_workspaces()) == len(streams)
+    for got in results:
+        assert all(close(*pair) for pair in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("branch", BRANCHES)

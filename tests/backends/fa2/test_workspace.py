@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from nsa import NSAConfig, nsa_attention, use_settings
+from nsa import NSAConfig, SettingsError, nsa_attention, use_settings
 from nsa.backends.fa2 import selected as fa2_selected
 from nsa.backends.fa2.selected import pack
 from nsa.backends.shared.block_tiles import runs
@@ -164,6 +165,11 @@ def test_it_is_sized_beforehand() -> None:
     assert growing < space.grown - grown
 
 
+def test_more_than_there_is_names_the_flag() -> None:
+    with pytest.raises(SettingsError, match=r"^NSA_PREALLOC_VARLEN_K: expected what fits"):
+        Kept(keys=2**31 - 1).take("k", (20, 2**20), torch.float32, CPU, "keys")
+
+
 def test_growing_says_what_to_set(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="nsa"):
         step(problem(20))
@@ -231,6 +237,18 @@ def test_threads_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(kept_workspaces()) == 2
     for number, expected in enumerate(want):
         assert all(torch.equal(a, b) for a, b in zip(results[number], expected, strict=True))
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_any_mode_may_come_next(first: Callable[[], AbstractContextManager[None]]) -> None:
+    x = problem(31, 17)
+    want = step(x)
+    release_workspaces()
+    with first():
+        assert torch.equal(attend(x), want[0])
+    assert all(torch.equal(a, b) for a, b in zip(step(x), want, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(attend(x), want[0])
 
 
 def test_fa2_dense_keeps_nothing() -> None:

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.common import LOG2E
+from nsa.backends.compiled.common import LOG2E, positive
 from nsa.backends.compiled.select.kernel import nsa_select_topn
 from nsa.backends.compiled.select.tiles import Constants, SelectTiles, select_tiles
 from nsa.backends.compiled.tiling import launch_options, next_power_of_2, padded
@@ -57,6 +57,7 @@ def select_forward(
     block_idx = torch.empty(B, T, K, n, dtype=torch.int32, device=q.device)
     if block_idx.numel() == 0:
         return block_idx
+    q, scale, _ = positive(q, scale)
     if tiles is None:
         tiles = select_tiles(q.dtype, G, D, n, triton.cdiv(q_start + T, select_block))
     block_group = next_power_of_2(G)

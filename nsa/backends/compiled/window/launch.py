@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.common import LOG2E
+from nsa.backends.compiled.common import LOG2E, positive
 from nsa.backends.compiled.window.bounds import TOKENS, Blocks
 from nsa.backends.compiled.window.bwd_dkv import nsa_window_bwd_dkv
 from nsa.backends.compiled.window.bwd_dq import nsa_window_bwd_dq
@@ -265,13 +265,6 @@ def key_gradients(
 def _splits(programs: int, queries: int, tokens: int) -> int:
     """Parts of the queries of one block of keys: enough programs, each with enough tiles."""
     return max(1, min(PROGRAMS // programs, queries // (tokens * 16)))
-
-
-def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """q and a scale above 0 with the same scores; q is the new one times the third result."""
-    if scale > 0:  # the running maximum is taken before scaling
-        return q, scale, 1.0
-    return (-q, -scale, -1.0) if scale < 0 else (torch.zeros_like(q), 1.0, 0.0)
 
 
 def addressable(x: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""Every Triton kernel under NVIDIA's compute-sanitizer; needs a GPU and some minutes.
+
+    python -m tests.backends.compiled.sanitize [memcheck racecheck initcheck synccheck]
+
+Small problems of odd sizes, regular and packed, in three dtypes. Nothing but the kernels and
+PyTorch's own elementwise ones runs on the GPU: the tools do not follow some of cuBLAS's writes on
+sm_90 (initcheck takes them for never written, and racecheck ends in an internal error).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import nsa
+from nsa import NSAConfig, nsa_attention
+from nsa.core import compile as core_compile
+from nsa.core.inputs import BRANCHES
+from nsa.testing import Inputs, make_inputs, random_blocks
+from nsa.testing.parity import planned
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SMALL = NSAConfig(num_heads=12, num_kv_heads=2, head_dim=64, num_selected=4, num_local=1, window=99)
+WIDE = replace(SMALL, num_heads=16, num_kv_heads=1, head_dim=128)
+APART = replace(SMALL, num_heads=8, head_dim=48, value_dim=24)
+ODD = replace(
+    APART,
+    head_dim=8,
+    value_dim=6,
+    compress_block=4,
+    compress_stride=2,
+    select_block=6,
+    window=7,
+)
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"length": 1},
+    {"length": 333, "batch": 2},
+    {"lengths": (130, 0, 70, 1, 64)},
+)
+
+
+def problems() -> Iterator[Inputs]:
+    """What the kernels run on."""
+    kinds = (
+        (SMALL, torch.bfloat16),
+        (SMALL, torch.float32),
+        (WIDE, torch.bfloat16),
+        (APART, torch.bfloat16),
+        (ODD, torch.float16),
+    )
+    for config, dtype in kinds:
+        for shape in SHAPES:
+            yield make_inputs(
+                config, dtype=dtype, device="cuda", surplus="lengths" in shape, **shape
+            )
+    yield make_inputs(  # long enough for dq beside dk and dv
+        replace(SMALL, num_heads=6, num_kv_heads=1),
+        length=2100,
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+
+
+def run() -> None:
+    """Forward and backward: the call as a whole, then each branch, then φ's blocks of tokens."""
+    core_compile.COMPILER = None  # what stands between the kernels is PyTorch's, not Inductor's
+    for x in problems():
+        out = x.attend(nsa_attention, backend="compiled")
+        torch.autograd.grad(out, x.leaves(), x.dout)
+        given = replace(x, block_idx=random_blocks(x, 4))
+        chosen = planned("compiled", given)
+        for branch in BRANCHES:
+            step = getattr(chosen.step(branch), f"{branch}_attention")
+            out, _ = step(*given.branch(branch), max_seqlen=x.max_seqlen)
+            torch.autograd.grad(out, (x.q, *getattr(x, branch)), x.dout)
+        k = x.selected.k
+        blocks = torch.ops.nsa.block_tokens(k, x.cu_seqlens, x.config.key)
+        torch.autograd.grad(blocks.sum(), k)
+    torch.cuda.synchronize()
+    idle = sorted(
+        name for name, kernel in kernels().items() if not any(kernel.device_caches.values())
+    )
+    assert not idle, f"expected every kernel to run, these did not: {idle}"
+
+
+def kernels() -> dict[str, Any]:
+    """Every kernel of the package by name."""
+    import triton
+
+    found = {}
+    for module in pkgutil.walk_packages(nsa.__path__, "nsa."):
+        if module.name.rpartition(".")[2] == "__main__":
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, triton.JITFunction) and value.__name__.startswith("nsa_"):
+                found[value.__name__] = value
+    return found
+
+
+def main(tools: list[str]) -> int:
+    """Each tool on a process of its own; 0 if none found anything."""
+    failed = []
+    for tool in tools or TOOLS:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        if tool != "initcheck":  # which has to see every write
+            command += ["--kernel-name", "kernel_substring=nsa_"]
+        command += [sys.executable, "-c", f"from {__spec__.name} import run; run()"]
+        with tempfile.TemporaryDirectory() as cache:
+            apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_CACHE_DIR": cache}
+            code = subprocess.run(command, env={**os.environ, **apart}, check=False).returncode
+        print(f"{tool}: {'clean' if code == 0 else f'exit code {code}'}", flush=True)
+        failed += [tool] if code else []
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
