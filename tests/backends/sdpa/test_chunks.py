@@ -15,6 +15,7 @@ from torch import Tensor
 
 import nsa.backends
 from nsa import NSAConfig, nsa_attention, reference, select_blocks
+from nsa.backends.sdpa.selected import _even as widened
 from nsa.backends.sdpa.selected import chunk_plan
 from nsa.backends.sdpa.window import SlidingWindow, chunks
 from nsa.backends.shared.block_tiles import make_tiles, number_blocks
@@ -46,6 +47,7 @@ PROBLEMS = {
     "group of one": (SINGLE, {"length": 30, "batch": 2}),
     "packed": (CONFIG, {"lengths": (13, 0, 3, 41, 0)}),
     "packed wide": (WIDE, {"lengths": (0, 29, 1)}),
+    "long blocks": (replace(CONFIG, select_block=20), {"length": 45}),
 }
 every_problem = pytest.mark.parametrize("name", PROBLEMS)
 
@@ -217,6 +219,36 @@ def test_tiles_hold_every_listed_pair_once(name: str, m: int) -> None:
     assert got == want
     assert int((visible > 0).sum()) == len(want)
     assert tiles.total <= len(want)
+
+
+@pytest.mark.parametrize(
+    ("device", "elements", "stretch"), [("cpu", 2**18, 16), ("meta", 2**26, 2)]
+)
+@pytest.mark.parametrize("group", [1, 3, 16, 100])
+@pytest.mark.parametrize("widest", [1, 48, 2**21])
+def test_selected_chunks_fill_the_device(
+    device: str, elements: int, stretch: int, group: int, widest: int
+) -> None:
+    """Partial results of the tokens, and scores of the tiles, as many as there is room for."""
+    config = replace(CONFIG, num_heads=2 * group)
+    q, k = (torch.empty(1, 9, heads, 8) for heads in (2 * group, 2))
+    plan = chunk_plan(
+        torch.empty(9, 2, 3, dtype=torch.int32, device=device),
+        number_blocks(q, k, config, None, 0),
+        group,
+        widest,
+    )
+    assert plan.tile == max(1, 64 // group)
+    assert plan.tokens == max(1, stretch * elements // (2 * 3 * group * widest))
+    assert plan.tiles == max(1, elements // (plan.tile * group * config.select_block))
+
+
+@pytest.mark.parametrize("size", [1, 16, 17, 32])
+def test_blocks_are_widened_to_a_cache_line(size: int) -> None:
+    blocks = torch.ones(2, size, 3)
+    wide = widened(blocks)
+    assert wide.shape == (2, -(-size // 16) * 16, 3)
+    assert torch.equal(wide[:, :size], blocks)
 
 
 def test_tiny_sizes_do_cut(monkeypatch: pytest.MonkeyPatch) -> None:
