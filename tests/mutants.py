@@ -41,9 +41,9 @@ from mutmut.utils.format_utils import get_mutant_name
 EXPLAINED = Path(__file__).with_suffix(".txt")
 JUDGES = {
     "nsa.reference": ("tests/reference/", "tests/api/test_defaults.py"),
-    "nsa.backends": ("tests/backends/", "tests/api/"),
+    "nsa.backends": ("tests/backends/", "tests/core/", "tests/api/"),
     "nsa.training": ("tests/training/", "tests/tools/"),
-    "nsa": ("tests/api/", "tests/backends/"),
+    "nsa": ("tests/api/", "tests/backends/", "tests/compile/"),
 }
 """Whose tests must notice a change there, the first that fits: not whoever happens to run it."""
 STRICT = Arg(keyword=Name("strict"))

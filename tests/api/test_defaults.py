@@ -14,13 +14,18 @@ from tests.support.layers import CONFIG, LENGTHS, VARIANTS, make_layer, problem
 
 @contextmanager
 def other_defaults() -> Iterator[None]:
-    """Whatever does not name its device or dtype gets one without data, or a wider one."""
+    """Whatever does not name its device or dtype gets one without data, or a wider one.
+
+    Fresh memory is NaN: that of a tensor which was never written might hold the right numbers.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
     try:
         with torch.device("meta"):
             yield
     finally:
+        torch.use_deterministic_algorithms(False)
         torch.set_default_dtype(before)
 
 

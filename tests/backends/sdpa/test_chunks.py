@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from nsa import NSAConfig, nsa_attention, reference, select_blocks
 from nsa.backends.sdpa.selected import _even as widened
 from nsa.backends.sdpa.selected import chunk_plan
 from nsa.backends.sdpa.window import SlidingWindow, chunks
-from nsa.backends.shared.block_tiles import make_tiles, number_blocks
+from nsa.backends.shared.block_tiles import Tiles, make_tiles, number_blocks
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -249,6 +250,23 @@ def test_blocks_are_widened_to_a_cache_line(size: int) -> None:
     wide = widened(blocks)
     assert wide.shape == (2, -(-size // 16) * 16, 3)
     assert torch.equal(wide[:, :size], blocks)
+
+
+@pytest.mark.parametrize(("elements", "chunks"), [(2**18, 1), (48, 28)])
+def test_every_query_is_worked_on_once(
+    monkeypatch: pytest.MonkeyPatch, elements: int, chunks: int
+) -> None:
+    inputs, made = problem("regular", width=4), []
+
+    def counted(block_idx: Tensor, *args: Any) -> Tiles:
+        made.append(len(block_idx))
+        return make_tiles(block_idx, *args)
+
+    monkeypatch.setattr("nsa.backends.sdpa.selected.make_tiles", counted)
+    monkeypatch.setattr(ELEMENTS, elements)
+    results(inputs)
+    assert sum(made) == 2 * 82  # forward and backward
+    assert len(made) == 2 * chunks
 
 
 def test_tiny_sizes_do_cut(monkeypatch: pytest.MonkeyPatch) -> None:
