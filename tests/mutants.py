@@ -52,7 +52,10 @@ CAUGHT = ("killed", "caught by type check", "timeout", "segfault")
 
 
 def explained() -> dict[str, str]:
-    """Mutants that may survive, and why: indented lines under the sentence that explains them."""
+    """Mutants that may survive, and why: indented lines under the sentence that explains them.
+
+    One that ends with "…" means every change of those lines.
+    """
     found, why = {}, ""
     for line in EXPLAINED.read_text(encoding="utf-8").splitlines():
         if line.startswith(" "):
@@ -88,9 +91,10 @@ def main(patterns: list[str]) -> int:
     reasons, counts, unexplained = explained(), dict[str, int](), list[str]()
     known = set()
     for name, status, description in results(patterns):
-        known.add(description)
+        known |= {description, f"{description.partition(' -> ')[0]} -> …"}
         missed = status not in CAUGHT
-        verdict = "explained" if missed and description in reasons else status
+        may = description in reasons or f"{description.partition(' -> ')[0]} -> …" in reasons
+        verdict = "explained" if missed and may else status
         counts[verdict] = counts.get(verdict, 0) + 1
         if verdict == status and missed:
             unexplained.append(f"{status:10s} {name}\n  {description}")
