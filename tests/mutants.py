@@ -43,7 +43,7 @@ JUDGES = {
     "nsa.reference": ("tests/reference/", "tests/api/test_defaults.py"),
     "nsa.backends": ("tests/backends/", "tests/core/", "tests/api/"),
     "nsa.training": ("tests/training/", "tests/tools/"),
-    "nsa": ("tests/api/", "tests/backends/", "tests/compile/"),
+    "nsa": ("tests/api/", "tests/backends/", "tests/core/"),
 }
 """Whose tests must notice a change there, the first that fits: not whoever happens to run it."""
 STRICT = Arg(keyword=Name("strict"))
