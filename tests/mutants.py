@@ -87,6 +87,7 @@ def describe(name: str, path: Path) -> str:
 
 def main(patterns: list[str]) -> int:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mypy
+    del sys.modules["tests"]  # those of the copy are to be imported: they start processes there
     mutmut.cli(["run", *patterns], standalone_mode=False)
     reasons, counts, unexplained = explained(), dict[str, int](), list[str]()
     known = set()
