@@ -18,7 +18,7 @@ from nsa.config import KV, NSAConfig
 from nsa.core.dtypes import autocast_dtype
 from nsa.core.inputs import BRANCHES, AttentionInputs
 from nsa.core.packing import packed_blocks
-from nsa.errors import LINE, ConfigError, DataError, ShapeError, show
+from nsa.errors import LINE, ConfigError, DataError, ShapeError, require, show
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,14 +52,18 @@ def check_config(config: object) -> None:
 
 
 def as_device(device: torch.device | str | int) -> torch.device:
-    """What torch takes for a device."""
+    """What torch takes for a device; a GPU by number must be there, if any GPU is."""
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         told = str(error).partition("\n")[0][:LINE]
         raise ConfigError(
             f"device: expected a device such as 'cpu', got {show(device)}; torch says: {told}"
         ) from None
+    if found.type == "cuda" and found.index and torch.cuda.is_available():
+        last = torch.cuda.device_count() - 1
+        require(found.index <= last, "device", f"cuda:0 … cuda:{last}", str(found))
+    return found
 
 
 def check_factory(device: torch.device | str | int | None, dtype: torch.dtype | None) -> None:

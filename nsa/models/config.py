@@ -47,7 +47,7 @@ class ModelConfig:
                 value = 64 * max(1, round(self.dim * 8 / 3 / 64))
                 object.__setattr__(self, name, value)
             require(is_int(value) and value >= 1, name, "an int >= 1", value)
-            require(value <= _MOST[name], name, f"an int <= {_MOST[name]}", value)
+            require(value <= _MOST[name], name, f"at most {_MOST[name]}", value)
         require(isinstance(self.nsa, NSAConfig), "nsa", "an NSAConfig", self.nsa)
         require_known("attention", self.attention, get_args(Attention))
         if self.attention == "dense":  # torch's kernels mask before they scale

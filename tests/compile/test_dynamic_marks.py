@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ def _range_of_batch(x: Tensor) -> None:
 
 
 def _unbacked(x: Tensor) -> None:
+    if "min" not in inspect.signature(torch._dynamo.decorators.mark_unbacked).parameters:
+        pytest.skip("torch 2.11 cannot be told a range")
     torch._dynamo.decorators.mark_unbacked(x, 1, min=16, max=4096)
 
 

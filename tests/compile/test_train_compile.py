@@ -391,8 +391,10 @@ def test_torchs_own_words_are_not_printed(tmp_path, capfd, content):
     path = tmp_path / "code"
     path.write_bytes(compile_cache._join([body], compile_cache._maker(CPU)))
     with fresh_cache():
-        (note,) = notes_of(path)
-    assert note.startswith(f"note: {path}: torch cannot ")
+        notes = notes_of(path)
+    if torch.__version__ >= "2.12":  # before, torch looks at a graph when it needs it
+        assert len(notes) == 1
+    assert all(note.startswith(f"note: {path}: torch cannot ") for note in notes)
     assert capfd.readouterr() == ("", "")
 
 

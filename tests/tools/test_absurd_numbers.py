@@ -132,7 +132,7 @@ def test_memory_that_cannot_be_had(data, tmp_path, capsys, changes):
 
 def test_layers_without_end(capsys):
     error = error_of(capsys, ["--num-layers", "1000000"])
-    assert error == "num_layers: expected an int <= 10000, got 1000000"
+    assert error == "num_layers: expected at most 10000, got 1000000"
 
 
 def test_numbers_that_are_large_and_mean_something(data, tmp_path):

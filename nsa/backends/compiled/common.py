@@ -77,6 +77,7 @@ def bwd_preprocess(dout: Tensor, out: Tensor) -> Tensor:
         return delta
     out, dout = out.contiguous(), rows_contiguous(dout)
     constants = {"V": V, "BLOCK_M": max(1, _ELEMENTS // padded(V)), "BLOCK_DV": padded(V)}
+    constants["enable_fp_fusion"] = True
     grid = (triton.cdiv(delta.numel(), constants["BLOCK_M"]),)
     with torch.cuda.device_of(out):
         nsa_bwd_preprocess[grid](out, dout, delta, dout.stride(), delta.numel(), T, H, **constants)

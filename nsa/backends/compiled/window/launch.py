@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from nsa.backends.compiled import tiling
 from nsa.backends.compiled.common import LOG2E, positive
 from nsa.backends.compiled.window.bounds import TOKENS, Blocks
 from nsa.backends.compiled.window.bwd_dkv import nsa_window_bwd_dkv
@@ -291,9 +292,6 @@ def launch_options(
         "LEAD": blocks.block - 1,
         "STRIDE": blocks.stride,
         "C": C,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
+        **tiling.launch_options(tiles.num_warps, tiles.num_stages, tiles.maxnreg),
     }
-    if tiles.maxnreg is not None:
-        options["maxnreg"] = tiles.maxnreg
     return C, options
