@@ -40,6 +40,7 @@ from mutmut.utils.format_utils import get_mutant_name
 
 EXPLAINED = Path(__file__).with_suffix(".txt")
 JUDGES = {
+    "nsa.reference.unavailable": ("tests/backends/dispatch/",),
     "nsa.reference": ("tests/reference/", "tests/api/test_defaults.py"),
     "nsa.backends": ("tests/backends/", "tests/core/", "tests/api/"),
     "nsa.training": ("tests/training/", "tests/tools/"),
@@ -142,7 +143,11 @@ def _by_its_judges(self: PytestRunner, *, mutant_name: str | None, tests: Iterab
     if mutant_name is not None:
         if names_of(describe(mutant_name, find_mutant(mutant_name).path)) & explained().keys():
             return SKIPPED
-        judges = next(names for part, names in JUDGES.items() if mutant_name.startswith(part))
+        judges = next(
+            names
+            for part, names in JUDGES.items()
+            if mutant_name.replace(".x_", ".").startswith(part)
+        )
         tests = [test for test in tests if test.startswith(judges)]
         if not tests:
             return NO_TESTS
