@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Compression = Literal["mlp", "linear", "mean"]
 Gate = Literal["sigmoid", "softmax"]
+ScoreDtype = Literal["input", "fp8"]
 
 
 class KV(NamedTuple):
@@ -90,9 +91,23 @@ class NSAConfig(Keyed):
     """Whether every branch has key/value projections of its own (§3.3.3)."""
     rope_theta: float | None = 10_000.0
     """Base of the rotary embedding; None means no rotary embedding."""
+    select_schedule: tuple[tuple[int, int], ...] | None = None
+    """Fewer blocks for early queries, pairs (p, n): below position p at most n are read."""
+    select_mass: float | None = None
+    """Share of the score, in (0, 1], at which a query's list ends; None lists num_selected."""
+    select_share: int = 1
+    """Consecutive queries m that read the list of the first of them; divides select_block."""
+    select_regions: tuple[int, int] | None = None
+    """Blocks of a region r and regions searched k: only the k best regions are ranked by block."""
+    score_dtype: ScoreDtype = "input"
+    """What selection scores are computed from: "input", or "fp8", which is queries and compressed
+    keys rounded to e4m3 (on a GPU sm89 and later)."""
 
     def __post_init__(self) -> None:
+        for name in ("select_schedule", "select_regions"):  # JSON has no tuples
+            object.__setattr__(self, name, _as_tuples(getattr(self, name)))
         self._check()
+        self._check_selection()
         self._make_key()
 
     def _check(self) -> None:
@@ -128,6 +143,32 @@ class NSAConfig(Keyed):
         for name, kind in (("compression", Compression), ("gate", Gate)):
             require_known(name, getattr(self, name), get_args(kind))
 
+    def _check_selection(self) -> None:
+        """The options of selection, and that none contradicts another."""
+        forced, share = self.num_initial + self.num_local, self.select_share
+        good = self.select_block % share == 0
+        require(good, "select_share", f"a divisor of select_block={self.select_block}", share)
+        mass = self.select_mass
+        good = mass is None or (is_finite(mass) and 0 < mass <= 1)
+        require(good, "select_mass", "a number in (0, 1], or None", mass)
+        require_known("score_dtype", self.score_dtype, get_args(ScoreDtype))
+        regions, schedule = self.select_regions, self.select_schedule
+        good = regions is None or (_are_ints(regions) and len(regions) == 2)
+        require(good, "select_regions", "two ints >= 1, (blocks, regions), or None", regions)
+        if schedule is None:
+            return
+        name = "select_schedule"
+        good = bool(schedule) and all(
+            isinstance(pair, tuple) and len(pair) == 2 and _are_ints(pair) for pair in schedule
+        )
+        require(good, name, "pairs of ints >= 1, (position, blocks), or None", schedule)
+        ends, counts = [end for end, _ in schedule], [count for _, count in schedule]
+        require(ends == sorted(set(ends)), name, "ascending positions", schedule)
+        limit = f"at least num_initial + num_local={forced} blocks everywhere"
+        require(min(counts) >= forced, name, limit, schedule)
+        limit = f"at most num_selected={self.num_selected} blocks everywhere"
+        require(max(counts) <= self.num_selected, name, limit, schedule)
+
     @property
     def group(self) -> int:
         """Query heads per key/value head, G."""
@@ -155,6 +196,14 @@ class NSAConfig(Keyed):
         require_known("preset", name, tuple(_PRESETS))
         require_fields(cls, changes)
         return replace(cls(**_PRESETS[name]), **changes)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _are_ints(values: Any) -> bool:
+    return isinstance(values, tuple) and all(is_int(x) and x >= 1 for x in values)
 
 
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -31,7 +31,6 @@ from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
 from nsa.core.inputs import AttentionInputs
 from nsa.core.packing import block_bounds, packed_blocks, packed_tokens
-from nsa.selection.rules import rule_of
 from nsa.settings import Settings, foreign_variable
 
 MAX_HEAD = 256
@@ -132,13 +131,12 @@ def select_impl(
     """See :func:`nsa.backends.shared.select_op.select`."""
     from nsa.backends.compiled.select.launch import select_forward
 
-    kernel = {"top_n": select_forward}[rule_of(config).name]
     start = cmp_start = None
     if cu_seqlens is not None:
         token = packed_tokens(cu_seqlens, q.shape[1])
         start = token.seq_start.to(torch.int32)
         cmp_start = packed_blocks(cu_seqlens, 0, config).offsets[token.seq_id].to(torch.int32)
-    return kernel(
+    return select_forward(
         q,
         k_cmp,
         lse,

@@ -25,6 +25,7 @@ from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.core.padding import pad_heads
 from nsa.selection.rules import first_block_only
+from nsa.selection.share import first_sharers
 
 
 def compressed_attention(
@@ -119,10 +120,14 @@ def select_impl(
     if cu_seqlens is None:
         chosen = chosen[:, shape.lead : shape.lead + T - shape.skipped]
         blind = first_only.expand(B, shape.skipped, K, -1)
-        return torch.cat([blind, chosen], dim=1)
-    assert shape.slots is not None and shape.blind is not None
-    chosen = chosen.index_select(1, shape.slots)
-    return chosen.where(~shape.blind[:, None, None], first_only)
+        chosen = torch.cat([blind, chosen], dim=1)
+    else:
+        assert shape.slots is not None and shape.blind is not None
+        chosen = chosen.index_select(1, shape.slots)
+        chosen = chosen.where(~shape.blind[:, None, None], first_only)
+    if config.select_share == 1:
+        return chosen
+    return chosen.index_select(1, first_sharers(T, config, cu_seqlens, q.device))
 
 
 def selected_attention(

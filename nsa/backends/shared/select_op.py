@@ -18,7 +18,7 @@ from nsa.config import NSAConfig
 from nsa.core import flops
 from nsa.core.operators import config_of, define
 from nsa.registry import TABLE
-from nsa.selection.rules import rule_of
+from nsa.selection.rules import width
 
 
 def _forward(
@@ -46,8 +46,7 @@ def _fake(
     key: str,
     backend: str,
 ) -> Tensor:
-    config = config_of(key)
-    n = rule_of(config).width(config)
+    n = width(config_of(key))
     return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], n, dtype=torch.int32)
 
 
