@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.core.dtypes import NEG_INF
+from nsa.core.packing import counted_offsets, packed_blocks, packed_items
 from nsa.selection.rules import forced_blocks
 
 
@@ -20,6 +21,28 @@ def keys_per_region(config: NSAConfig) -> int:
     """Compressed blocks that begin in one region."""
     assert config.select_regions is not None
     return config.select_regions[0] * config.select_block // config.compress_stride
+
+
+def region_keys(
+    k_cmp: Tensor, config: NSAConfig, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """``[B, W, K, D]``, the mean keys of whole regions, from ``[B, N, K, D]``; surplus rows of
+    packed sequences are undefined.
+
+    Returns:
+        the keys, and when packed int64 ``[n_seq + 1]``, the first region of each sequence.
+    """
+    per, N = keys_per_region(config), k_cmp.shape[1]
+    if cu_seqlens is None:
+        rows, offsets = k_cmp[:, : N // per * per].unflatten(1, (N // per, per)), None
+    else:
+        blocks = packed_blocks(cu_seqlens, 0, config).offsets
+        offsets = counted_offsets(blocks.diff().div(per, rounding_mode="floor"))
+        region = packed_items(offsets, N // per)
+        first = blocks[region.seq_id] + region.position * per
+        index = first[:, None] + torch.arange(per, device=k_cmp.device)
+        rows = k_cmp[:, index.clamp_max(max(0, N - 1))]
+    return rows.mean(2, dtype=torch.float32).to(k_cmp.dtype), offsets
 
 
 def searched_blocks(scores: Tensor, position: Tensor, J: int, config: NSAConfig) -> Tensor:

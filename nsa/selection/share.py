@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.core.packing import packed_tokens
+from nsa.core.packing import counted_offsets, packed_items, packed_tokens
 
 
 def first_sharers(
@@ -19,3 +19,13 @@ def first_sharers(
     row = torch.arange(T, device=device)
     position = row if cu_seqlens is None else packed_tokens(cu_seqlens, T).position
     return row - position % config.select_share
+
+
+def leading_tokens(T: int, config: NSAConfig, cu_seqlens: Tensor) -> Tensor:
+    """int64 ``[T//m + n_seq + 1]``: the first of every m tokens of each packed sequence, ascending,
+    then T, at least once."""
+    m, n_seq = config.select_share, cu_seqlens.numel() - 1
+    counts = (cu_seqlens.long().diff() + m - 1).div(m, rounding_mode="floor")
+    leader = packed_items(counted_offsets(counts), T // m + n_seq + 1)
+    token = cu_seqlens.long()[leader.seq_id] + leader.position * m
+    return token.where(leader.seq_id < n_seq, T)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsa import NSAConfig
 from nsa.backends.compiled.selected.tiles import dq_dtype
 from tests.support.kernel_code import Code, compile_launch, kernel_modules, recorded
 
@@ -89,8 +90,7 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
     of_all = (gated.Branches(out, out, out), gated.Branches(lse, lse, lse), lists, layout)
     dtype = dq_dtype(q.dtype, D)
     chosen = {"start": None, "select_block": 64, "scale": scale}
-    geometry = {"compress_block": 32, "compress_stride": 16, "select_block": 64}
-    counts = {"num_selected": 16, "num_initial": 1, "num_local": 2}
+    config = NSAConfig(num_heads=H, num_kv_heads=K, head_dim=D, value_dim=V)
     band = {"window": 512, "start": None, "scale": scale}
     steps: dict[str, Callable[[], object]] = {
         "window": lambda: window.window_forward(q, k, v, **band),
@@ -101,9 +101,7 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
         "compressed backward": lambda: window.window_backward(
             dout, q, k_cmp, v_cmp, out, lse, **{**band, "window": N}, blocks=blocks
         ),
-        "select": lambda: select.select_forward(
-            q, k_cmp, lse, start=None, cmp_start=None, scale=scale, **geometry, **counts
-        ),
+        "select": lambda: select.select_forward(q, k_cmp, lse, config),
         "selected": lambda: selected.selected_forward(q, k, v, lists, **chosen),
         "selected backward": lambda: selected.selected_backward(
             dout, q, k, v, out, lse, lists, **chosen

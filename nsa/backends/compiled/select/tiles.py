@@ -46,6 +46,11 @@ ROWS = (LARGE_GROUP, SMALL_GROUP, LARGE_HEAD, FP32)
 """A shape without a row of its own gets one of these four by :func:`tile_row`'s rule."""
 
 
+SEARCH = SelectTiles(16, 32, 2, 3)
+SEARCH_FP32 = SelectTiles(16, 32, 4, 2)
+"""Of :mod:`.regions`: one token in a program. Untuned."""
+
+
 def tile_row(dtype: torch.dtype, D: int, G: int) -> Row:
     """The row of this shape, else the nearest by dtype, head size and group, as untuned."""
     fp32 = dtype == torch.float32
@@ -65,6 +70,12 @@ def select_tiles(
     least = max(16, next_power_of_2(num_selected))
     most = max(least, next_power_of_2(num_blocks))
     return replace(tiles, blocks=min(most, max(tiles.blocks, least)))
+
+
+def search_tiles(dtype: torch.dtype, num_selected: int) -> SelectTiles:
+    """Tiles of :mod:`.regions`, whose rows are the heads of one group."""
+    blocks = max(32, next_power_of_2(num_selected))
+    return replace(SEARCH_FP32 if dtype == torch.float32 else SEARCH, blocks=blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +102,20 @@ class Constants:
     BLOCK_D: int
     SLOTS: int
     """n, padded to a power of two."""
+    SHARE: int = 1
+    """Tokens that read one list, m."""
+    SCHEDULE: tuple[tuple[int, int], ...] = ()
+    """``select_schedule``, the last pair first."""
+    ENOUGH: float | None = None
+    """The score at which a list ends; None: nowhere."""
+    FP8: bool = False
+    """Whether k is e4m3 with a scale for each row, and q to be rounded likewise."""
+    REGION: int = 0
+    """Blocks of a region, r; 0: no regions."""
+    NUM_REGIONS: int = 0
+    """Regions that are chosen, k."""
+
+    @property
+    def SCORES_EARLY(self) -> bool:
+        """Whether queries with fewer candidates than forced blocks are scored, too."""
+        return self.ENOUGH is not None or self.REGION > 0
