@@ -6,11 +6,13 @@
 - fp32 to e4m3 rounds ties away from zero and loses the carry; e4m3 to fp32 takes bits for numbers;
 - ``tl.minimum`` and ``tl.maximum`` give no number for it and another, where a GPU gives the other;
 - ``xor_sum``, on which ``tl.sort`` rests, is a Python loop over elements;
+- whether an integer overflows is computed at every operation, and not looked at;
 - every call of one jit function by another patches the whole language anew.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +90,8 @@ def apply() -> None:
         patched.clear()
         return launch(self, *args, **kwargs)
 
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch_afresh
     interpreter._patch_lang_tensor = with_index

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,16 +50,20 @@ STEPS = (
     "compressed",
     "compressed backward",
     "select",
+    "select, fp8",
+    "select, every option",
     "selected",
     "selected backward",
     "gated",
     "gated backward",
     "gated backward, any gates",
 )
+OPTIONS = STEPS[5:7]
 SLOW = {
-    "paper": (*STEPS[2:4], *STEPS[7:]),  # the kernels of the other steps, with other flags
+    # the kernels of the other steps, with other flags
+    "paper": (*STEPS[2:4], *OPTIONS, *STEPS[9:]),
     "wide": STEPS[-1:],
-    "small": STEPS[-1:],
+    "small": (*OPTIONS, *STEPS[-1:]),
 }
 MAX_ARGUMENTS = 30
 """Of a kernel, compile-time constants apart; a tuple counts as one."""
@@ -91,6 +96,14 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
     dtype = dq_dtype(q.dtype, D)
     chosen = {"start": None, "select_block": 64, "scale": scale}
     config = NSAConfig(num_heads=H, num_kv_heads=K, head_dim=D, value_dim=V)
+    optional = replace(
+        config,
+        select_schedule=((1024, 8),),
+        select_mass=0.8,
+        select_share=4,
+        select_regions=(4, 16),
+        score_dtype="fp8",
+    )
     band = {"window": 512, "start": None, "scale": scale}
     steps: dict[str, Callable[[], object]] = {
         "window": lambda: window.window_forward(q, k, v, **band),
@@ -102,6 +115,10 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
             dout, q, k_cmp, v_cmp, out, lse, **{**band, "window": N}, blocks=blocks
         ),
         "select": lambda: select.select_forward(q, k_cmp, lse, config),
+        "select, fp8": lambda: select.select_forward(
+            q, k_cmp, lse, replace(config, score_dtype="fp8")
+        ),
+        "select, every option": lambda: select.select_forward(q, k_cmp, lse, optional),
         "selected": lambda: selected.selected_forward(q, k, v, lists, **chosen),
         "selected backward": lambda: selected.selected_backward(
             dout, q, k, v, out, lse, lists, **chosen

@@ -102,7 +102,8 @@ def select_forward(
         if of_regions is None:
             _launch_topn(queries, keys, block_idx, C, tiles)
         else:
-            regions = block_idx.new_empty(B, queries.leaders, K, C.NUM_REGIONS)
+            shape = B, queries.leaders, K, C.NUM_REGIONS
+            regions = torch.empty(shape, dtype=torch.int32, device=q.device)
             _launch_topn(queries, of_regions, regions, _of_regions(C), tiles)
             _launch_search(queries, keys, regions, block_idx, C, search)
     return block_idx
@@ -113,7 +114,8 @@ def _launch_topn(
 ) -> None:
     if tiles is None:
         blocks = triton.cdiv(queries.q_start + queries.q.shape[1], C.SELECT_BLOCK)
-        tiles = select_tiles(queries.q.dtype, C.G, C.D, C.NUM_SELECTED, blocks)
+        sizes = C.G, C.D, C.NUM_SELECTED, blocks
+        tiles = select_tiles(queries.q.dtype, *sizes, fp8=C.FP8)
     assert tiles.blocks >= C.SLOTS, f"expected at least {C.SLOTS} blocks, got {tiles.blocks}"
     C = replace(C, TOKENS=max(1, tiles.rows // C.BLOCK_GROUP), BLOCK_N=max(16, tiles.blocks))
     num_tiles = triton.cdiv(queries.leaders, C.TOKENS)
