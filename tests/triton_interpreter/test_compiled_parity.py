@@ -90,6 +90,20 @@ def test_parity(dtype: torch.dtype, shape: dict[str, object]) -> None:
     assert faults + selection_faults("compiled", x) == []
 
 
+@pytest.mark.parametrize("shape", [{"length": 33}, {"lengths": (17, 0, 9, 1)}], ids=str)
+def test_selection_under_every_option(shape: dict[str, object]) -> None:
+    config = replace(
+        CONFIG,
+        select_schedule=((12, 2), (20, 3)),
+        select_mass=0.7,
+        select_share=2,
+        select_regions=(1, 2),
+        score_dtype="fp8",
+    )
+    x = make_inputs(config, dtype=torch.bfloat16, surplus="lengths" in shape, **shape)
+    assert selection_faults("compiled", x) == []
+
+
 @pytest.mark.parametrize("value", [1e30, -3e38])
 def test_causality_is_bitwise_where_lists_are_given(value: float) -> None:
     x = problem(length=30)
