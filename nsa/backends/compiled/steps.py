@@ -194,6 +194,7 @@ def gated_attention(
         *seen,
         _sequences(cu_seqlens),
         config.key,
+        config.select_share if inputs.block_idx is None else 1,  # a caller's lists may be any
         gates_in_unit_interval,
     )
     return sum_
