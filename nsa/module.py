@@ -17,7 +17,7 @@ from nsa.compression import PHI, Compress, compress_both
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
 from nsa.core.compile import compile_glue
-from nsa.core.inputs import BRANCHES, AttentionInputs
+from nsa.core.inputs import BRANCHES, AttentionInputs, Probe
 from nsa.core.linear import project
 from nsa.core.packing import packed_tokens
 from nsa.core.rope import apply_rope
@@ -42,6 +42,10 @@ class NSAttention(nn.Module):
 
     The settings are bound when the layer is built; :attr:`resolution` tells what ran last.
     """
+
+    # None, not (): torch guards no graph by an empty tuple (2.13)
+    probes: tuple[Probe, ...] | None = None
+    """What watches this layer; :func:`nsa.inspection.record` and its like put it here."""
 
     def __init__(
         self,
@@ -172,6 +176,7 @@ class NSAttention(nn.Module):
             config,
             gates_in_unit_interval=gate.in_unit_interval,
             nvtx=settings.nvtx,
+            probes=self.probes,
         )
         return self.o_proj(out.flatten(2))
 

@@ -41,6 +41,11 @@ class Mutation:
     tests: tuple[str, ...]
 
 
+def inspection(name: str, file: str, old: str, new: str) -> Mutation:
+    tests = ("tests/inspection/test_metrics.py", "tests/inspection/test_recording.py")
+    return Mutation(f"inspection: {name}", f"nsa/{file}", old, new, tests)
+
+
 def oracle(name: str, file: str, old: str, new: str) -> Mutation:
     return Mutation(f"oracle: {name}", f"nsa/reference/{file}", old, new, NUMPY)
 
@@ -142,6 +147,17 @@ MUTATIONS = (
     Mutation("flops: the gated backward without a branch", "nsa/backends/compiled/gated/op.py", "return _two(x) + flops.compressed(x)", "return _two(x)", FLOPS),
     Mutation("flops: counters that count already", "nsa/core/flops.py", "mode.counter.flop_registry.setdefault(packet,", "dict().setdefault(packet,", FLOPS),
     Mutation("flops: a counter imported later", "nsa/core/operators.py", "if count is not None and torch._C._len_torch_dispatch_stack():", "if False:", FLOPS),
+    inspection("what a probe returns is dropped", "attention.py", "inputs = probe.given(inputs)", "probe.given(inputs)"),
+    inspection("a probe stays", "inspection/recording.py", "del layers[name].probes ", "pass "),
+    inspection("the other branches are shut", "inspection/interventions.py", "name != branch for name in BRANCHES", "name == branch for name in BRANCHES"),
+    inspection("forced blocks count as ranked", "inspection/lists.py", "return listed & ~forced[:, None]", "return listed"),
+    inspection("overlap is over both lists", "inspection/lists.py", "(listed & other).sum(-1) / listed.sum(-1)", "(listed & other).sum(-1) / (listed | other).sum(-1)"),
+    inspection("dense mass sees the future", "inspection/dense.py", "scores.masked_fill_(later[:, None], NEG_INF).softmax(-1)", "scores.softmax(-1)"),
+    inspection("the window is one longer", "inspection/dense.py", "> t - config.window)", ">= t - config.window)"),
+    inspection("the oracle shares no list", "inspection/dense.py", "first = row - row % config.select_share - rows.start", "first = row - rows.start"),
+    inspection("visibility < for <=", "inspection/scores.py", "(last > t[:, None])", "(last >= t[:, None])"),
+    inspection("weights of scores", "inspection/scores.py", "alpha=weight", "alpha=1"),
+    inspection("the own block counts whole", "inspection/sinks.py", "config.select_block - 1 - t % config.select_block", "0 * t"),
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from nsa.errors import CheckpointError, NSAError
+from nsa.training.attention_log import AttentionLog
 from nsa.training.checkpoint import CheckpointStore, load_checkpoint
 from nsa.training.compile import Compilation
 from nsa.training.config import RunConfig
@@ -110,7 +111,7 @@ class Run:
 
     def _loop(self, display: Display) -> float | None:
         trainer, train = self.trainer, self.config.train
-        first = trainer.step + 1
+        first, attention = trainer.step + 1, AttentionLog(trainer)
         # Lines of metrics past the checkpoint are dropped: those steps are run again.
         metrics_file = JsonlWriter(self.folder / "metrics.jsonl", step=trainer.step)
         with StopRequest() as stop, metrics_file as metrics:
@@ -134,6 +135,12 @@ class Run:
                     )
                     display.report(step, loss=loss, tokens_per_second=speed)
                 if step == first:  # it compiled, and warmed caches up: no measure of the others
+                    clock.restart()
+                if train.log_attention_every and step % train.log_attention_every == 0:
+                    scalars, warnings = attention.metrics()
+                    metrics.write(step=step, **scalars)
+                    for text in warnings:
+                        display.line(f"step {step}: warning: {text}")
                     clock.restart()
                 if step % train.eval_every == 0 or last:
                     validation_loss = trainer.validate()

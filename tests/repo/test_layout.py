@@ -21,6 +21,7 @@ LAYERS = (
     ("attention",),
     ("module",),
     ("",),  # nsa/__init__.py, the public names
+    ("inspection",),
     ("models",),
     ("training",),
     ("testing",),
