@@ -115,6 +115,16 @@ def layer_memory(
     return LayerMemory(parameters=num_parameters(config, dim) * weight, kept=kept, phases=phases)
 
 
+def attention_peak(config: NSAConfig, *, batch: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes that forward and backward of :func:`nsa.nsa_attention` take over its inputs.
+
+    On ``compiled``, for a regular batch; the gradient of the output is an input.
+    """
+    s = _Shapes(config, 0, batch, length, dtype, autocast=False)
+    kept = sum(tensor.bytes for tensor in _kept_by_compiled_call(s))
+    return max(_compiled_call_phases(s, kept).values())
+
+
 def num_parameters(config: NSAConfig, dim: int) -> int:
     """Trainable numbers of one layer."""
     H, D, V, L = config.num_heads, config.head_dim, config.dv, config.compress_block
@@ -358,6 +368,10 @@ def _kept_by_compiled(s: _Shapes) -> Iterator[Kept]:
     yield Kept("gates", (s.B, s.T, c.num_heads, 3), s.e)
     yield from _projected(s)
     yield Kept("k and v, compressed", (s.B, s.N, K, D + V), s.e)
+    yield from _kept_by_compiled_call(s)
+
+
+def _kept_by_compiled_call(s: _Shapes) -> Iterator[Kept]:
     yield _lists(s)
     for branch in ("compressed", "selected", "window"):
         yield _out(s, f"out, {branch}")
@@ -367,21 +381,32 @@ def _kept_by_compiled(s: _Shapes) -> Iterator[Kept]:
 
 def _compiled_phases(s: _Shapes, saved: int) -> dict[str, int]:
     """The moments at which the Triton kernels have most in use."""
+    weight = s.dim * s.config.num_heads * s.config.dv * s.e  # gradient of o_proj
+    call = _compiled_call_phases(s, saved + s.result + weight)
+    return {**call, "forward": saved + s.result}
+
+
+def _compiled_call_phases(s: _Shapes, saved: int) -> dict[str, int]:
     c, e = s.config, s.e
-    K, D, V = c.num_kv_heads, c.head_dim, c.dv
-    weight = s.dim * c.num_heads * V * e  # gradient of o_proj
+    K, D = c.num_kv_heads, c.head_dim
     dq = s.q * dq_dtype(s.dtype, D).itemsize
     rows = (6 * 4 + 3 * e) * s.statistics  # statistics of every row, gradients of the gates
-    compressed = s.B * s.N * K * (D + V)
-    # parts of dk and dv that are summed over: as many as fill the device
-    tile = 128 if D > 64 else 64
-    programs = -(-s.N // tile) * s.B * K
-    splits = max(1, min(_PROGRAMS // programs, s.T * c.group // (_ROWS * 16)))
-    parts = (splits + 1) * compressed * 4 if splits > 1 else 0
+    compressed = s.B * s.N * K * (D + c.dv)
     index = s.B * s.T * K * c.num_selected * _INDEX_BYTES
-    backward = saved + s.result + weight + dq + rows + compressed * e
+    backward = saved + dq + rows + compressed * e
     return {
-        "forward": saved + s.result,
-        "backward, compressed": backward + parts,
+        "forward": saved,
+        "backward, compressed": backward + _parts(s, s.N, s.N * c.compress_stride),
+        "backward, window": backward + s.kv * e + _parts(s, s.T, c.window),
         "backward, selected": backward + s.kv * (e + 4) + index,
     }
+
+
+def _parts(s: _Shapes, keys: int, reach: int) -> int:
+    """Of dk and dv of so many keys, summed over parts of the queries until they fill the device."""
+    c = s.config
+    programs = -(-keys // (128 if c.head_dim > 64 else 64)) * s.B * c.num_kv_heads
+    rows = max(1, _ROWS // c.group)
+    splits = min(_PROGRAMS // max(1, programs), min(reach, s.T) // (rows * 16))
+    size = s.B * keys * c.num_kv_heads * (c.head_dim + c.dv) * 4
+    return splits * size + size // 2 if splits > 1 else 0

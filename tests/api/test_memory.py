@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from nsa import ConfigError, NSAConfig, NSAttention
-from nsa.memory import layer_memory, num_parameters
+from nsa.memory import attention_peak, layer_memory, num_parameters
 from tests.support.allocations import taken_on_cpu
 
 HEADS = NSAConfig(num_heads=8, num_kv_heads=2, head_dim=32)
@@ -75,6 +77,20 @@ def test_recomputing_keeps_less_than_half() -> None:
         for recompute in (False, True)
     ]
     assert sizes[1] < 0.5 * sizes[0], sizes
+
+
+def test_whole_calls_that_an_h100_ran() -> None:
+    """Every length of docs/figures/h100.jsonl, which the bench wrote with the allocator's peak."""
+    file = Path(__file__).resolve().parents[2] / "docs" / "figures" / "h100.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row.get("backend") == "compiled"]
+    assert len(rows) >= 7
+    for row in rows:
+        assert (row["heads"], row["dtype"], row["branch"]) == ("64/4:128", "bfloat16", "all+select")
+        peak = attention_peak(
+            NSAConfig(), batch=row["batch"], length=row["length"], dtype=torch.bfloat16
+        )
+        assert abs(peak - row["peak_bytes"]) <= 0.1 * row["peak_bytes"], (row["length"], peak)
 
 
 def test_a_backend_without_formulas() -> None:
