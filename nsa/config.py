@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -192,10 +193,10 @@ class NSAConfig(Keyed):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> NSAConfig:
-        """A named configuration, with ``changes`` applied: "paper", "small" or "tiny"."""
-        require_known("preset", name, tuple(_PRESETS))
+        """A named configuration of :data:`PRESETS`, with ``changes`` applied."""
+        require_known("preset", name, tuple(PRESETS))
         require_fields(cls, changes)
-        return replace(cls(**_PRESETS[name]), **changes)
+        return replace(cls(**PRESETS[name].fields), **changes)
 
 
 def _as_tuples(value: Any) -> Any:
@@ -206,19 +207,68 @@ def _are_ints(values: Any) -> bool:
     return isinstance(values, tuple) and all(is_int(x) and x >= 1 for x in values)
 
 
-_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"head_dim": 192, "value_dim": 128},
-    "small": {"num_heads": 12, "num_kv_heads": 2, "head_dim": 64},
-    "tiny": {
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 32,
-        "compress_block": 16,
-        "compress_stride": 8,
-        "select_block": 32,
-        "num_selected": 4,
-        "num_initial": 1,
-        "num_local": 1,
-        "window": 64,
-    },
+class Preset(NamedTuple):
+    """A configuration by name, and the environment that goes with it."""
+
+    fields: Mapping[str, Any]
+    """Of :class:`NSAConfig`, where they are not its defaults."""
+    environment: Mapping[str, str]
+    """Variables to set before Python starts, where nothing speaks against them."""
+    summary: str
+
+
+_GPU = {"NSA_BACKEND": "compiled", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+_CPU = {"NSA_BACKEND": "sdpa", "GOMP_SPINCOUNT": "1000"}
+
+PRESETS: Mapping[str, Preset] = {
+    "paper": Preset({"head_dim": 192, "value_dim": 128}, _GPU, "the paper's heads, 64/4:192/128"),
+    "small": Preset(
+        {"num_heads": 12, "num_kv_heads": 2, "head_dim": 64}, _GPU, "a model of GPT-2's size"
+    ),
+    "tiny": Preset(
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 32,
+            "compress_block": 16,
+            "compress_stride": 8,
+            "select_block": 32,
+            "num_selected": 4,
+            "num_initial": 1,
+            "num_local": 1,
+            "window": 64,
+        },
+        _CPU,
+        "for tests and a first look",
+    ),
+    # compress_block and compress_stride are the defaults, 32 and 16
+    "s2048": Preset(
+        {
+            "num_heads": 12,
+            "num_kv_heads": 4,
+            "head_dim": 64,
+            "select_block": 128,
+            "num_selected": 12,
+            "window": 256,
+        },
+        _GPU,
+        "sequences of about 2,048 tokens: long blocks, a short window, small groups",
+    ),
+    "long": Preset(
+        {"select_share": 4, "select_regions": (8, 16)},
+        _GPU,
+        "65,536 tokens and more: four queries share a list, of the best regions' blocks",
+    ),
+    "cpu": Preset(
+        {
+            "num_heads": 8,
+            "num_kv_heads": 2,
+            "head_dim": 64,
+            "num_selected": 8,
+            "window": 256,
+        },
+        _CPU,
+        "for a CPU: half the blocks and half the window of the default",
+    ),
 }
+"""By the name that :meth:`NSAConfig.preset` takes."""

@@ -54,6 +54,8 @@ class TrainConfig:
     """Largest norm of the gradient."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    recompute: bool = False
+    """Recompute NSA's compressed keys and values and branch outputs alone: less of both."""
     compile: CompileMode = "none"
     """What torch.compile sees: each block (one code for all), or model and loss as one graph."""
     seed: int = 0
@@ -126,7 +128,7 @@ are compared themselves)."""
 _ROUNDING = frozenset({"compile"})
 """May change when a run is resumed, and changes rounding, which is then noted."""
 
-_ADDED_LATER = {"compile": "none", "log_attention_every": None}
+_ADDED_LATER = {"compile": "none", "log_attention_every": None, "recompute": False}
 """Settings that older runs do not have, and what those runs did."""
 
 

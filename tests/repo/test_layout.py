@@ -19,7 +19,7 @@ LAYERS = (
     ("compression", "gates", "selection", "cache"),
     ("backends",),
     ("attention",),
-    ("module",),
+    ("module", "memory"),
     ("",),  # nsa/__init__.py, the public names
     ("inspection",),
     ("models",),
