@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.backends.dispatch import Resolution, plan, settings_in_force
@@ -17,7 +18,7 @@ from nsa.backends.protocol import Problem
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
 from nsa.core.compile import compile_glue
-from nsa.core.dtypes import accumulation_dtype
+from nsa.core.dtypes import accumulation_dtype, autocast_dtype
 from nsa.core.inputs import AttentionInputs, Probe
 from nsa.registry import TABLE
 
@@ -52,29 +53,32 @@ def nsa_attention(
         max_seqlen: an upper bound of the packed lengths, in tokens; None means the total, so that
             nothing is read back from the device.
         block_idx: int32 ``[B, T, K, width]``, blocks of ``l'`` tokens of the query's own sequence,
-            strictly ascending, then −1; given, nothing is selected.
+            strictly ascending, then −1; given, nothing is selected. Only ``NSA_CHECK=1`` looks at
+            the values. Without it any order does, and negative entries and blocks past the query
+            are not read; but a block listed twice is summed once or twice, as the backend has it.
         backend: a name of the backend table; None obeys the settings.
 
     Returns:
         ``[B, T, H, V]`` in q's dtype. Gradients flow to q, every k and v, and the gates.
 
     Raises:
-        ShapeError: inputs that do not fit together.
+        ShapeError: inputs that do not fit together, or are no dense tensors.
+        ConfigError: a config that is none.
         DataError: values that are not finite (``NSA_CHECK=1`` only).
         BackendUnavailable: the backend requested cannot run this.
     """
     settings = settings_in_force()
     inputs = AttentionInputs(
         q,
-        KV(*compressed),
-        KV(*selected),
-        KV(*window),
+        validate.as_kv("compressed", compressed),
+        validate.as_kv("selected", selected),
+        validate.as_kv("window", window),
         gates,
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
         block_idx=block_idx,
     )
-    validate.check_inputs(inputs, config, check=settings.check)
+    inputs = validate.check_inputs(inputs, config, check=settings.check)
     problem = Problem(
         config,
         q.device,
@@ -114,16 +118,19 @@ def select_blocks(
     settings = settings_in_force()
     packed = cu_seqlens is not None
     validate.check_query(q, config)
-    validate.check_packing(q, cu_seqlens, max_seqlen, check=settings.check)
-    validate.check_compressed("k_cmp", k_cmp, q, config, cu_seqlens, check=settings.check)
-    if settings.check:
+    check = settings.check and not q.is_meta
+    max_seqlen = validate.check_packing(q, cu_seqlens, max_seqlen, check=check)
+    validate.check_compressed("k_cmp", k_cmp, q, config, cu_seqlens, check=check)
+    if check:
         blocks = validate.without_surplus(k_cmp, config, cu_seqlens)
         validate.check_finite({"q": q, "k_cmp": blocks})
     length = max_seqlen if packed and max_seqlen is not None else q.shape[1]
     problem = Problem(config, q.device, q.dtype, length, packed, needs_grad=False)
     step = plan(problem, backend, settings).step("select").select_blocks
     with no_autocast(q.device):
-        return step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
+        block_idx = step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
+    missing = config.num_selected - block_idx.shape[-1]  # a step need not list what cannot be
+    return F.pad(block_idx, (0, missing), value=-1) if missing else block_idx
 
 
 def run(
@@ -181,7 +188,7 @@ def run(
         return combine(inputs.gates, out_cmp, out_slc, out_win)
 
 
-run_compiled = compile_glue(run)
+run_compiled = compile_glue(run, lambda chosen, inputs, config, **options: (chosen, config))
 """The same as one graph, for backends that leave their glue to Inductor."""
 
 
@@ -208,7 +215,7 @@ def needs_grad(*tensors: Tensor) -> bool:
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast off; nothing where it is off: a graph that sets it is not cached on the disk."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from nsa.errors import ConfigError, is_finite, is_int, require, require_fields, require_known
+from nsa.errors import ConfigError, is_finite, is_int, require, require_fields, require_known, show
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 Compression = Literal["mlp", "linear", "mean"]
 Gate = Literal["sigmoid", "softmax"]
 ScoreDtype = Literal["input", "fp8"]
+
+
+MOST = {
+    **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "value_dim"), 2**16),
+    "compress_block": 2**20,
+    "dim": 2**24,
+}
+"""The largest values of some fields, and of a layer's width: its weights then have no more bytes
+than an int64 counts."""
+MOST_TOKENS = 2**31 - 1
+"""The largest values of all others: kernels count tokens in int32."""
 
 
 class KV(NamedTuple):
@@ -82,7 +93,7 @@ class NSAConfig(Keyed):
     window: int = 512
     """Tokens of the sliding window, w, the query's own included."""
     scale: float | None = None
-    """Softmax scale of every branch; None means ``head_dim ** -0.5``. Read it as
+    """Softmax scale of every branch, of any sign; None means ``head_dim ** -0.5``. Read it as
     :attr:`softmax_scale`."""
     compression: Compression = "mlp"
     """How φ turns a block into one key or value."""
@@ -116,11 +127,13 @@ class NSAConfig(Keyed):
             value = getattr(self, field.name)
             if field.type == "int" or (field.name == "value_dim" and value is not None):
                 if not is_int(value):
-                    got = f"{value!r} ({type(value).__name__})"
+                    got = f"{show(value)} ({type(value).__name__})"
                     raise ConfigError(f"{field.name}: expected an int, got {got}")
                 least = 0 if field.name in ("num_initial", "num_local") else 1
+                most = MOST.get(field.name, MOST_TOKENS)
                 hint = ", or None" if field.name == "value_dim" else ""
                 require(value >= least, field.name, f"at least {least}{hint}", value)
+                require(value <= most, field.name, f"at most {most}{hint}", value)
         d, forced = self.compress_stride, self.num_initial + self.num_local
         K, theta, l_max = self.num_kv_heads, self.rope_theta, self.select_block
         positive = theta is None or (is_finite(theta) and theta > 0)
@@ -130,8 +143,10 @@ class NSAConfig(Keyed):
             ("select_block", self.select_block % d == 0, f"a multiple of compress_stride={d}"),
             ("compress_block", self.compress_block <= l_max, f"at most select_block={l_max}"),
             ("scale", self.scale is None or is_finite(self.scale), "a finite number, or None"),
+            ("scale", _is_float32(self.scale), f"0, or a number of {_FLOAT32}, or None"),
             ("independent_kv", isinstance(self.independent_kv, bool), "True or False"),
             ("rope_theta", positive, "a finite number > 0, or None"),
+            ("rope_theta", _is_float32(theta), f"a number of {_FLOAT32}, or None"),
             (
                 "head_dim",
                 theta is None or self.head_dim % 2 == 0,
@@ -197,6 +212,14 @@ class NSAConfig(Keyed):
         require_known("preset", name, tuple(PRESETS))
         require_fields(cls, changes)
         return replace(cls(**PRESETS[name].fields), **changes)
+
+
+_FLOAT32 = "a size between 1e-37 and 1e38, which float32 holds"
+
+
+def _is_float32(value: float | None) -> bool:
+    """Of what is a finite number."""
+    return not is_finite(value) or value == 0 or 1e-37 <= abs(value) <= 1e38  # type: ignore[arg-type]
 
 
 def _as_tuples(value: Any) -> Any:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+
+LINE = 200
+"""Characters of a value that an error shows."""
 
 
 class NSAError(Exception):
@@ -43,7 +46,16 @@ class DataError(NSAError):
 def require(condition: bool, name: str, expected: str, got: object) -> None:
     """Refuse a value of a configuration that breaks a rule."""
     if not condition:
-        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
+        raise ConfigError(f"{name}: expected {expected}, got {show(got)}")
+
+
+def show(value: object) -> str:
+    """What was given, as far as it fits in a line."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # an int of more digits than Python prints, or nesting
+        return f"{type(value).__name__} too long to print"
+    return text if len(text) <= LINE else f"{text[:LINE]}…"
 
 
 def is_int(value: object) -> bool:
@@ -53,13 +65,16 @@ def is_int(value: object) -> bool:
 
 def is_finite(value: object) -> bool:
     """Whether a value is a finite number; True and False are none."""
-    return (is_int(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
+    if not (is_int(value) or isinstance(value, float)):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max  # type: ignore[operator]
 
 
 def nearest(name: object, known: Sequence[str]) -> str:
     """List the known names, the closest one first if there is one."""
     folded = {option.lower(): option for option in known}
-    close = difflib.get_close_matches(str(name).lower(), folded, n=1)
+    text = name if isinstance(name, str) else show(name)
+    close = difflib.get_close_matches(text[:LINE].lower(), folded, n=1)
     hint = f"did you mean {folded[close[0]]!r}? " if close else ""
     return f"{hint}(known: {', '.join(known)})"
 
@@ -68,9 +83,9 @@ def require_known(
     what: str, value: object, known: Sequence[str], error: type[NSAError] = ConfigError
 ) -> None:
     """Refuse a value that is none of the known ones, and name the nearest."""
-    if value not in known:
+    if not (isinstance(value, str) and value in known):
         raise error(
-            f"{what}: expected one of the known names, got {value!r}; {nearest(value, known)}"
+            f"{what}: expected one of the known names, got {show(value)}; {nearest(value, known)}"
         )
 
 
@@ -82,4 +97,4 @@ def require_fields(
     for name in given:
         if name not in names:
             what = what or f"names of {cls.__name__}"
-            raise error(f"expected {what}, got {name!r}; {nearest(name, names)}")
+            raise error(f"expected {what}, got {show(name)}; {nearest(name, names)}")

@@ -18,9 +18,10 @@ from nsa.backends.dispatch import Resolution, plan
 from nsa.backends.protocol import Problem
 from nsa.backends.shared.recompute import in_a_graph, recompute
 from nsa.compression import PHI, Compress, compress_both
-from nsa.config import KV, NSAConfig
+from nsa.config import KV, MOST, NSAConfig
 from nsa.core import validate
 from nsa.core.compile import compile_glue
+from nsa.core.dtypes import autocast_dtype
 from nsa.core.inputs import BRANCHES, AttentionInputs, Probe
 from nsa.core.linear import project
 from nsa.core.packing import packed_tokens
@@ -58,7 +59,8 @@ class NSAttention(nn.Module):
 
     Parameters are named ``q_proj``, ``k_proj.{compressed,selected,window}``, ``v_proj.{…}`` (plain
     ``k_proj`` and ``v_proj`` when ``independent_kv=False``), ``o_proj``, ``gate_proj`` (head-major,
-    branch minor), ``compress_k`` and ``compress_v``.
+    branch minor), ``compress_k`` and ``compress_v``. Any module may stand in the place of one: it
+    is called, and asked for nothing more; keys and values take the dtype of q.
 
     The settings are bound when the layer is built; :attr:`resolution` tells what ran last.
     """
@@ -79,7 +81,10 @@ class NSAttention(nn.Module):
     ) -> None:
         super().__init__()
         require(is_int(dim) and dim >= 1, "dim", "an int >= 1", dim)
+        require(dim <= MOST["dim"], "dim", f"at most {MOST['dim']}", dim)
         require(isinstance(recompute, bool), "recompute", "True or False", recompute)
+        validate.check_config(config)
+        validate.check_factory(device, dtype)
         self.dim, self.config, self.backend, self.recompute = dim, config, backend, recompute
         self.settings = current_settings()
         self._resolution: Resolution | None = None
@@ -113,7 +118,9 @@ class NSAttention(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, Compress)):
                 module.reset_parameters()
-        nn.init.zeros_(self.gate_proj.bias)
+        for module in self.gate_proj.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, backend={self.backend!r}, {self.config}"
@@ -137,12 +144,12 @@ class NSAttention(nn.Module):
             BackendUnavailable: the backend requested cannot run this.
         """
         settings = self.settings
-        validate.check_layer_input(x, self.dim, self.q_proj.weight)
-        validate.check_packing(x, cu_seqlens, max_seqlen, check=settings.check)
-        if settings.check:
+        validate.check_layer_input(x, self.dim, self._weight())
+        check = settings.check and not x.is_meta
+        max_seqlen = validate.check_packing(x, cu_seqlens, max_seqlen, check=check)
+        if check:
             validate.check_finite({"x": x})
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
         if TABLE[chosen.backend].compiles_glue and not torch.compiler.is_compiling():
             with in_a_graph() if self.recompute else nullcontext():
@@ -185,14 +192,16 @@ class NSAttention(nn.Module):
         The product of all projections dies here: what is kept of it are copies.
         """
         config = self.config
-        projected = project(x, self._linears())
+        projected = project(x, self._projections())
         positions = None
         if cu_seqlens is not None and config.rope_theta is not None:
             positions = packed_tokens(cu_seqlens, x.shape[1]).position
         q = projected["q"].unflatten(-1, (config.num_heads, config.head_dim))
         q = self._rotate(q, positions)
-        tokens, selected, window = self._keys_and_values(projected, positions)
+        tokens, selected, window = self._keys_and_values(projected, positions, q.dtype)
         logits = projected["gate"].unflatten(-1, (config.num_heads, len(BRANCHES)))
+        if logits.dtype != torch.float32:
+            logits = logits.to(q.dtype)
         return _Projected(q, tokens, selected, window, GATES[config.gate].activate(logits))
 
     def _branches(
@@ -218,7 +227,7 @@ class NSAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
-        if settings.check:
+        if settings.check and not q.is_meta:
             validate.check_values(inputs, config)
         return run(
             chosen,
@@ -229,32 +238,43 @@ class NSAttention(nn.Module):
             probes=self.probes,
         )
 
-    def _linears(self) -> dict[str, nn.Module]:
-        """The projections of the layer's input: "q", "k" and "v" or "k.<branch>" …, "gate"."""
-        linears: dict[str, nn.Module] = {"q": self.q_proj}
+    def _projections(self) -> dict[str, nn.Module]:
+        """What the layer's input goes through: "q", "k" and "v" or "k.<branch>" …, "gate".
+
+        Linear layers, or whatever stands in their places: it is called, and asked for nothing more.
+        """
+        projections: dict[str, nn.Module] = {"q": self.q_proj}
         for name, proj in (("k", self.k_proj), ("v", self.v_proj)):
             if isinstance(proj, nn.ModuleDict):
-                linears.update({f"{name}.{branch}": proj[branch] for branch in BRANCHES})
+                projections.update({f"{name}.{branch}": proj[branch] for branch in BRANCHES})
             else:
-                linears[name] = proj
-        linears["gate"] = self.gate_proj
-        return linears
+                projections[name] = proj
+        projections["gate"] = self.gate_proj
+        return projections
+
+    def _weight(self) -> Tensor | None:
+        """That of the first projection which has one."""
+        weight = getattr(self.q_proj, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight
+        found = (getattr(module, "weight", None) for module in self._projections().values())
+        return next((weight for weight in found if isinstance(weight, Tensor)), None)
 
     def _keys_and_values(
-        self, projected: dict[str, Tensor], positions: Tensor | None
+        self, projected: dict[str, Tensor], positions: Tensor | None, dtype: torch.dtype
     ) -> tuple[KV, ...]:
         """Those of every branch, in the order of BRANCHES; one pair for all when shared."""
         if not self.config.independent_kv:
-            return (self._kv(projected["k"], projected["v"], positions),) * len(BRANCHES)
+            return (self._kv(projected["k"], projected["v"], positions, dtype),) * len(BRANCHES)
         return tuple(
-            self._kv(projected[f"k.{branch}"], projected[f"v.{branch}"], positions)
+            self._kv(projected[f"k.{branch}"], projected[f"v.{branch}"], positions, dtype)
             for branch in BRANCHES
         )
 
-    def _kv(self, k: Tensor, v: Tensor, positions: Tensor | None) -> KV:
-        k = k.unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
+    def _kv(self, k: Tensor, v: Tensor, positions: Tensor | None, dtype: torch.dtype) -> KV:
+        k = k.to(dtype).unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
         # a copy: a part that is kept for the backward pass would keep the whole product
-        v = v.contiguous().unflatten(-1, (self.config.num_kv_heads, self.config.dv))
+        v = v.to(dtype).contiguous().unflatten(-1, (self.config.num_kv_heads, self.config.dv))
         return KV(self._rotate(k, positions), v)
 
     def _rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
@@ -263,5 +283,7 @@ class NSAttention(nn.Module):
         return x.contiguous() if theta is None else apply_rope(x, theta, positions)
 
 
-_ATTEND_COMPILED = compile_glue(NSAttention._attend)
+_ATTEND_COMPILED = compile_glue(
+    NSAttention._attend, lambda layer, x, chosen, dtype, *packing: (chosen, layer.config, dtype)
+)
 """The same as one graph, for backends that leave their glue to Inductor."""

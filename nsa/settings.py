@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
-from nsa.config import Keyed
-from nsa.errors import SettingsError, nearest, require_fields
+from nsa.config import MOST_TOKENS, Keyed
+from nsa.errors import LINE, SettingsError, nearest, require_fields, show
 from nsa.registry import TABLE, fa2_names
 from nsa.registry import names as backend_names
 
@@ -32,21 +33,22 @@ def _field(default: Any, expected: Callable[[object], str | None], **more: Any) 
 
 def _choice(default: str, known: Callable[[], tuple[str, ...]]) -> Any:
     def expected(value: object) -> str | None:
-        return None if value in known() else "one of the known names"
+        return None if isinstance(value, str) and value in known() else "one of the known names"
 
     return _field(default, expected, known=known, parse=lambda flag, text: text)
 
 
 def _integer(default: int, minimum: int) -> Any:
     def expected(value: object) -> str | None:
-        ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-        return None if ok else f"an integer >= {minimum}"
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            return f"an integer >= {minimum}"
+        return None if value <= MOST_TOKENS else f"an integer <= {MOST_TOKENS}"
 
     def parse(flag: str, text: str) -> int:
         try:
             return int(text)
         except ValueError:
-            raise SettingsError(f"{flag}: expected an integer, got {text!r}") from None
+            raise SettingsError(f"{flag}: expected an integer, got {show(text)}") from None
 
     return _field(default, expected, parse=parse)
 
@@ -59,7 +61,7 @@ def _switch(default: bool | None) -> Any:
 
     def parse(flag: str, text: str) -> bool:
         if text not in ("0", "1"):
-            raise SettingsError(f"{flag}: expected 0 or 1, got {text!r}")
+            raise SettingsError(f"{flag}: expected 0 or 1, got {show(text)}")
         return text == "1"
 
     return _field(default, expected, parse=parse)
@@ -108,7 +110,7 @@ class Settings(Keyed):
             if expected is not None:
                 known = entry.metadata.get("known")
                 hint = f"; {nearest(value, known())}" if known else ""
-                raise SettingsError(f"{flag}: expected {expected}, got {value!r}{hint}")
+                raise SettingsError(f"{flag}: expected {expected}, got {show(value)}{hint}")
         fa2 = self.backend != "auto" and TABLE[self.backend].fa2
         if self.use_fa2 is True and self.backend != "auto" and not fa2:
             raise SettingsError(
@@ -126,12 +128,17 @@ class Settings(Keyed):
         """Parses every ``NSA_…`` name of ``environ``; the empty string means unset."""
         entries = dict(zip(FLAGS, fields(cls), strict=True))
         values: dict[str, Any] = {}
+        if not isinstance(environ, Mapping):
+            raise SettingsError(f"environ: expected names and texts, got {show(environ)}")
         for flag, text in environ.items():
-            if not flag.startswith("NSA_") or not text:
+            if not str(flag).startswith("NSA_") or not text:
                 continue
+            if not isinstance(text, str):
+                raise SettingsError(f"{flag}: expected text, got {show(text)}")
             if flag not in entries:
+                name = flag[:LINE]
                 raise SettingsError(
-                    f"{flag}: expected a known flag, got an unknown one; {nearest(flag, FLAGS)}"
+                    f"{name}: expected a known flag, got an unknown one; {nearest(name, FLAGS)}"
                 )
             values[entries[flag].name] = entries[flag].metadata["parse"](flag, text)
         return cls(**values)
@@ -153,6 +160,9 @@ _environment: dict[str, str] = {}
 _from_environment: Settings | None = None
 _environment_error: str | None = None
 _override: ContextVar[Settings | None] = ContextVar("nsa_settings", default=None)
+_levels: dict[object, int | str] = {}
+"""By None what the logger's level was, then that of every open block which set it."""
+_levels_lock = threading.Lock()
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> None:
@@ -203,6 +213,8 @@ def foreign_variable(name: str) -> str | None:
 def use_settings(settings: Settings | None = None, **changes: Any) -> Iterator[Settings]:
     """Puts other settings in force inside a ``with`` block (this thread or task only).
 
+    The level of the ``nsa`` logger is the process': of overlapping blocks the latest decides.
+
     Args:
         settings: the base; None takes the settings in force.
         changes: fields of :class:`Settings` to replace.
@@ -211,18 +223,35 @@ def use_settings(settings: Settings | None = None, **changes: Any) -> Iterator[S
         SettingsError: an unknown field or a value that the field does not take.
     """
     require_fields(Settings, changes, "a field of Settings", SettingsError)
+    if settings is not None and not isinstance(settings, Settings):
+        raise SettingsError(f"settings: expected Settings, got {show(settings)}")
     before = _override.get() or _from_environment
     chosen = replace(settings if settings is not None else current_settings(), **changes)
     token = _override.set(chosen)
-    logger = logging.getLogger("nsa")
-    level = logger.level
-    if before is None or chosen.log != before.log:
-        logger.setLevel(chosen.log.upper())
+    changes_level = before is None or chosen.log != before.log
     try:
-        yield chosen
+        with _log_level(chosen.log) if changes_level else contextlib.nullcontext():
+            yield chosen
     finally:
-        logger.setLevel(level)
         _override.reset(token)
+
+
+@contextlib.contextmanager
+def _log_level(level: str) -> Iterator[None]:
+    """A level of the logger while this block is open; threads may leave theirs in any order."""
+    logger, block = logging.getLogger("nsa"), object()
+    with _levels_lock:
+        _levels.setdefault(None, logger.level)
+        _levels[block] = level.upper()
+        logger.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        with _levels_lock:
+            del _levels[block]
+            logger.setLevel([*_levels.values()][-1])
+            if len(_levels) == 1:
+                _levels.clear()
 
 
 def explain_settings() -> list[FlagRow]:

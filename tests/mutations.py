@@ -58,6 +58,11 @@ def fa2(name: str, file: str, old: str, new: str) -> Mutation:
     return Mutation(f"fa2: {name}", f"nsa/backends/{file}", old, new, BACKENDS)
 
 
+def folder(name: str, file: str, old: str, new: str, tests: str) -> Mutation:
+    tests = f"tests/training/test_{tests}.py"
+    return Mutation(f"folder: {name}", f"nsa/training/{file}", old, new, (tests,))
+
+
 MUTATIONS = (
     oracle("window off by one", "masks.py", "t - config.window < s", "t - config.window <= s"),
     oracle("visibility < for <=", "masks.py", "(last_token <= t)", "(last_token < t)"),
@@ -142,6 +147,23 @@ MUTATIONS = (
     Mutation("torch.func: second derivatives are zero", "nsa/core/operators.py", "torch.set_grad_enabled(nested)", "torch.set_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents end at vmap", "nsa/core/operators.py", "forward_ad._set_fwd_grad_enabled(nested)", "forward_ad._set_fwd_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents are dropped", "nsa/core/operators.py", "if reverse or forward_ad._current_level >= 0:", "if reverse:", FUNC),
+    folder("a manifest that is not sealed", "checkpoint_format.py", "values = unsealed(manifest)", "values = {**manifest}", "flipped_bits"),
+    folder("an old manifest of another folder", "checkpoint_format.py", "if without_seal and step_in(folder.name) not in (-1, step):", "if False:", "flipped_bits"),
+    folder("a step of other data", "trainer.py", "if next_batch != checkpoint.step * self.config.train.accumulate:", "if False:", "flipped_bits"),
+    folder("a configuration that is not sealed", "run.py", "to_json(sealed(self.config.to_dict()))", "to_json(self.config.to_dict())", "resume"),
+    folder("numpy reads beyond its state", "trainer.py", "if not 0 <= position <= _NUMPY_WORDS:", "if False:", "resume"),
+    folder("two trainers", "lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "run_folder"),
+    folder("a lock on a folder that is gone", "lock.py", "return os.path.samestat(os.fstat(self._descriptor), os.lstat(self.path))", "return True", "run_folder"),
+    folder("a run that went on", "run.py", "if _state_of(self.folder) != self._found:", "if False:", "run_folder"),
+    folder("links are pruned", "checkpoint.py", "and complete and not path.is_symlink()", "and complete", "run_folder"),
+    folder("folders of others are pruned", "checkpoint.py", "step_in(path.name) >= 0 and complete", "complete", "run_folder"),
+    folder("a folder without a manifest is pruned", "checkpoint.py", "complete = os.path.isfile(path / MANIFEST)", "complete = path.is_dir()", "run_folder"),
+    folder("a save that needs the last one", "checkpoint.py", "previous = self.newest()", "previous = self.latest()", "run_folder"),
+    folder("metrics that nobody sees", "metrics.py", "self._stay_at_the_path()", "pass", "files"),
+    folder("metrics through a link", "metrics.py", "if kept != lines or path.is_symlink():", "if kept != lines:", "files"),
+    folder("permissions that widen", "files.py", "write_durably(temporary, data, mode=mode)", "write_durably(temporary, data)", "files"),
+    folder("leftovers of who still writes", "files.py", "(here and not _is_running(int(match[2])))", "here", "files"),
+    folder("a configuration that is lost", "run.py", "if not os.path.lexists(path):", "if False:", "run_folder"),
     Mutation("flops: D and V exchanged", "nsa/core/flops.py", "3 * D + 2 * V", "2 * D + 3 * V", FLOPS),
     Mutation("flops: the first position forgotten", "nsa/core/flops.py", 'compressed_pairs(T, block, stride, x.get("q_start", 0))', "compressed_pairs(T, block, stride)", FLOPS),
     Mutation("flops: the gated backward without a branch", "nsa/backends/compiled/gated/op.py", "return _two(x) + flops.compressed(x)", "return _two(x)", FLOPS),

@@ -23,7 +23,8 @@ from nsa import registry
 from nsa.backends.fa2 import providers as fa2_providers
 from nsa.backends.protocol import STEPS, Backend, Gated, Problem
 from nsa.config import NSAConfig
-from nsa.errors import BackendUnavailable, SettingsError, require_known
+from nsa.core.validate import as_device, check_config
+from nsa.errors import BackendUnavailable, SettingsError, is_int, require, require_known
 from nsa.registry import TABLE
 from nsa.settings import LENGTH_FLAGS, Settings, current_settings
 
@@ -129,21 +130,32 @@ def resolve(
     Raises:
         BackendUnavailable: the backend requested cannot run this problem.
         SettingsError: there is no backend of that name, or the environment is wrong.
+        ConfigError: an argument that is none.
     """
     settings = current_settings() if settings is None else settings
-    problem = Problem(config, torch.device(device), dtype, length, packed, needs_grad)
+    check_config(config)
+    require(isinstance(dtype, torch.dtype), "dtype", "a dtype of torch", dtype)
+    require(is_int(length) and length >= 0, "length", "an int >= 0", length)
+    require(isinstance(packed, bool), "packed", "True or False", packed)
+    require(isinstance(needs_grad, bool), "needs_grad", "True or False", needs_grad)
+    require(isinstance(settings, Settings), "settings", "Settings", settings)
+    _check_name(backend)
+    problem = Problem(config, as_device(device), dtype, length, packed, needs_grad)
     return _resolve(problem, backend, settings, fa2_providers.active_impl())
 
 
 def plan(problem: Problem, backend: str | None, settings: Settings) -> Resolution:
     """:func:`resolve`, ready to run and in a trace too; the errors are the same."""
+    _check_name(backend)
     if not torch.compiler.is_compiling():
         return _plan(problem, backend, settings)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
     # branches, not values: the comparison of a symbolic length would be no constant
     known = _UNBOUNDED
     for flag in LENGTH_FLAGS:
         least = getattr(settings, flag)
-        if problem.length < least:
+        if guard_or_false(problem.length < least):  # a length without a hint is long
             known = min(known, least - 1)
     device = problem.device
     return Resolution(
@@ -223,6 +235,12 @@ def _resolve(
             return _resolution(candidate, reason, problem, settings)
         skipped.append(why_not)
     raise BackendUnavailable(f"auto found no backend: {'; '.join(skipped)}")
+
+
+def _check_name(backend: object) -> None:
+    """What is no name need not have a hash."""
+    if backend is not None and not isinstance(backend, str):
+        require_known("backend", backend, registry.names(), SettingsError)
 
 
 def _requested(problem: Problem, backend: str | None, settings: Settings) -> tuple[str, str]:

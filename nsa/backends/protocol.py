@@ -77,6 +77,7 @@ class Backend(Protocol):
     ) -> Tensor:
         """q ``[B, T, H, D]``, k_cmp ``[B, N, K, D]`` -> int32 ``[B, T, K, n]``.
 
+        Lists may be narrower where ``n`` is far more than there are blocks (``Rule.width``).
         ``lse`` is the compressed branch's, if it has been computed.
         """
         ...

@@ -7,10 +7,11 @@ themselves here, into one graph for each kind of input.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from types import FunctionType
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -18,15 +19,20 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 COMPILER: str | None = "inductor"
 """The ``torch.compile`` backend; None runs everything as it is written (for tests)."""
 RECOMPILE_LIMIT = 64
-"""Graphs of one function: regular and packed, short and long, with and without gradients, dtypes.
-Past that ``fullgraph`` makes torch raise; nothing runs uncompiled in silence."""
+"""Graphs that are kept of one function and configuration: regular and packed, short and long, with
+and without gradients, layouts. At the next one torch warns, and the collection begins anew."""
+CONFIGURATIONS = 256
+"""Functions and configurations whose graphs are kept; the least recently used makes room."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def compile_glue(function: Callable[P, R]) -> Callable[P, R]:
+def compile_glue(function: Callable[P, R], configuration: Callable[P, Hashable]) -> Callable[P, R]:
     """Wrap ``function``: compiled when it is called outside a trace, inlined within one.
+
+    ``configuration`` says, from the same arguments, whose graphs a call may share: torch looks
+    through all that one function has, and gives up at a number of them.
 
     Under a dispatch mode, such as that of ``FlopCounterMode``, it runs as it is written, for the
     mode to see its operators: torch compiles nothing there.
@@ -38,8 +44,8 @@ def compile_glue(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         if is_in_torch_dispatch_mode(include_infra_modes=False):
             return function(*args, **kwargs)
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT), static_floats():
-            return _keep_buffers(_compiled(function, COMPILER), *args, **kwargs)
+        compiled = _compiled(function, configuration(*args, **kwargs), COMPILER)
+        return compiled(*args, **kwargs)
 
     return call
 
@@ -54,9 +60,46 @@ def static_floats() -> AbstractContextManager[None]:
     return torch._dynamo.config.patch(specialize_float=True)
 
 
-@lru_cache(maxsize=64)
-def _compiled(function: Callable[P, R], compiler: str) -> Callable[P, R]:
-    return torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+class _Compiled(Generic[P, R]):
+    """A function and the graphs that torch made of it."""
+
+    def __init__(self, function: Callable[P, R], compiler: str) -> None:
+        self._function, self._compiler = function, compiler
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start without graphs: torch keeps them by the code object, hence a copy of that."""
+        own = _copy_of(self._function)
+        self._run = torch.compile(own, fullgraph=True, dynamic=True, backend=self._compiler)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        from torch._dynamo.exc import FailOnRecompileLimitHit
+
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT), static_floats():
+            try:
+                return _keep_buffers(self._run, *args, **kwargs)
+            except FailOnRecompileLimitHit:  # nothing has run yet
+                self._begin()
+                return _keep_buffers(self._run, *args, **kwargs)
+
+
+@lru_cache(maxsize=CONFIGURATIONS)
+def _compiled(function: Callable[P, R], key: Hashable, compiler: str) -> _Compiled[P, R]:
+    return _Compiled(function, compiler)
+
+
+def _copy_of(function: Callable[..., Any]) -> FunctionType:
+    """The same function with a code object of its own."""
+    assert isinstance(function, FunctionType)
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _keep_buffers(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from nsa.config import NSAConfig
+
+LONG_LIST = 128
+"""Entries of a list that is made as wide as it is asked for, whatever there is to list."""
+LARGE_BLOCK = 4096
+"""Tokens of a selection block that kernels take as it is, whatever there is to hold."""
 
 
 def overlap_weights(config: NSAConfig) -> tuple[int, tuple[int, ...]]:
@@ -27,3 +34,20 @@ def overlap_weights(config: NSAConfig) -> tuple[int, tuple[int, ...]]:
 def num_select_blocks(length: int, config: NSAConfig) -> int:
     """Selection blocks J that ``length`` tokens touch, the last one possibly in part."""
     return -(-length // config.select_block)
+
+
+def list_width(length: int, config: NSAConfig) -> int:
+    """Entries n of the lists of queries of up to ``length`` tokens: ``num_selected``, but no more
+    than there are blocks where that is far more."""
+    n = config.num_selected
+    if n <= LONG_LIST:  # no comparison of a length, which may be a symbol
+        return n
+    return torch.sym_min(n, torch.sym_max(LONG_LIST, num_select_blocks(length, config)))
+
+
+def block_size(tokens: int, config: NSAConfig, *, least: int = 1) -> int:
+    """Tokens l' of a selection block as it is laid out: ``select_block``, or where that is more
+    than all ``tokens`` of a sequence, these rounded up to a power of two; every token is in block 0
+    of both. Not below ``least``, for kernels that are made anew for every size."""
+    enough = 1 << max(0, tokens - 1).bit_length()
+    return min(config.select_block, max(least, enough))

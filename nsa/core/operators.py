@@ -126,6 +126,9 @@ def _differentiable(
         def backward(ctx: Any, *grads: Any) -> Any:
             return (None, *backward(ctx, *grads))
 
+        # compiled autograd asks for it, and _SingleLevelFunction has none
+        _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise NotImplementedError(

@@ -50,11 +50,12 @@ def packed_blocks(cu_seqlens: Tensor, rows: int, config: NSAConfig) -> PackedIte
     return packed_items(counted_offsets(full.clamp_min(0)), rows)
 
 
-def packed_select_blocks(cu_seqlens: Tensor, total: int, config: NSAConfig) -> PackedItems:
-    """The sequence and number of each selection block; as many items as can ever be needed."""
+def packed_select_blocks(cu_seqlens: Tensor, total: int, size: int) -> PackedItems:
+    """The sequence and number of each selection block of ``size`` tokens; as many items as can
+    ever be needed."""
     length = cu_seqlens.long().diff()
-    touched = (length + config.select_block - 1).div(config.select_block, rounding_mode="floor")
-    items = total // config.select_block + length.numel()
+    touched = (length + size - 1).div(size, rounding_mode="floor")
+    items = total // size + length.numel()
     return packed_items(counted_offsets(touched), items)
 
 

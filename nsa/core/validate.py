@@ -15,31 +15,97 @@ import torch
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
+from nsa.core.dtypes import autocast_dtype
 from nsa.core.inputs import BRANCHES, AttentionInputs
 from nsa.core.packing import packed_blocks
-from nsa.errors import DataError, ShapeError
+from nsa.errors import LINE, ConfigError, DataError, ShapeError, require, show
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_layer_input(x: Tensor, dim: int, weight: Tensor) -> None:
-    """x is ``[B, T, dim]`` where the layer's weights are, in a dtype that they can be used with."""
+def check_tensor(name: str, x: object) -> None:
+    """x is a dense tensor; every tensor argument comes through here before it is looked at."""
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ShapeError(
+            f"{name}: expected a dense tensor, got a {layout} one; use {name}.to_dense(), "
+            "or pack sequences and pass cu_seqlens"
+        )
+
+
+def as_kv(name: str, pair: object) -> KV:
+    """Keys and values, of a :class:`KV` or another pair."""
+    if isinstance(pair, KV):
+        return pair
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        return KV(*pair)
+    length = f" of {len(pair)}" if isinstance(pair, (tuple, list)) else ""
+    raise ShapeError(f"{name}: expected KV(k, v), got {type(pair).__name__}{length}")
+
+
+def check_config(config: object) -> None:
+    """config is one; a dictionary of values is none."""
+    if not isinstance(config, NSAConfig):
+        raise ConfigError(f"config: expected an NSAConfig, got {show(config)}")
+
+
+def as_device(device: torch.device | str | int) -> torch.device:
+    """What torch takes for a device; a GPU by number must be there, if any GPU is."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        told = str(error).partition("\n")[0][:LINE]
+        raise ConfigError(
+            f"device: expected a device such as 'cpu', got {show(device)}; torch says: {told}"
+        ) from None
+    if found.type == "cuda" and found.index and torch.cuda.is_available():
+        last = torch.cuda.device_count() - 1
+        require(found.index <= last, "device", f"cuda:0 … cuda:{last}", str(found))
+    return found
+
+
+def check_factory(device: torch.device | str | int | None, dtype: torch.dtype | None) -> None:
+    """Parameters can be made there, in that dtype; None is torch's default."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _DTYPES):
+        names = "float16, bfloat16, float32 or float64 of torch, or None"
+        raise ConfigError(f"dtype: expected {names}, got {show(dtype)}")
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=as_device(device))
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).partition("\n")[0][:LINE]
+        raise ConfigError(
+            f"device: expected one that this torch and machine have, got {show(device)}; "
+            f"torch says: {told}"
+        ) from None
+
+
+def check_layer_input(x: Tensor, dim: int, weight: Tensor | None) -> None:
+    """x is ``[B, T, dim]`` where the layer's weights are, if it has any, in a dtype that they can
+    be used with."""
+    check_tensor("x", x)
     if x.dim() != 3 or x.shape[-1] != dim:
         raise ShapeError(f"x: expected [B, T, {dim}], got {list(x.shape)}")
-    check_device("x", x, weight, "the layer's device")
     if x.dtype not in _DTYPES:
         raise ShapeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if weight is None:
+        return
+    check_device("x", x, weight, "the layer's device")
     if x.dtype == weight.dtype or weight.dtype not in _DTYPES:  # quantised weights take any
         return
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float64 or autocast_dtype(x.device) is None:
         raise ShapeError(f"x: expected the layer's dtype {weight.dtype}, got {x.dtype}")
 
 
-def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> None:
-    """Everything that is checked before a backend sees the inputs."""
+def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> AttentionInputs:
+    """Everything that is checked before a backend sees the inputs, which are returned."""
     q, cu_seqlens = inputs.q, inputs.cu_seqlens
     check_query(q, config)
-    check_packing(q, cu_seqlens, inputs.max_seqlen, check=check)
+    check = check and not q.is_meta
+    max_seqlen = check_packing(q, cu_seqlens, inputs.max_seqlen, check=check)
     k_cmp, v_cmp = inputs.compressed
     check_compressed("compressed.k", k_cmp, q, config, cu_seqlens, check=check)
     check_compressed("compressed.v", v_cmp, q, config, cu_seqlens, check=check)
@@ -52,6 +118,7 @@ def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> 
         check_block_idx(inputs.block_idx, q, config, cu_seqlens, check=check)
     if check:
         check_values(inputs, config)
+    return inputs if max_seqlen is None else inputs._replace(max_seqlen=max_seqlen)
 
 
 def check_values(inputs: AttentionInputs, config: NSAConfig) -> None:
@@ -67,6 +134,8 @@ def check_values(inputs: AttentionInputs, config: NSAConfig) -> None:
 
 def check_query(q: Tensor, config: NSAConfig) -> None:
     """q is ``[B, T, H, D]`` in a float dtype."""
+    check_config(config)
+    check_tensor("q", q)
     if q.dim() != 4 or q.shape[2:] != (config.num_heads, config.head_dim):
         raise ShapeError(
             f"q: expected [B, T, {config.num_heads}, {config.head_dim}] "
@@ -78,6 +147,7 @@ def check_query(q: Tensor, config: NSAConfig) -> None:
 
 def check_like_query(name: str, x: Tensor, q: Tensor, shape: tuple[int | None, ...]) -> None:
     """x has q's device and dtype, and the shape given (None: any size)."""
+    check_tensor(name, x)
     fits = x.dim() == len(shape) and all(
         want is None or want == got for want, got in zip(shape, x.shape, strict=True)
     )
@@ -99,6 +169,7 @@ def check_compressed(
     name: str, x: Tensor, q: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, *, check: bool
 ) -> None:
     """φ's output: exactly N rows for a regular batch, enough of them for a packed one."""
+    check_tensor(name, x)
     size = config.dv if name.endswith(".v") else config.head_dim
     if cu_seqlens is not None:
         check_like_query(name, x, q, (1, None, config.num_kv_heads, size))
@@ -140,6 +211,7 @@ def check_kv(name: str, kv: KV, q: Tensor, config: NSAConfig, q_start: int = 0) 
 
 def check_gates(gates: Tensor, q: Tensor) -> None:
     """gates are ``[B, T, H, 3]`` in q's dtype or fp32."""
+    check_tensor("gates", gates)
     expected = (*q.shape[:3], 3)
     if tuple(gates.shape) != expected:
         raise ShapeError(f"gates: expected {list(expected)}, got {list(gates.shape)}")
@@ -150,15 +222,20 @@ def check_gates(gates: Tensor, q: Tensor) -> None:
 
 def check_packing(
     x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, *, check: bool
-) -> None:
-    """``cu_seqlens`` is int32 ``[n_seq + 1]``, from 0 up to the total of x ``[1, total, …]``."""
+) -> int | None:
+    """``cu_seqlens`` is int32 ``[n_seq + 1]``, from 0 up to the total of x ``[1, total, …]``.
+
+    Returns:
+        the bound ``max_seqlen``, or the total if that is lower; None where no bound is given.
+    """
     if cu_seqlens is None:
         if max_seqlen is not None:
             raise ShapeError(
-                f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}; "
+                f"max_seqlen: expected None without cu_seqlens, got {show(max_seqlen)}; "
                 "pass cu_seqlens as well, or neither"
             )
-        return
+        return None
+    check_tensor("cu_seqlens", cu_seqlens)
     if x.shape[0] != 1:
         raise ShapeError(
             f"cu_seqlens: expected packed input [1, total, ...], got batch size {x.shape[0]}"
@@ -179,9 +256,10 @@ def check_packing(
                 "have to be read back from the device"
             )
         if max_seqlen < 0:
-            raise ShapeError(f"max_seqlen: expected >= 0, got {max_seqlen}")
+            raise ShapeError(f"max_seqlen: expected >= 0, got {show(max_seqlen)}")
     if cu_seqlens.device.type == "cpu" or check:
         _check_packing_values(x.shape[1], cu_seqlens, max_seqlen, check=check)
+    return None if max_seqlen is None else torch.sym_min(max_seqlen, x.shape[1])
 
 
 def _check_packing_values(
@@ -216,6 +294,7 @@ def check_block_idx(
     block_idx: Tensor, q: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, *, check: bool
 ) -> None:
     """``block_idx`` is int32 ``[B, T, K, width]``, ascending, then −1."""
+    check_tensor("block_idx", block_idx)
     expected = (q.shape[0], q.shape[1], config.num_kv_heads)
     if block_idx.dim() != 4 or tuple(block_idx.shape[:3]) != expected or block_idx.shape[3] < 1:
         raise ShapeError(

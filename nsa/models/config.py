@@ -11,6 +11,9 @@ from nsa.errors import ConfigError, is_finite, is_int, require, require_fields, 
 
 Attention = Literal["nsa", "dense"]
 
+_MOST = {"dim": 2**24, "num_layers": 10_000, "hidden_dim": 2**26, "vocab_size": 2**24}
+"""The largest sizes: bytes of a matrix are counted in int64, and layers are made in a minute."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -40,12 +43,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "hidden_dim", "vocab_size"):
             value = getattr(self, name)
-            if name == "hidden_dim" and value is None:
+            if name == "hidden_dim" and value is None:  # dim is checked by now
                 value = 64 * max(1, round(self.dim * 8 / 3 / 64))
                 object.__setattr__(self, name, value)
             require(is_int(value) and value >= 1, name, "an int >= 1", value)
+            require(value <= _MOST[name], name, f"at most {_MOST[name]}", value)
         require(isinstance(self.nsa, NSAConfig), "nsa", "an NSAConfig", self.nsa)
         require_known("attention", self.attention, get_args(Attention))
+        if self.attention == "dense":  # torch's kernels mask before they scale
+            scale = self.nsa.softmax_scale
+            require(scale > 0, "nsa.scale", "a number > 0 with attention='dense'", scale)
         tied, eps = self.tied_embeddings, self.norm_eps
         require(isinstance(tied, bool), "tied_embeddings", "True or False", tied)
         positive = isinstance(eps, float) and is_finite(eps) and eps > 0
@@ -65,6 +72,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Invert :meth:`to_dict`; unknown or missing names raise ConfigError."""
+        require(isinstance(values, Mapping), "values", "a table of values", values)
         require_fields(cls, values)
         missing = [name for name in ("dim", "num_layers", "nsa") if name not in values]
         if missing:

@@ -5,14 +5,14 @@ Shapes: C vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from nsa.errors import require
+from nsa.errors import ShapeError, is_finite, is_int, require, show
 from nsa.models.language_model import LanguageModel
 
 
@@ -36,11 +36,15 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for name, expected, holds in (
-            ("max_new_tokens", "an int >= 0", lambda x: x >= 0),
-            ("temperature", "a finite number >= 0", lambda x: 0 <= x < math.inf),
-            ("top_k", "an int >= 1", lambda x: x is None or x >= 1),
-            ("top_p", "a number in (0, 1]", lambda x: x is None or 0 < x <= 1),
-            ("seed", "an int in [0, 2**63)", lambda x: 0 <= x < 2**63),
+            ("max_new_tokens", "an int >= 0", lambda x: is_int(x) and x >= 0),
+            ("temperature", "a finite number >= 0", lambda x: is_finite(x) and x >= 0),
+            ("top_k", "an int >= 1", lambda x: x is None or (is_int(x) and x >= 1)),
+            (
+                "top_p",
+                "a number in (0, 1]",
+                lambda x: x is None or (is_finite(x) and 0 < x <= 1),
+            ),
+            ("seed", "an int in [0, 2**63)", lambda x: is_int(x) and 0 <= x < 2**63),
         ):
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             require(holds(value), flag, expected, value)
@@ -65,9 +69,13 @@ def generate(
             was trained on.
         stop: the token that ends the text; it is not yielded.
     """
+    require(isinstance(config, GenerationConfig), "config", "a GenerationConfig", config)
+    require(is_int(context) and context >= 1, "context", "an int >= 1", context)
+    tokens = list(prompt) if isinstance(prompt, Sequence) else []
+    if not (tokens and all(isinstance(x, SupportsIndex) and 0 <= int(x) < 2**63 for x in tokens)):
+        raise ShapeError(f"prompt: expected one token or more, ints >= 0, got {show(prompt)}")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
-    tokens = list(prompt)
     for _ in range(config.max_new_tokens):
         logits_C = model(torch.tensor([tokens[-context:]], device=device))[0, -1]
         token = sample(logits_C.double().cpu(), config, generator)
@@ -83,8 +91,11 @@ def sample(
     """Draw one token from logits on the CPU; ``top_p`` counts the shares among the ``top_k``."""
     if config.temperature == 0:
         return int(logits_C.argmax())
+    logits_C = logits_C - logits_C.amax()  # what follows may divide by a number close to 0
     # Sorted stably: equal logits keep their order, and nothing depends on topk's.
-    ordered, order = (logits_C / config.temperature).sort(descending=True, stable=True)
+    # No difference is infinite: a tiny temperature is the limit of zero.
+    scaled_C = (logits_C - logits_C.max()) / config.temperature
+    ordered, order = scaled_C.sort(descending=True, stable=True)
     shares = ordered[: config.top_k].softmax(0)
     if config.top_p is not None:
         before = shares.cumsum(0) - shares

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from nsa.backends import Resolution
 from nsa.backends.shared.recompute import in_a_graph, recompute
 from nsa.core.compile import static_floats
-from nsa.errors import ConfigError, ShapeError
+from nsa.core.validate import check_factory, check_tensor
+from nsa.errors import ConfigError, ShapeError, require
 from nsa.models.config import ModelConfig
 from nsa.models.dense import DenseAttention
 from nsa.module import NSAttention
@@ -102,6 +103,8 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require(isinstance(config, ModelConfig), "config", "a ModelConfig", config)
+        check_factory(device, dtype)
         if config.attention == "dense" and backend is not None:
             raise ConfigError(
                 f"backend: expected None with attention='dense', got {backend!r}; backends belong "
@@ -208,11 +211,16 @@ class LanguageModel(nn.Module):
         Raises:
             ShapeError: for tokens of another shape or dtype, and for packed input to a dense model.
         """
+        check_tensor("tokens", tokens)
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
             raise ShapeError(
                 f"tokens: expected int64 [B, T], got {_name(tokens.dtype)} {list(tokens.shape)}"
             )
-        x = self.embedding(tokens)
+        ids = self.config.vocab_size
+        try:
+            x = self.embedding(tokens)
+        except IndexError:
+            raise ShapeError(f"tokens: expected values in 0 … {ids - 1}, got others") from None
         checkpointing = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         selects = self.config.attention == "nsa"
         for block in self.blocks:
@@ -240,6 +248,8 @@ class LanguageModel(nn.Module):
         Raises:
             ShapeError: when ``targets`` does not match ``tokens``, and as :meth:`forward`.
         """
+        check_tensor("tokens", tokens)
+        check_tensor("targets", targets)
         if targets.shape != tokens.shape or targets.dtype != torch.int64:
             raise ShapeError(
                 f"targets: expected int64 {list(tokens.shape)} like tokens, got "
@@ -248,7 +258,13 @@ class LanguageModel(nn.Module):
         logits = self(tokens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        try:
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        except IndexError:
+            ids = self.config.vocab_size
+            raise ShapeError(
+                f"targets: expected values in 0 … {ids - 1}, or -100, got others"
+            ) from None
 
 
 def _name(dtype: torch.dtype) -> str:

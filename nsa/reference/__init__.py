@@ -7,6 +7,8 @@ up to fp64, on any device, with gradients, and shares nothing with the rest of t
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
@@ -26,6 +28,13 @@ __all__ = [
     "selection_scores",
     "window_attention",
 ]
+
+
+def unavailable(problem: Any, settings: Any) -> str | None:
+    """Why the oracle cannot run a problem, or None; it reads ``cu_seqlens``."""
+    if problem.packed and problem.device.type == "meta":
+        return "reference reads cu_seqlens, which has no values on the meta device"
+    return None
 
 
 def nsa_attention(

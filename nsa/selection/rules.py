@@ -15,13 +15,15 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.core.dtypes import NEG_INF
+from nsa.core.geometry import list_width, num_select_blocks
 
 _INDEX_LIMIT = 2**31 - 1
 
 
-def width(config: NSAConfig) -> int:
-    """Entries of every list, n; those past the blocks chosen are −1."""
-    return config.num_selected
+def width(length: int, config: NSAConfig) -> int:
+    """Entries of every list, n, where no sequence is longer than ``length`` tokens; those past the
+    blocks chosen are −1. ``num_selected``, or all blocks where that is far more than there are."""
+    return list_width(length, config)
 
 
 def most_blocks(position: Tensor, config: NSAConfig) -> Tensor:
@@ -52,19 +54,24 @@ def forced_blocks(position: Tensor, J: int, config: NSAConfig) -> tuple[Tensor, 
 
 
 def choose(
-    scores: Tensor, position: Tensor, config: NSAConfig, searched: Tensor | None = None
+    scores: Tensor,
+    position: Tensor,
+    n: int,
+    config: NSAConfig,
+    searched: Tensor | None = None,
 ) -> Tensor:
     """Forced blocks first, then the highest scores, ties to the lower index.
 
     Args:
         scores: ``[X, C, d, J]``, not negative.
         position: int64 ``[C, d]``, of each query in its sequence.
+        n: what :func:`width` said.
         searched: bool ``[X, C, d, J]``, the candidates that are ranked; None: all.
 
     Returns:
         int32 ``[X, C, d, n]``, ascending, then −1.
     """
-    J, n = scores.shape[-1], width(config)
+    J = scores.shape[-1]
     j = torch.arange(J, device=scores.device)
     candidate, forced = forced_blocks(position, J, config)
     ranked = candidate if searched is None else candidate & searched
@@ -96,8 +103,20 @@ def choose(
     return F.pad(blocks, (0, n - blocks.shape[-1]), value=-1).to(torch.int32)
 
 
-def first_block_only(config: NSAConfig, device: torch.device) -> Tensor:
+def first_block_only(n: int, device: torch.device) -> Tensor:
     """int32 ``[n]``, the list of a query that sees no compressed block: it stands in block 0, since
     l <= l'."""
-    slots = torch.arange(width(config), device=device, dtype=torch.int32)
-    return slots.clamp_max(1).neg()
+    return torch.arange(n, device=device, dtype=torch.int32).clamp_max(1).neg()
+
+
+def takes_all(length: int, config: NSAConfig) -> bool:
+    """Whether every query of sequences of up to ``length`` tokens reads all its candidates."""
+    if (config.select_schedule, config.select_regions, least_mass(config)) != (None, None, None):
+        return False
+    return num_select_blocks(length, config) <= config.num_selected
+
+
+def all_blocks(position: Tensor, n: int, config: NSAConfig) -> Tensor:
+    """int32 ``[T, n]``, the lists of queries at ``position`` ``[T]`` that read all they may."""
+    block = torch.arange(n, device=position.device, dtype=torch.int32)
+    return block.where(block <= (position // config.select_block)[:, None], -1)

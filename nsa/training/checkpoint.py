@@ -5,7 +5,8 @@ A store is a folder::
     step-000200/            one checkpoint; older ones are removed
         model.safetensors  optimizer.safetensors  rng.safetensors
         state.json          everything that is not a tensor
-        manifest.json       size and SHA-256 of the other files, written last
+        manifest.json       the step, size and SHA-256 of the other files, and its own SHA-256;
+                            written last
     latest                  the name of the newest complete checkpoint
 
 A checkpoint is written under a temporary name, put on the disk, renamed, and only then named by
@@ -14,61 +15,49 @@ A checkpoint is written under a temporary name, put on the disk, renamed, and on
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
+import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from nsa.errors import CheckpointError
-from nsa.training.files import replace_atomically, sync_folder, to_json, write_durably
+from nsa.errors import CheckpointError, show
+from nsa.training.checkpoint_format import (
+    MANIFEST,
+    Checkpoint,
+    name_of,
+    read_checkpoint,
+    safetensors,
+    step_in,
+    write_checkpoint,
+)
+from nsa.training.files import (
+    read_file,
+    remove_leftovers,
+    replace_atomically,
+    sync_folder,
+    temporary_of,
+)
 
-FORMAT = 1
-"""Raised by one whenever what is written changes."""
+LATEST = "latest"
+"""The file that names a checkpoint."""
 
-_PREFIX = "step-"
-_LATEST = "latest"
-_MANIFEST = "manifest.json"
-_STATE = "state.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """What was read back; every byte of it matched its checksum."""
-
-    path: Path
-    step: int
-    """Optimizer steps done."""
-    state: dict[str, Any]
-    """The JSON part."""
-    tensors: dict[str, dict[str, Tensor]]
-    """The groups of tensors requested, on the CPU."""
-
-    def tensor(self, group: str, name: str, *, like: Tensor) -> Tensor:
-        """Look one tensor up.
-
-        Raises:
-            CheckpointError: it is missing, or of another shape or dtype than ``like``.
-        """
-        tensor = self.tensors[group].get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.path}: expected a tensor named {name!r}, got none")
-        if tensor.shape != like.shape or tensor.dtype != like.dtype:
-            raise CheckpointError(
-                f"{self.path}: {name}: expected {like.dtype} {list(like.shape)}, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
-            )
-        return tensor
+_LISTED = re.compile(r"step-[\w.+-]{1,100}", re.ASCII)
+"""What ``latest`` may name."""
+_NAME_LIMIT = 1 << 10
+_SHOWN_NAMES = 5
 
 
 class CheckpointStore:
     """The checkpoints of one run.
+
+    Only folders that :meth:`save` made are ever removed: their name is a step in six digits or
+    more, they are no links, and they have a manifest.
 
     Args:
         folder: where they live; made at the first save.
@@ -76,35 +65,55 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        _safetensors()  # a missing package is better found before training than after
+        safetensors()  # a missing package is better found before training than after
         self.folder = folder
         self.keep = keep
+        self._saved: Path | None = None
 
     def latest(self) -> Path | None:
         """Find the newest complete checkpoint; None when nothing has been saved.
 
+        It is the one that ``latest`` names; where that file is missing (a kill in the first save, a
+        hand), the one of the highest step.
+
         Raises:
-            CheckpointError: ``latest`` does not name a folder that is there.
+            CheckpointError: ``latest`` cannot be read, or does not name a folder that is there.
         """
-        pointer = self.folder / _LATEST
+        pointer = self.folder / LATEST
         try:
-            name = pointer.read_text(encoding="utf-8").strip()
+            name = read_file(pointer, limit=_NAME_LIMIT).decode(errors="replace").strip()
         except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot read {pointer}: {error}") from error
-        checkpoints = {path.name: path for path in self._all()}
-        if name not in checkpoints:
+            return max(self._own(), key=_step_of, default=None)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {pointer}: {error.strerror or error}") from error
+        found = [path for path in _entries(self.folder) if _LISTED.fullmatch(path.name)]
+        names = sorted((path.name for path in found if os.path.isdir(path)), key=_natural)
+        if name not in names:
+            known = ", ".join(names[-_SHOWN_NAMES:])
+            fix = "write one of those into it to resume from it"
+            if not known:
+                fix = "delete it to begin at step 0"
             raise CheckpointError(
-                f"{pointer}: expected the name of a checkpoint beside it, got {name!r} (found: "
-                f"{', '.join(checkpoints) or 'none'}); write one of those into it to resume from it"
+                f"{pointer}: expected the name of a checkpoint beside it, got {show(name)} "
+                f"(found: {known or 'none'}); {fix}"
             )
-        return checkpoints[name]
+        return self.folder / name
+
+    def is_used(self) -> bool:
+        """Whether a checkpoint was saved, be it there or not."""
+        return os.path.lexists(self.folder / LATEST) or bool(self._own())
+
+    def newest(self) -> Path | None:
+        """Find :meth:`latest`, or None where it is damaged, for a message about something else."""
+        try:
+            return self.latest()
+        except CheckpointError:
+            return None
 
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
     ) -> Path:
-        """Write one checkpoint and make it the latest.
+        """Write one checkpoint and make it the latest, whatever became of the others.
 
         Args:
             step: optimizer steps done.
@@ -114,27 +123,19 @@ class CheckpointStore:
         Raises:
             CheckpointError: the disk refused; the checkpoints already there are as they were.
         """
-        final = self.folder / f"{_PREFIX}{step:06d}"
-        previous = self.latest()
-        if previous == final:  # an interrupt right after a periodic save
+        final = self.folder / name_of(step)
+        if self._saved == final and final.is_dir():  # an interrupt right after a periodic save
             return final
-        temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        previous = self.newest()
+        temporary = temporary_of(final)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob(".*.tmp"):  # what a killed save left
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            _write(temporary, step, tensors, state)
-            if final.exists():  # of a damaged or abandoned run; latest does not name it
-                self._remove(final)
+            remove_leftovers(self.folder, rf"{LATEST}|step-[0-9]+")
+            write_checkpoint(temporary, step, tensors, state)
+            self._make_way(final)
             os.rename(temporary, final)
             sync_folder(self.folder)
-            replace_atomically(self.folder / _LATEST, f"{final.name}\n".encode())
-            for old in self._all()[: -self.keep]:
-                if old != final:
-                    self._remove(old)
+            replace_atomically(self.folder / LATEST, f"{final.name}\n".encode())
         except OSError as error:
             intact = f"{previous} is intact" if previous else "there is no earlier one"
             raise CheckpointError(
@@ -142,38 +143,54 @@ class CheckpointStore:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        self._saved = final
+        for old in sorted(self._own(), key=_step_of)[: -self.keep]:
+            if old != final:
+                # What is in use, or another's, stays: the checkpoint that counts is written.
+                with contextlib.suppress(OSError):
+                    self._remove(old)
         return final
 
-    def _all(self) -> list[Path]:
-        """List every checkpoint, oldest first."""
-        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir()]
-        return sorted(found, key=lambda path: (len(path.name), path.name))
+    def _own(self) -> list[Path]:
+        """List the checkpoints that :meth:`save` made here."""
+        return [path for path in _entries(self.folder) if _is_own(path)]
+
+    def _make_way(self, path: Path) -> None:
+        """Free the name of a checkpoint: of an abandoned run, or of somebody's own making."""
+        if _is_own(path):
+            self._remove(path)
+        elif os.path.lexists(path):
+            asides = (path.with_name(f"{path.name}.aside{number}") for number in itertools.count(1))
+            os.rename(path, next(aside for aside in asides if not os.path.lexists(aside)))
 
     def _remove(self, path: Path) -> None:
         """Delete a checkpoint; its name is gone before its files, so it is never half there."""
-        trash = self.folder / f".{path.name}.{os.getpid()}.old.tmp"
+        trash = temporary_of(path).with_suffix(".old.tmp")
         os.rename(path, trash)
-        shutil.rmtree(trash)
+        shutil.rmtree(trash, ignore_errors=True)  # the rest goes with the next save
 
 
-def _write(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-) -> None:
-    """Write the files of one checkpoint, the manifest last."""
-    folder.mkdir()
-    files: dict[str, Any] = {}
+def _entries(folder: Path) -> list[Path]:
+    """List a folder; one that is not there is empty."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
 
-    def write(name: str, data: bytes) -> None:
-        write_durably(folder / name, data)
-        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    for group, named in tensors.items():
-        # Made contiguous here: safetensors refuses views.
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-        write(f"{group}.safetensors", _safetensors().save(on_cpu))
-    write(_STATE, to_json(state))
-    write_durably(folder / _MANIFEST, to_json({"format": FORMAT, "step": step, "files": files}))
-    sync_folder(folder)
+def _is_own(path: Path) -> bool:
+    complete = os.path.isfile(path / MANIFEST)
+    return step_in(path.name) >= 0 and complete and not path.is_symlink()
+
+
+def _natural(name: str) -> tuple[int, str]:
+    return len(name), name
+
+
+def _step_of(path: Path) -> int:
+    return step_in(path.name)
 
 
 def load_checkpoint(path: Path, groups: Iterable[str]) -> Checkpoint:
@@ -187,21 +204,7 @@ def load_checkpoint(path: Path, groups: Iterable[str]) -> Checkpoint:
         CheckpointError: nothing there, or a file that is missing, truncated, changed, or written
             in another format.
     """
-    folder = find_checkpoint(path)
-    manifest = _parse_json(folder / _MANIFEST, _read(folder / _MANIFEST))
-    version = manifest.get("format")
-    if version != FORMAT:
-        raise CheckpointError(f"{folder}: expected checkpoint format {FORMAT}, got {version!r}")
-    step, files = manifest.get("step"), manifest.get("files")
-    if not isinstance(step, int) or not isinstance(files, dict):
-        raise CheckpointError(f"{folder / _MANIFEST} is damaged: expected a step and files")
-    state = _parse_json(folder / _STATE, _read_checked(folder / _STATE, files))
-    # The checksums matched, so a file that does not parse would be a bug of ours, not damage.
-    tensors = {
-        group: _safetensors().load(_read_checked(folder / f"{group}.safetensors", files))
-        for group in groups
-    }
-    return Checkpoint(path=folder, step=step, state=state, tensors=tensors)
+    return read_checkpoint(find_checkpoint(path), groups)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -210,61 +213,14 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if path.is_dir() and (path.name.startswith(_PREFIX) or (path / _MANIFEST).exists()):
+    there = os.path.isdir(path)
+    if there and (path.name.startswith("step-") or os.path.exists(path / MANIFEST)):
         return path
     for folder in (path, path / "checkpoints"):
-        latest = CheckpointStore(folder, keep=1).latest() if folder.is_dir() else None
+        latest = CheckpointStore(folder, keep=1).latest() if os.path.isdir(folder) else None
         if latest is not None:
             return latest
-    what = "a file" if path.is_file() else "nothing there"
-    if path.is_dir():
+    what = "a file" if os.path.isfile(path) else "nothing there"
+    if there:
         what = "a folder without one"
     raise CheckpointError(f"{path}: expected a run or a checkpoint folder, got {what}")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is damaged: {path.name} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _read_checked(path: Path, files: Mapping[str, Any]) -> bytes:
-    """Read a file that must be as the manifest says."""
-    data = _read(path)
-    entry = files.get(path.name)
-    if not isinstance(entry, dict):
-        manifest = path.with_name(_MANIFEST)
-        raise CheckpointError(f"{manifest} is damaged: expected an entry for {path.name}")
-    if entry.get("bytes") != len(data):
-        raise CheckpointError(
-            f"{path} is damaged: expected {entry.get('bytes')} bytes, got {len(data)}"
-        )
-    if entry.get("sha256") != hashlib.sha256(data).hexdigest():
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {_MANIFEST}")
-    return data
-
-
-def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise CheckpointError(f"{path} is damaged: expected JSON, got {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: expected a JSON object")
-    return value
-
-
-def _safetensors() -> ModuleType:
-    """Import the package late: everything but checkpoints works without it."""
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        if error.name != "safetensors":
-            raise
-        raise CheckpointError(
-            "expected the safetensors package, got none; pip install 'nsa-torch[train]'"
-        ) from None
-    return safetensors.torch

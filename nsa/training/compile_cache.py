@@ -5,39 +5,57 @@ The file is a line of JSON (what wrote it, sizes and checksums) and then what
 one result that grew, torch reads back the last part alone.
 
 It holds compiled code and pickles, which torch runs: use only files that you trust as much as a
-program. Of kernels for a CPU torch keeps the C++ source and compiles it again, so that there a hit
+program. A file that others can write to is refused; a new one is readable by its owner alone. Of
+kernels for a CPU torch keeps the C++ source and compiles it again, so that there a hit
 saves little; tracing the model is not saved anywhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import pickle
 import platform
-from collections.abc import Callable
+import re
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from nsa.errors import ConfigError
-from nsa.training.files import replace_atomically, write_durably
+from nsa.errors import ConfigError, is_int, show
+from nsa.training.files import (
+    JSON_LIMIT,
+    open_regular,
+    parse_json,
+    remove_leftovers,
+    replace_atomically,
+    temporary_of,
+    write_durably,
+)
 
 _KIND = "nsa compile cache"
 _FORMAT = 1
 _START = f'{{"kind": "{_KIND}"'.encode()
+_UNUSABLE = (
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError,
+    EOFError, OSError, MemoryError, pickle.PickleError,
+)  # fmt: skip
+"""What torch raises of a body that is none of its own, or of another version of it."""
 
 
 class CompileCache:
     """The file of ``--compile-cache``.
 
     Args:
-        path: the file; it need not exist.
+        path: the file, or a link to it; it need not exist.
         device: where the code will run.
 
     Raises:
-        ConfigError: it cannot be read, or could not be written.
+        ConfigError: it cannot be read, could not be written, or others can write to it.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -47,12 +65,19 @@ class CompileCache:
         self._maker = _maker(device)
         self._parts: list[bytes] = []
         self._foreign = False
+        if "\0" in str(path):
+            raise ConfigError(
+                f"--compile-cache: expected a path without NUL, got {show(str(path))}"
+            )
         if path.exists() and not path.is_file():
             raise ConfigError(f"--compile-cache: expected a file, got {path}, which is none")
-        trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._stored = path.read_bytes() if path.exists() else b""
+            self._file = Path(os.path.realpath(path))
+            folder = self._file.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder, re.escape(self._file.name))
+            self._stored = _read_own(self._file) if self._file.exists() else b""
+            trial = temporary_of(self._file)
             try:
                 write_durably(trial, b"")
             finally:
@@ -73,10 +98,9 @@ class CompileCache:
             return
         try:
             for part in _split(stored, self._maker):
-                if torch.compiler.load_cache_artifacts(part) is None:
-                    raise ValueError("torch cannot read it")
+                _give_to_torch(part)
             self.loaded = True
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             say(f"note: {self.path}: {error}; compiling anew")
 
     def save(self, say: Callable[[str], None]) -> None:
@@ -87,9 +111,55 @@ class CompileCache:
             return
         self._parts.append(artifacts[0])
         try:
-            replace_atomically(self.path, _join(self._parts, self._maker))
+            if not self._file.exists():
+                write_durably(self._file, b"", mode=0o600)  # what replaces it keeps the mode
+            replace_atomically(self._file, _join(self._parts, self._maker))
         except OSError as error:
             say(f"note: could not write {self.path}: {error.strerror or error}; continuing without")
+
+
+def _read_own(path: Path) -> bytes:
+    """Read a file that nobody else can have changed.
+
+    Raises:
+        ConfigError: its owner is another user than this one or root, or others can write to it.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        writable = stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+        if os.name != "nt" and (writable or status.st_uid not in (0, os.geteuid())):
+            raise ConfigError(
+                "--compile-cache: expected a file that only you can write to, since torch runs "
+                f"what it holds, got {path}, {stat.filemode(status.st_mode)} of user "
+                f"{status.st_uid}; chmod go-w it if you trust it, or name another"
+            )
+        return file.read()
+
+
+def _give_to_torch(part: bytes) -> None:
+    """Load what one call of ``save_cache_artifacts`` returned.
+
+    Raises:
+        ValueError: torch cannot use it.
+    """
+    try:
+        with _silent(logging.getLogger("torch.compiler._cache")):  # it would print a traceback
+            read = torch.compiler.load_cache_artifacts(part) is not None
+    except _UNUSABLE as error:
+        reason = show(f"{type(error).__name__}: {error}")
+        raise ValueError(f"torch cannot use it ({reason})") from error
+    if not read:
+        raise ValueError("torch cannot read it")
+
+
+@contextlib.contextmanager
+def _silent(log: logging.Logger) -> Iterator[None]:
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _maker(device: torch.device) -> dict[str, str]:
@@ -115,22 +185,28 @@ def _split(stored: bytes, maker: dict[str, str]) -> list[bytes]:
     Raises:
         ValueError: damage, or another maker.
     """
-    line, _, rest = stored.partition(b"\n")
+    end = stored.find(b"\n", 0, JSON_LIMIT)
     try:
-        header: dict[str, Any] = json.loads(line)
+        header = parse_json(stored[: max(end, 0)])
         written = {name: header[name] for name in ("format", *maker)}
         listed = [(part["bytes"], part["sha256"]) for part in header["parts"]]
+        if not all(is_int(size) and size >= 0 for size, _ in listed):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         raise ValueError("damaged: its first line does not parse") from None
     for name, mine in {"format": _FORMAT, **maker}.items():
         if written[name] != mine:
-            raise ValueError(f"written for {name} {written[name]}, here is {name} {mine}")
-    parts = []
+            theirs = show(written[name]).strip("'")
+            raise ValueError(f"written for {name} {theirs}, here is {name} {mine}")
+    parts, at = [], end + 1
     for size, digest in listed:
-        part, rest = rest[:size], rest[size:]
+        part = stored[at : at + size]
         if hashlib.sha256(part).hexdigest() != digest:
             raise ValueError("damaged: its SHA-256 is not the one in its first line")
         parts.append(part)
+        at += size
+    if at != len(stored):
+        raise ValueError("damaged: it goes on where its first line says that it ends")
     return parts
 
 

@@ -9,9 +9,15 @@ from typing import Any, Literal, get_args
 
 from nsa.errors import ConfigError, is_finite, is_int, require, require_known
 from nsa.models import ModelConfig
+from nsa.training.data import Split
 
 Precision = Literal["fp32", "bf16"]
 CompileMode = Literal["none", "blocks", "model"]
+
+_MOST = {"accumulate": 2**16}
+"""The largest values, where they are no limits of int64: a step has to end."""
+_KINDS: dict[Any, Any] = {"str": str, "str | None": str | None, "bool": bool}
+"""Of the type of a field, what its value must be an instance of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +30,8 @@ class TrainConfig:
 
     data: str
     """Text file or folder; by default "stdlib", Python's own standard library."""
+    split: Split = "bytes"
+    """What a 20th of is for validation; "files", of whatever size, is what old runs did."""
     device: str
     """A torch device."""
     precision: Precision
@@ -81,6 +89,11 @@ class TrainConfig:
                 least = 0 if field.name in ("seed", "warmup") else 1
                 good = is_int(value) and value >= least
                 require(good, flag(field.name), f"an int >= {least}", value)
+                most = _MOST.get(field.name, 2**63 - 1)
+                require(value <= most, flag(field.name), f"an int <= {most}", value)
+            elif field.type in _KINDS:  # what a file holds may be of any type
+                kind, value = _KINDS[field.type], getattr(self, field.name)
+                require(isinstance(value, kind), flag(field.name), str(field.type), value)
         for name, expected, holds in (
             ("lr", "> 0", lambda x: x > 0),
             ("min_lr", "in [0, 1]", lambda x: 0 <= x <= 1),
@@ -91,6 +104,7 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             require(is_finite(value) and holds(value), flag(name), f"a number {expected}", value)
+        require_known("--split", self.split, get_args(Split))
         require_known("--precision", self.precision, get_args(Precision))
         require_known("--compile", self.compile, get_args(CompileMode))
 
@@ -128,7 +142,12 @@ are compared themselves)."""
 _ROUNDING = frozenset({"compile"})
 """May change when a run is resumed, and changes rounding, which is then noted."""
 
-_ADDED_LATER = {"compile": "none", "log_attention_every": None, "recompute": False}
+_ADDED_LATER = {
+    "compile": "none",
+    "split": "files",
+    "log_attention_every": None,
+    "recompute": False,
+}
 """Settings that older runs do not have, and what those runs did."""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,16 @@ from torch import Tensor
 
 from nsa.errors import DataError
 
+Split = Literal["bytes", "files"]
+
 STDLIB = "stdlib"
 SEPARATOR = b"\0"
 """Stands before every document; text does not contain it."""
 
 _BYTES = 256
 _COUNTED_AT_ONCE = 1 << 24
-_VALIDATION_SHARE = 0.05
+_LEAST, _CUT, _MOST = 20, 10, 5
+"""The validation split has a 20th to a fifth of all bytes; where a file is cut for it, a tenth."""
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _SKIPPED_IN_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
@@ -39,6 +42,8 @@ class Corpus:
     """uint8, the others."""
     train_files: int
     validation_files: int
+    cut: str | None
+    """The file in both splits, since as a whole it would be most of the validation split."""
     skipped: int
     """Files left out: empty, unreadable, or not text."""
 
@@ -52,16 +57,18 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(source: str) -> Corpus:
+def load_corpus(source: str, split: Split = "bytes") -> Corpus:
     """Read a text file, every text file under a folder, or the Python standard library.
 
-    Files go to the validation split by a hash of their path relative to the folder (about 5 %), so
-    the split is the same on every machine that has the same files. A single file is cut: its last
-    tenth is the validation split. Everything is kept in memory.
+    Files go to the validation split in the order of a hash of their path relative to the folder, so
+    the split is the same on every machine that has the same files. Everything is kept in memory.
 
     Args:
         source: a path, or "stdlib" for the ``*.py`` files of the running Python's standard library,
             without tests and installed packages.
+        split: "bytes": files go to the validation split until it has a 20th of all bytes; one that
+            would bring it past a fifth (a single file always does) is cut, its end making it a
+            tenth. "files": a 20th of the files, of whatever size.
 
     Raises:
         DataError: a path that does not exist, cannot be read, or holds no text.
@@ -87,24 +94,45 @@ def load_corpus(source: str) -> Corpus:
                 f"--data: expected text files in {root}, got {len(paths)} files, none of "
                 "them readable, non-empty text"
             )
-    if len(documents) == 1:
-        (text,) = documents.values()
-        cut = len(text) - max(1, len(text) // 10)
-        train, validation = [text[:cut]], [text[cut:]]
-    else:
-        # The files with the smallest hashes, not those under a threshold: never an empty split.
-        by_hash = sorted(documents, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-        count = max(1, round(_VALIDATION_SHARE * len(documents)))
-        train = [documents[name] for name in sorted(by_hash[count:])]
-        validation = [documents[name] for name in sorted(by_hash[:count])]
+    by_files = split == "files" and len(documents) > 1
+    train, validation = (_split_files if by_files else _split_bytes)(documents)
     return Corpus(
         source=source,
         train=_join(train),
         validation=_join(validation),
         train_files=len(train),
         validation_files=len(validation),
+        cut=next(iter(train.keys() & validation.keys()), None),
         skipped=left_out,
     )
+
+
+def _by_hash(documents: Iterable[str]) -> list[str]:
+    return sorted(documents, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+
+
+def _split_bytes(documents: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Split by size; a document that is cut is in both."""
+    train, validation, size = dict(documents), {}, 0
+    total = sum(map(len, documents.values()))
+    for name in _by_hash(documents):
+        if _LEAST * size >= total:
+            break
+        text = train.pop(name)
+        if _MOST * (size + len(text)) > total:
+            end = len(text) - max(1, total // _CUT - size)
+            train[name], text = text[:end], text[end:]
+        validation[name] = text
+        size += len(text)
+    return train, validation
+
+
+def _split_files(documents: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Split by count: what runs did before sizes were looked at, and go on with."""
+    # The files with the smallest hashes, not those under a threshold: never an empty split.
+    names = _by_hash(documents)[: max(1, round(len(documents) / _LEAST))]
+    validation = {name: documents[name] for name in names}
+    return {name: documents[name] for name in documents.keys() - validation.keys()}, validation
 
 
 def _walk(root: Path, *, suffix: str, skipped: frozenset[str]) -> Iterator[Path]:
@@ -140,8 +168,8 @@ def _require_text(path: Path) -> bytes:
     return data
 
 
-def _join(documents: list[bytes]) -> np.ndarray:
-    joined = b"".join(SEPARATOR + text for text in documents)
+def _join(documents: dict[str, bytes]) -> np.ndarray:
+    joined = b"".join(SEPARATOR + documents[name] for name in sorted(documents))
     return np.frombuffer(joined, dtype=np.uint8)
 
 

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from nsa.errors import CheckpointError, NSAError
+from nsa.errors import CheckpointError, NSAError, show
 from nsa.training.attention_log import AttentionLog
-from nsa.training.checkpoint import CheckpointStore, load_checkpoint
+from nsa.training.checkpoint import LATEST, CheckpointStore, load_checkpoint
 from nsa.training.compile import Compilation
 from nsa.training.config import RunConfig
 from nsa.training.data import load_corpus, require_length
-from nsa.training.files import JsonlWriter, replace_atomically, to_json
+from nsa.training.files import (
+    JSON_LIMIT,
+    parse_json,
+    read_file,
+    remove_leftovers,
+    replace_atomically,
+    sealed,
+    to_json,
+    unsealed,
+)
 from nsa.training.interrupt import StopRequest
-from nsa.training.trainer import GROUPS, StepResult, Trainer
+from nsa.training.lock import NAME as LOCK
+from nsa.training.lock import FolderLock
+from nsa.training.memory import require_memory_to_train
+from nsa.training.metrics import JsonlWriter
+from nsa.training.trainer import GROUPS, StepResult, Trainer, config_of
+
+_CONFIG = "config.json"
+_METRICS = "metrics.jsonl"
 
 
 class Display(Protocol):
     """Where people look while a model trains."""
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why nobody can look any more, if so: the run saves and stops."""
 
     def line(self, text: str) -> None:
         """Print one line."""
@@ -39,18 +59,19 @@ class Diverged(NSAError):
 
 
 class Run:
-    """Everything of one run, made and checked; nothing is written before :meth:`train`.
+    """Everything of one run, made and checked; nothing is written before :meth:`train` (the lock of
+    a trainer that was killed is taken away).
 
     Args:
-        folder: of the run; one process at a time may write to it.
+        folder: of the run; locked while :meth:`train` runs.
         config: model and training; of a resumed run, only what changes no number may differ from
             what is stored.
         resume: whether to continue the run in ``folder``; else there must be none.
         compile_cache: the file of ``--compile-cache``, or None.
 
     Raises:
-        CheckpointError: a run in the way, none to resume, a damaged one, or one of another
-            configuration or other data.
+        CheckpointError: a run in the way, none to resume, a damaged one, one of another
+            configuration or other data, or one that another process trains.
         ConfigError, DataError, UsageError: what this machine or the data refuses.
     """
 
@@ -60,60 +81,82 @@ class Run:
         self.folder = folder
         self.config = config
         self.notes: list[str] = []
-        """What may make a resumed run differ from one never interrupted."""
+        """What was found that the user should know, a line each."""
+        self._found = _state_of(folder)
+        if os.path.lexists(folder / LOCK):  # a trainer runs, or was killed: better known now
+            with FolderLock(folder, self.notes.append):
+                pass
         self._store = CheckpointStore(folder / "checkpoints", keep=config.train.keep)
         checkpoint = None
         if resume:
             self._refuse_differences(stored_config(folder))
             latest = self._store.latest()
-            if latest is not None:
+            if latest is None:
+                self.notes.append("note: no checkpoint was saved; resuming from step 0")
+            else:
                 checkpoint = load_checkpoint(latest, GROUPS)
-                saved = RunConfig.from_dict(checkpoint.state["config"])
+                saved = config_of(checkpoint)
                 self._refuse_differences(saved)
-        else:
-            for name in ("config.json", "checkpoints"):
-                if (folder / name).exists():
-                    raise CheckpointError(
-                        f"{folder} already holds a run: expected --resume to continue it, or "
-                        "another --out"
-                    )
+                self._note_missing(latest)
+        elif os.path.lexists(folder / _CONFIG) or self._store.is_used():
+            raise CheckpointError(
+                f"{folder} already holds a run: expected --resume to continue it, or another --out"
+            )
         device = torch.device(config.train.device)
         self._compilation = Compilation(config.train.compile, device, compile_cache)
-        self.corpus = load_corpus(config.train.data)
+        self.corpus = load_corpus(config.train.data, config.train.split)
         require_length(self.corpus, config.train.seq_len)
+        require_memory_to_train(config)
         self.trainer = Trainer(config, self.corpus)
         if checkpoint is not None:
             self.trainer.restore(checkpoint)
-            before, now = checkpoint.state["threads"], torch.get_num_threads()
-            if device.type == "cpu" and before != now:
-                self.notes.append(f"saved with {before} threads, resuming with {now}")
+            before, now = checkpoint.value("threads", kind=int), torch.get_num_threads()
             rounding = saved.differences(config, rounding=True)
-            self.notes += [f"resuming with {text}" for text in rounding]
+            changes = [f"resuming with {text}" for text in rounding]
+            if device.type == "cpu" and before != now:
+                changes.append(f"saved with {show(before)} threads, resuming with {now}")
+            self.notes += [f"note: {text}: results may differ in the last bits" for text in changes]
+
+    def _note_missing(self, latest: Path) -> None:
+        """Say what was taken in place of files that are gone."""
+        if not os.path.lexists(self.folder / _CONFIG):
+            self.notes.append(f"note: {_CONFIG} is missing; that of {latest.name} is taken")
+        if not os.path.lexists(latest.with_name(LATEST)):
+            self.notes.append(f"note: {LATEST} is missing; taking {latest.name}, the newest there")
 
     def train(self, display: Display) -> float | None:
-        """Train up to the last step, or until a signal asks to stop (then save first).
+        """Train up to the last step, or until a signal or a lost display asks to stop (then save
+        first).
 
         Returns:
             The last validation loss (nats per byte), or None when it was stopped.
 
         Raises:
             Diverged: a number was not finite.
-            CheckpointError: a checkpoint could not be written.
+            CheckpointError: a checkpoint could not be written, or another trainer is in the folder.
             DataError: metrics could not be written.
             NSAError: as :meth:`nsa.training.compile.Compilation.session`.
         """
-        with self._compilation.session(display.line):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FolderLock(self.folder, display.line) as lock, self._compilation.session(display.line):
+            if _state_of(self.folder) != self._found:
+                raise CheckpointError(
+                    f"{self.folder}: expected the run that was read at the start, got a changed "
+                    "one: another trainer was there; start again"
+                )
+            remove_leftovers(self.folder, rf"{_CONFIG}|{_METRICS}")
             if self.trainer.step < self.config.train.steps:
-                return self._loop(display)
+                return self._loop(display, lock)
             validation_loss = self.trainer.validate()
             self._note_start(display, "validation")
             return validation_loss
 
-    def _loop(self, display: Display) -> float | None:
+    def _loop(self, display: Display, lock: FolderLock) -> float | None:
         trainer, train = self.trainer, self.config.train
         first, attention = trainer.step + 1, AttentionLog(trainer)
         # Lines of metrics past the checkpoint are dropped: those steps are run again.
-        metrics_file = JsonlWriter(self.folder / "metrics.jsonl", step=trainer.step)
+        path = self.folder / _METRICS
+        metrics_file = JsonlWriter(path, step=trainer.step, say=display.line)
         with StopRequest() as stop, metrics_file as metrics:
             clock = _Clock(trainer)
             while True:
@@ -121,6 +164,7 @@ class Run:
                 step, last = trainer.step, trainer.step == train.steps
                 if step == first:
                     self._note_start(display, "step")
+                self._keep_folder(display, lock)
                 display.advance(step)
                 if step % train.log_every == 0 or last:
                     loss, grad_norm = self._finite(result)
@@ -149,21 +193,33 @@ class Run:
                     display.line(f"step {step}: {text}")
                     self._compilation.keep(display.line)  # the first validation compiles, too
                     clock.restart()
-                if step % train.save_every == 0 or last or stop.requested:
+                if step % train.save_every == 0 or last or stop.requested or display.lost:
                     self._finite(result)
                     metrics.sync()  # metrics on the disk are never behind the checkpoint
                     self._store.save(step, trainer.tensors(), trainer.state())
                     clock.restart()
                     if last:
                         return validation_loss
-                    if stop.requested:
+                    if stop.requested or display.lost:
                         return None
 
     def _note_start(self, display: Display, first: str) -> None:
         """Say what runs, which is known after the first ``first``, and store the configuration."""
         self._compilation.ready(display.line, first)
         display.line(f"backend      {self._backend()}")
-        replace_atomically(self.folder / "config.json", to_json(self.config.to_dict()))
+        self._write_config()
+
+    def _keep_folder(self, display: Display, lock: FolderLock) -> None:
+        """Put back what was removed: the model in memory is worth more than its folder."""
+        path = self.folder / _CONFIG
+        if not os.path.lexists(path):
+            self._write_config()
+            display.line(f"note: {path} was removed while training; it is written anew")
+        lock.hold()
+
+    def _write_config(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_atomically(self.folder / _CONFIG, to_json(sealed(self.config.to_dict())))
 
     def _backend(self) -> str:
         resolution = self.trainer.model.resolution
@@ -177,7 +233,7 @@ class Run:
         loss, grad_norm = float(result.loss), float(result.grad_norm)
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
-                latest = self._store.latest()
+                latest = self._store.newest()
                 raise Diverged(
                     f"{name} at step {self.trainer.step}: expected a finite number, got {value}; "
                     "lower --lr or raise --warmup (last checkpoint: "
@@ -195,22 +251,34 @@ class Run:
 
 
 def stored_config(folder: Path) -> RunConfig:
-    """Read the configuration of the run in a folder.
+    """Read the configuration of the run in a folder; without its file, that of the checkpoint.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = folder / "config.json"
+    path = folder / _CONFIG
     try:
-        return RunConfig.from_dict(json.loads(path.read_bytes()))
+        return RunConfig.from_dict(unsealed(parse_json(read_file(path, limit=JSON_LIMIT))))
     except FileNotFoundError:
+        latest = CheckpointStore(folder / "checkpoints", keep=1).latest()
+        if latest is not None:
+            return config_of(load_checkpoint(latest, ()))
         raise CheckpointError(
-            f"--resume: expected a run in {folder}, got no config.json; start one without --resume"
+            f"--resume: expected a run in {folder}, got no {_CONFIG}; start one without --resume"
         ) from None
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, AttributeError) as error:  # JSON, or what it holds
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # JSON, its seal, or what it holds
+        raise CheckpointError(
+            f"{path} is damaged: {error}; without it, that of the latest checkpoint is taken"
+        ) from error
+
+
+def _state_of(folder: Path) -> list[tuple[int, int]]:
+    """Tell whether another trainer was in a folder: every write gives another state."""
+    files = [folder / name for name in (_CONFIG, _METRICS, f"checkpoints/{LATEST}")]
+    found = [os.lstat(path) for path in files if os.path.lexists(path)]
+    return [(file.st_ino, file.st_mtime_ns) for file in found]
 
 
 class _Clock:

@@ -9,15 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa.errors import CheckpointError
+from nsa.errors import CheckpointError, ConfigError, show
 from nsa.models import LanguageModel
-from nsa.training.checkpoint import Checkpoint
+from nsa.training.checkpoint_format import Checkpoint
 from nsa.training.compile import loss_function
 from nsa.training.config import RunConfig
 from nsa.training.data import Corpus, training_batch, validation_batches
 
 GROUPS = ("model", "optimizer", "rng")
 """The groups of tensors in a checkpoint."""
+
+_NUMPY_WORDS = 624
+"""Of the state of numpy's generator."""
 
 
 class StepResult(NamedTuple):
@@ -158,13 +161,21 @@ class Trainer:
         """Put back what :meth:`tensors` and :meth:`state` gave.
 
         Raises:
-            CheckpointError: other data, or tensors that do not fit the model.
+            CheckpointError: other data, tensors that do not fit the model, or a state that does not
+                fit the step.
         """
-        saved, mine = checkpoint.state["data"]["sha256"], self._fingerprint
+        saved, mine = checkpoint.value("data", "sha256", kind=str), self._fingerprint
         if saved != mine:
             raise CheckpointError(
-                f"{checkpoint.path}: expected the bytes it was trained on (SHA-256 {saved[:12]}…), "
-                f"got others from {self.corpus.source} ({mine[:12]}…); --data must be the same text"
+                f"{checkpoint.path}: expected the bytes it was trained on (SHA-256 "
+                f"{show(saved[:12])}…), got others from {self.corpus.source} ({mine[:12]}…); "
+                "--data must be the same text"
+            )
+        next_batch = checkpoint.value("data", "next_batch", kind=int)
+        if next_batch != checkpoint.step * self.config.train.accumulate:
+            raise CheckpointError(
+                f"{checkpoint.path} is damaged: expected the step that ends before batch "
+                f"{next_batch}, got {checkpoint.step}"
             )
         load_model(self.model, checkpoint)
         for name, parameter in self.model.named_parameters():
@@ -180,16 +191,43 @@ class Trainer:
                 self.optimizer.state[parameter][key] = empty.copy_(value)
         self.step = checkpoint.step
 
-        tensors, values = checkpoint.tensors["rng"], checkpoint.state["rng"]
-        torch.set_rng_state(tensors["torch_cpu"])
-        if self.device.type == "cuda" and "torch_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["torch_cuda"], self.device)
-        version, words, gauss = values["python"]
-        random.setstate((version, tuple(words), gauss))
-        position, has_gauss, cached = values["numpy"]
-        np.random.set_state(
-            ("MT19937", tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached)
+        self._restore_rng(checkpoint)
+
+    def _restore_rng(self, checkpoint: Checkpoint) -> None:
+        words = checkpoint.tensor("rng", "numpy", like=torch.empty(_NUMPY_WORDS, dtype=torch.int64))
+        try:
+            version, state, gauss = checkpoint.value("rng", "python", kind=list)
+            random.setstate((version, tuple(state), None if gauss is None else float(gauss)))
+            position, has_gauss, cached = checkpoint.value("rng", "numpy", kind=list)
+            if not 0 <= position <= _NUMPY_WORDS:  # numpy would read beyond its words
+                raise ValueError
+            state = ("MT19937", words.numpy().astype(np.uint32), position, has_gauss, cached)
+            np.random.set_state(state)
+            torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
+            if self.device.type == "cuda" and "torch_cuda" in checkpoint.tensors["rng"]:
+                torch.cuda.set_rng_state(checkpoint.tensors["rng"]["torch_cuda"], self.device)
+        except (TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path} is damaged: expected states of random generators, got others"
+            ) from error
+
+
+def config_of(checkpoint: Checkpoint) -> RunConfig:
+    """Read the configuration of the run that saved a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or a value of it is unknown or out of range.
+    """
+    try:
+        config = RunConfig.from_dict(checkpoint.value("config", kind=dict))
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint.path}: unusable configuration: {error}") from error
+    layers, tensors = config.model.num_layers, checkpoint.tensors.get("model")
+    if tensors is not None and layers > len(tensors):  # to make them all might never end
+        raise CheckpointError(
+            f"{checkpoint.path}: expected tensors for {show(layers)} layers, got {len(tensors)}"
         )
+    return config
 
 
 def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
@@ -201,7 +239,7 @@ def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
     expected = model.state_dict()
     for name in checkpoint.tensors["model"]:
         if name not in expected:
-            raise CheckpointError(f"{checkpoint.path}: the model has no tensor named {name!r}")
+            raise CheckpointError(f"{checkpoint.path}: the model has no tensor named {show(name)}")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(checkpoint.tensor("model", name, like=parameter))

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from nsa.config import PRESETS, NSAConfig
+from nsa.config import MOST, PRESETS, NSAConfig
 from nsa.errors import ConfigError, NSAError, nearest
 
 INTS = [field.name for field in fields(NSAConfig) if field.type == "int"]
@@ -37,6 +37,17 @@ def test_lengths_have_a_least_value(name):
     least = 0 if name in ("num_initial", "num_local") else 1
     with refused(f"{name}: expected at least {least}, got {least - 1}"):
         NSAConfig(**{name: least - 1})
+
+
+@pytest.mark.parametrize("name", [*INTS, "value_dim"])
+def test_lengths_have_a_largest_value(name):
+    """Beyond it nothing could count them; more digits than Python prints are no exception."""
+    most = MOST.get(name, 2**31 - 1)
+    hint = ", or None" if name == "value_dim" else ""
+    with refused(f"{name}: expected at most {most}{hint}, got {most + 1}"):
+        NSAConfig(**{name: most + 1})
+    with refused(f"{name}: expected at most {most}{hint}, got int too long to print"):
+        NSAConfig(**{name: 10**5000})
 
 
 def test_every_block_may_be_forced():
@@ -75,6 +86,17 @@ def test_no_block_needs_to_be_forced():
         ({"scale": float("nan")}, "scale: expected a finite number, or None, got nan"),
         ({"scale": "1"}, "scale: expected a finite number, or None, got '1'"),
         ({"scale": True}, "scale: expected a finite number, or None, got True"),
+        ({"scale": 10**400}, f"scale: expected a finite number, or None, got 1{199 * '0'}…"),
+        (
+            {"scale": -1e-300},
+            "scale: expected 0, or a number of a size between 1e-37 and 1e38, which float32 holds, "
+            "or None, got -1e-300",
+        ),
+        (
+            {"rope_theta": 1e300},
+            "rope_theta: expected a number of a size between 1e-37 and 1e38, which float32 holds, "
+            "or None, got 1e+300",
+        ),
         (
             {"compression": "MLP"},
             "compression: expected one of the known names, got 'MLP'; "
@@ -102,6 +124,11 @@ def test_no_block_needs_to_be_forced():
 def test_a_broken_rule_is_named(changes, message):
     with refused(message):
         NSAConfig(**changes)
+
+
+@pytest.mark.parametrize("scale", [-2.5, 0, 1e-37, 1e38])
+def test_a_scale_may_have_any_sign(scale):
+    assert NSAConfig(scale=scale).softmax_scale == scale
 
 
 def test_an_odd_head_needs_no_rope():

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -327,6 +328,32 @@ def test_use_settings_knows_its_fields():
         pass
 
 
+@pytest.mark.parametrize("name", INTS)
+def test_integers_have_a_largest_value(name):
+    with refused(f"NSA_{name}: expected an integer <= 2147483647, got 10000000000000"):
+        Settings(**{name.lower(): 10**13})
+    with refused(f"NSA_{name}: expected an integer, got '{199 * '9'}…"):
+        Settings.from_environ({f"NSA_{name}": "9" * 5000})
+
+
+@pytest.mark.parametrize("value", [3, "debug", {"log": "debug"}])
+def test_use_settings_takes_settings(value):
+    with refused(f"settings: expected Settings, got {value!r}"), use_settings(value):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (None, "environ: expected names and texts, got None"),
+        ({"NSA_CHECK": 1}, "NSA_CHECK: expected text, got 1"),
+    ],
+)
+def test_an_environment_is_text(environ, message):
+    with refused(message):
+        Settings.from_environ(environ)
+
+
 def test_use_settings_checks_values():
     with refused("NSA_CHECK: expected 0 or 1, got 3"), use_settings(check=3):
         pass
@@ -343,6 +370,23 @@ def test_use_settings_sets_the_log_level(how):
     before = logger.level
     with use_settings(**how):
         assert logger.level == logging.DEBUG
+    assert logger.level == before
+
+
+@pytest.mark.parametrize("leaves_first", [0, 1])
+def test_overlapping_blocks_leave_the_log_level_as_it_was(leaves_first):
+    """Blocks of other threads, or generators: whichever is left first."""
+    logger = logging.getLogger("nsa")
+    before = logger.level
+    blocks = [use_settings(log="debug"), use_settings(log="error")]
+    threads = [ThreadPoolExecutor(1) for _ in blocks]
+    for thread, block in zip(threads, blocks, strict=True):
+        thread.submit(block.__enter__).result()
+    assert logger.level == logging.ERROR
+    threads[leaves_first].submit(blocks[leaves_first].__exit__, None, None, None).result()
+    assert logger.level == (logging.ERROR if leaves_first == 0 else logging.DEBUG)
+    other = 1 - leaves_first
+    threads[other].submit(blocks[other].__exit__, None, None, None).result()
     assert logger.level == before
 
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from nsa import NSAttention
+from nsa import (
+    BackendUnavailable,
+    ConfigError,
+    NSAttention,
+    Resolution,
+    SettingsError,
+    resolve,
+    use_settings,
+)
 from nsa.testing import Inputs
 from tests.support.entries import (
     CONFIG,
@@ -157,3 +166,128 @@ def test_everything_is_where_q_is(name: str) -> None:
 def test_q_alone_is_elsewhere() -> None:
     with refused("compressed.k: expected q's device meta, got cpu"):
         attention(changed(REGULAR, "q", lambda x: x.to("meta")))
+
+
+# What is no tensor, no pair, no configuration
+
+
+@pytest.mark.parametrize("name", Inputs.NAMES)
+def test_every_argument_is_a_tensor(name: str) -> None:
+    for value in (None, 3, REGULAR.q.tolist()):
+        with refused(f"{name}: expected a tensor, got {type(value).__name__}"):
+            attention(changed(REGULAR, name, lambda x: value))  # noqa: B023
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "block_idx"])
+def test_every_optional_argument_is_a_tensor(name: str) -> None:
+    with refused(f"{name}: expected a tensor, got list"):
+        attention(replace(PACKED, **{name: [0, 5, 5, 11]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x: x.to_sparse(), "sparse_coo"),
+        (lambda x: x.to_mkldnn(), "_mkldnn"),
+        (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "nested"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_every_tensor_is_dense(change: Callable[[Tensor], Tensor], told: str) -> None:
+    for name in Inputs.NAMES:
+        message = f"{name}: expected a dense tensor, got a {told} one; use {name}.to_dense()"
+        with refused(message):
+            attention(changed(REGULAR, name, change))
+    with refused(f"x: expected a dense tensor, got a {told} one"):
+        NSAttention(DIM, CONFIG)(change(torch.zeros(2, 11, DIM)))
+
+
+@pytest.mark.parametrize("name", ["compressed", "selected", "window"])
+def test_keys_and_values_are_a_pair(name: str) -> None:
+    kv = getattr(REGULAR, name)
+    for value, told in ((None, "NoneType"), (kv.k, "Tensor"), ((*kv, kv.k), "tuple of 3")):
+        with refused(f"{name}: expected KV(k, v), got {told}"):
+            attention(replace(REGULAR, **{name: value}))
+
+
+@pytest.mark.parametrize("value", [None, {"num_heads": 4}])
+def test_a_configuration_is_one(value: object) -> None:
+    message = f"config: expected an NSAConfig, got {value}"
+    with refused(message, ConfigError):
+        attention(replace(REGULAR, config=value))
+    with refused(message, ConfigError):
+        selection(replace(REGULAR, config=value))
+    with refused(message, ConfigError):
+        NSAttention(DIM, value)
+    with refused(message, ConfigError):
+        resolved(config=value)
+
+
+def resolved(**changes: object) -> Resolution:
+    given = {"config": CONFIG, "device": "cpu", "dtype": torch.float32, "length": 9}
+    return resolve(**{**given, "packed": False, "needs_grad": False, **changes})
+
+
+@pytest.mark.parametrize("value", [[], {}, 3, torch.zeros(2)])
+def test_a_backend_is_a_name(value: object) -> None:
+    message = "backend: expected one of the known names, got "
+    for entry in (attention, selection):
+        with refused(message, SettingsError):
+            entry(REGULAR, backend=value)
+    with refused(message, SettingsError):
+        resolved(backend=value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "gpu"}, "device: expected a device such as 'cpu', got 'gpu'; torch says: "),
+        ({"dtype": "fp32"}, "dtype: expected a dtype of torch, got 'fp32'"),
+        ({"length": -1}, "length: expected an int >= 0, got -1"),
+        ({"packed": None}, "packed: expected True or False, got None"),
+        ({"needs_grad": 1}, "needs_grad: expected True or False, got 1"),
+        ({"settings": {}}, "settings: expected Settings, got {}"),
+    ],
+)
+def test_resolve_checks_its_arguments(changes: dict[str, object], message: str) -> None:
+    with refused(message, ConfigError):
+        resolved(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "gpu"}, "device: expected a device such as 'cpu', got 'gpu'; torch says: "),
+        ({"device": "xla:7"}, "device: expected one that this torch and machine have, got 'xla:7'"),
+        ({"dtype": torch.int32}, "dtype: expected float16, bfloat16, float32 or float64 of torch"),
+        ({"dim": 2**24 + 1}, "dim: expected at most 16777216, got 16777217"),
+    ],
+)
+def test_the_layer_checks_where_its_parameters_go(changes: dict[str, object], message: str) -> None:
+    with refused(message, ConfigError):
+        NSAttention(**{"dim": DIM, "config": CONFIG, **changes})
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("inputs", [REGULAR, PACKED], ids=["regular", "packed"])
+def test_shapes_come_from_the_meta_device(inputs: Inputs, check: bool) -> None:
+    """Forward and backward, and lists; there are no values to check."""
+    leaves = tuple(x.detach().to("meta").requires_grad_() for x in inputs.leaves())
+    cu_seqlens = None if inputs.cu_seqlens is None else inputs.cu_seqlens.to("meta")
+    meta = replace(inputs.with_leaves(leaves), cu_seqlens=cu_seqlens)
+    with use_settings(check=check):
+        out, blocks = attention(meta), selection(meta)
+        layer = NSAttention(DIM, CONFIG, device="meta")
+    assert (out.device.type, out.shape) == ("meta", attention(inputs).shape)
+    assert (blocks.device.type, blocks.shape) == ("meta", selection(inputs).shape)
+    for x, dx in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert x.shape == dx.shape
+    x = torch.zeros(*inputs.q.shape[:2], DIM, device="meta")
+    assert layer(x, cu_seqlens=cu_seqlens).shape == x.shape
+
+
+def test_the_oracle_reads_packed_sequences() -> None:
+    leaves = tuple(x.detach().to("meta") for x in PACKED.leaves())
+    meta = replace(PACKED.with_leaves(leaves), cu_seqlens=PACKED.cu_seqlens.to("meta"))
+    with pytest.raises(BackendUnavailable, match="reads cu_seqlens, which has no values on the"):
+        attention(meta, "reference")

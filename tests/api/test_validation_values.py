@@ -148,6 +148,21 @@ def test_legal_lists_under_check(blocks: list[int]) -> None:
             attention(with_list(REGULAR, blocks, token))
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "fa2-dense", "compiled"])
+def test_lists_that_are_not_looked_at(backend: str) -> None:
+    """Any order, negative entries and blocks past the query; not a block twice."""
+    lists = torch.tensor([[7, 1, -3, 0], [-1, 0, 5, -1], [2**31 - 1, -(2**31), -1, 1]])
+    lists = lists[torch.arange(2 * 11 * 2).view(2, 11, 2) % 3].to(torch.int32)
+    inputs = replace(REGULAR, block_idx=lists)
+    with use_settings(fa2_provider="math"):
+        got = attention(inputs, backend)
+        dx = torch.autograd.grad(got, inputs.leaves(), inputs.dout)
+    want = attention(inputs, "reference")
+    torch.testing.assert_close(got, want)
+    for a, b in zip(dx, torch.autograd.grad(want, inputs.leaves(), inputs.dout), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # Finite values
 
 

@@ -5,12 +5,21 @@ Structure is asked of the cheapest compiler that shows it: "eager" runs the trac
 """
 
 import json
+import os
+import pickle
 import shutil
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.codecache import InductorCacheArtifact
+from torch._inductor.utils import fresh_cache
+from torch.compiler._cache import _serialize_single_cache
+from torch.utils._appending_byte_serializer import AppendingByteSerializer
 
 from nsa import ConfigError
 from nsa.tools.generate import __main__ as generate
@@ -21,6 +30,7 @@ from nsa.training.checkpoint import load_checkpoint
 from nsa.training.compile_cache import CacheUse, CompileCache
 from nsa.training.config import RunConfig, TrainConfig
 from nsa.training.data import load_corpus
+from nsa.training.files import temporary_of
 from nsa.training.trainer import Trainer
 from tests.support.training_runs import config_of, error_of, flags, metrics, write_texts
 
@@ -163,6 +173,7 @@ def test_runs_from_before_the_flag(data):
             ["--compile", "model", "--compile-cache", "/dev/null/code"],
             "--compile-cache: cannot use /dev/null/code: ",
         ),
+        (["--compile", "model", "--compile-cache", "a\0b"], "expected arguments without NUL, got"),
     ],
 )
 def test_refused_before_anything_runs(data, tmp_path, capsys, argv, text):
@@ -251,6 +262,11 @@ def test_every_part_comes_back(stored, artifacts):
     assert [path.name for path in stored.parent.iterdir()] == ["code"]
 
 
+def test_a_path_that_is_none():
+    with pytest.raises(ConfigError, match="--compile-cache: expected a path without NUL, got 'a"):
+        CompileCache(Path("a\0b"), CPU)
+
+
 def test_a_file_that_is_not_there_yet(tmp_path, artifacts):
     assert notes_of(tmp_path / "code") == []
     assert not list(tmp_path.iterdir())
@@ -267,10 +283,59 @@ def test_a_damaged_file_is_named(stored, artifacts, change):
     assert artifacts["loaded"] == []
 
 
-def test_a_damaged_first_line(stored):
-    stored.write_bytes(stored.read_bytes()[:40])
+def _with_header(stored: Path, **changes: object) -> None:
+    line, _, rest = stored.read_bytes().partition(b"\n")
+    stored.write_bytes(json.dumps({**json.loads(line), **changes}).encode() + b"\n" + rest)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        None,
+        7,
+        "ab",
+        {},
+        [7],
+        [[1, 2]],
+        [{"bytes": 1}],
+        [{"bytes": "1", "sha256": ""}],
+        [{"bytes": 1.5, "sha256": ""}],
+        [{"bytes": True, "sha256": ""}],
+        [{"bytes": -1, "sha256": ""}],
+        [{"bytes": None, "sha256": None}],
+    ],
+)
+def test_a_first_line_of_wrong_types(stored, artifacts, parts):
+    _with_header(stored, parts=parts)
+    (note,) = notes_of(stored)
+    assert note.startswith(f"note: {stored}: damaged: ")
+    assert note.endswith("; compiling anew")
+    assert artifacts["loaded"] == []
+
+
+@pytest.mark.parametrize(
+    "end", [b"", b"[" * 100_000, b"1" * 5000, b" " * 2**21, b"\xff", b"\n" + b"x" * 100]
+)
+def test_a_damaged_first_line(stored, end):
+    stored.write_bytes(stored.read_bytes()[:40] + end)
     (note,) = notes_of(stored)
     assert note == f"note: {stored}: damaged: its first line does not parse; compiling anew"
+
+
+def test_a_file_that_goes_on(stored, artifacts):
+    stored.write_bytes(stored.read_bytes() + b"!")
+    assert notes_of(stored) == [
+        f"note: {stored}: damaged: it goes on where its first line says that it ends; "
+        "compiling anew"
+    ]
+
+
+@pytest.mark.parametrize("value", ["x" * 10**6, "\x1b[2J", {"a": ["b"] * 10**5}, None, 10**300])
+def test_what_a_strangers_file_says_is_shown_short(stored, value):
+    _with_header(stored, device=value)
+    (note,) = notes_of(stored)
+    assert len(note) < 600
+    assert note.isprintable()
 
 
 @pytest.mark.parametrize("name", ["torch", "python", "device"])
@@ -286,6 +351,117 @@ def test_a_foreign_file_is_named(stored, artifacts, monkeypatch, name):
 def test_a_file_that_torch_cannot_read(stored, artifacts):
     artifacts["readable"] = False
     assert notes_of(stored) == [f"note: {stored}: torch cannot read it; compiling anew"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EOFError("Ran out of input"),
+        pickle.UnpicklingError("pickle data was truncated"),
+        AttributeError("'int' object has no attribute"),
+        ModuleNotFoundError("No module named 'torch.gone'"),
+        RuntimeError("first line\nsecond line"),
+        FileExistsError(17, "File exists", "/x"),
+        KeyError("x" * 10**5),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_file_that_torch_cannot_use(stored, monkeypatch, error):
+    def refuse(part):
+        raise error
+
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", refuse)
+    (note,) = notes_of(stored)
+    assert note.startswith(f"note: {stored}: torch cannot use it (")
+    assert type(error).__name__ in note
+    assert note.endswith("); compiling anew")
+    assert note.isprintable()
+    assert len(note) < 600
+
+
+@pytest.mark.parametrize("content", [None, b"", b"junk", pickle.dumps(7)])
+def test_torchs_own_words_are_not_printed(tmp_path, capfd, content):
+    """The real thing: a body that is none, and one whose one graph is none."""
+    body = b"junk"
+    if content is not None:
+        graph = InductorCacheArtifact("key", content)
+        serializer = AppendingByteSerializer(serialize_fn=_serialize_single_cache)
+        serializer.extend([("inductor", [graph])])
+        body = serializer.to_bytes()
+    path = tmp_path / "code"
+    path.write_bytes(compile_cache._join([body], compile_cache._maker(CPU)))
+    with fresh_cache():
+        notes = notes_of(path)
+    if torch.__version__ >= "2.12":  # before, torch looks at a graph when it needs it
+        assert len(notes) == 1
+    assert all(note.startswith(f"note: {path}: torch cannot ") for note in notes)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_others_may_read_as_before(stored, artifacts):
+    """What is new is private; what is there keeps its mode."""
+    assert stat.S_IMODE(stored.stat().st_mode) == 0o600
+    for mode in (0o600, 0o640, 0o444):
+        stored.chmod(mode)
+        artifacts["new"] = [b"code"]
+        cache = CompileCache(stored, CPU)
+        cache.save(pytest.fail)
+        assert stat.S_IMODE(stored.stat().st_mode) == mode
+
+
+def test_a_wide_umask_makes_no_file_that_is_refused(tmp_path, artifacts):
+    before = os.umask(0)
+    try:
+        artifacts["new"] = [b"code"]
+        CompileCache(tmp_path / "code", CPU).save(pytest.fail)
+    finally:
+        os.umask(before)
+    assert notes_of(tmp_path / "code") == []
+    assert artifacts["loaded"] == [b"code"]
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_file_that_others_can_write_to_is_refused(stored, artifacts, mode):
+    stored.chmod(mode)
+    with pytest.raises(ConfigError, match=r"--compile-cache: expected a file that only you can wr"):
+        CompileCache(stored, CPU)
+    assert artifacts["loaded"] == []
+
+
+def test_a_file_of_another_user_is_refused(stored, monkeypatch):
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+    if mine == 0:  # root may change anything anyway
+        CompileCache(stored, CPU)
+        os.chown(stored, 12345, -1)
+    with pytest.raises(ConfigError, match="; chmod go-w it if you trust it, or name another"):
+        CompileCache(stored, CPU)
+
+
+def test_a_link_stays_one(stored, tmp_path, artifacts):
+    link = tmp_path / "link"
+    link.symlink_to(stored)
+    artifacts["new"] = [b"code"]
+    cache = CompileCache(link, CPU)
+    cache.load(pytest.fail)
+    cache.save(pytest.fail)
+    assert link.is_symlink()
+    assert b"code" in stored.read_bytes()
+    stored.chmod(0o666)
+    with pytest.raises(ConfigError, match="expected a file that only you can write to"):
+        CompileCache(link, CPU)
+
+
+def test_what_killed_processes_left_is_removed(stored):
+    folder = stored.parent
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    mine = [folder / f".code.{gone.pid}.tmp", folder / temporary_of(stored).name]
+    others = [folder / name for name in (f".codes.{gone.pid}.tmp", ".code.tmp", "code.tmp")]
+    for path in (*mine, *others):
+        path.touch()
+    CompileCache(stored, CPU)
+    assert sorted(folder.iterdir()) == sorted([stored, *others])
 
 
 def test_somebody_elses_file_is_left_alone(tmp_path, artifacts):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -73,7 +74,8 @@ def pair(
     sharded.load_state_dict(plain.state_dict())
     if compiler is not None:
         sharded.compile_blocks(dynamic=False, backend=compiler)
-    options = {} if policy is None else {"mp_policy": policy}
+    mesh = init_device_mesh(device, (dist.get_world_size(),))  # else the GPU, where there is one
+    options = {"mesh": mesh} if policy is None else {"mesh": mesh, "mp_policy": policy}
     for block in sharded.blocks:
         fully_shard(block, **options)
     fully_shard(sharded, **options)

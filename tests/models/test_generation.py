@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsa import ConfigError
+from nsa import ConfigError, ShapeError
 from nsa.models import GenerationConfig, generate
 from nsa.models.generation import sample
 
@@ -92,3 +92,14 @@ def test_the_context_is_never_longer_than_in_training():
     config = GenerationConfig(max_new_tokens=4)
     assert bytes(generate(model, b"\0abcd", config, context=3, stop=0)) == b"efgh"
     assert [bytes(seen) for seen in model.seen] == [b"bcd", b"cde", b"def", b"efg"]
+
+
+@pytest.mark.parametrize("prompt", [[], None, [1.5], "ab", [-1], [10**30]])
+def test_a_prompt_is_tokens(prompt):
+    with pytest.raises(ShapeError, match=r"^prompt: expected one token or more, ints >= 0, got "):
+        next(generate(Scripted(b"a"), prompt, GenerationConfig(), context=8))
+
+
+def test_a_temperature_close_to_zero_takes_the_likeliest():
+    logits = torch.tensor([0.0, 3.0, 2.0], dtype=torch.float64)
+    assert sample(logits, GenerationConfig(temperature=1e-300)) == 1

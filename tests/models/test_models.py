@@ -37,6 +37,10 @@ def bytes_of(batch: int, length: int) -> torch.Tensor:
         ({"num_layers": 2.0}, "num_layers: expected an int >= 1, got 2.0"),
         ({"vocab_size": True}, "vocab_size: expected an int >= 1, got True"),
         ({"hidden_dim": -1}, "hidden_dim: expected an int >= 1, got -1"),
+        (
+            {"attention": "dense", "nsa": NSAConfig.preset("tiny", scale=-1.0)},
+            "nsa.scale: expected a number > 0 with attention='dense', got -1.0",
+        ),
         ({"attention": "dens"}, "attention: .* got 'dens'; did you mean 'dense'?"),
         ({"norm_eps": 0.0}, "norm_eps: expected a finite float > 0, got 0.0"),
         ({"norm_eps": math.nan}, "norm_eps: expected a finite float > 0, got nan"),
@@ -395,3 +399,21 @@ def test_no_random_state_is_stashed(monkeypatch):
     monkeypatch.setattr(torch, "get_rng_state", refuse)
     model = LanguageModel(small(num_layers=1), activation_checkpointing=True)
     model.loss(bytes_of(1, 20), bytes_of(1, 20)).backward()
+
+
+@pytest.mark.parametrize("value", [256, -1])
+def test_tokens_are_of_the_vocabulary(value):
+    model, tokens = LanguageModel(small()), torch.tensor([[1, 2, value]])
+    with pytest.raises(ShapeError, match=r"tokens: expected values in 0 … 255, got others"):
+        model(tokens)
+    with pytest.raises(ShapeError, match=r"targets: expected values in 0 … 255, or -100, got o"):
+        model.loss(torch.zeros_like(tokens), tokens)
+
+
+def test_arguments_are_what_they_should_be():
+    with pytest.raises(ConfigError, match=r"^config: expected a ModelConfig, got None$"):
+        LanguageModel(None)
+    with pytest.raises(ShapeError, match=r"^tokens: expected a tensor, got list$"):
+        LanguageModel(small())([[1, 2]])
+    with pytest.raises(ConfigError, match=r"^dim: expected at most 16777216, got 10{12}$"):
+        small(dim=10**12)

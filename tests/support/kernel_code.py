@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 TARGET = 90
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _NAMES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

@@ -12,7 +12,9 @@ import torch
 
 from nsa.tools.train import __main__ as train
 from nsa.tools.train.flags import run_config, train_parser
+from nsa.training.checkpoint import load_checkpoint
 from nsa.training.config import RunConfig
+from nsa.training.trainer import GROUPS
 
 MODEL = {
     "dim": 32,
@@ -65,6 +67,18 @@ def metrics(run: Path) -> list[dict[str, float]]:
     for line in lines:
         line.pop("tokens_per_second", None)
     return lines
+
+
+def assert_same_run(run: Path, other: Path, *, with_metrics: bool = True) -> None:
+    """Bit for bit: metrics, weights, optimizer, random state."""
+    assert not with_metrics or metrics(run) == metrics(other)
+    mine, theirs = (load_checkpoint(path, GROUPS) for path in (run, other))
+    assert mine.step == theirs.step
+    assert mine.state["rng"] == theirs.state["rng"]
+    for group in GROUPS:
+        assert mine.tensors[group].keys() == theirs.tensors[group].keys()
+        for name, tensor in mine.tensors[group].items():
+            assert torch.equal(tensor, theirs.tensors[group][name]), name
 
 
 def start(*arguments: object) -> "subprocess.Popen[str]":

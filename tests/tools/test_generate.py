@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint(run, tmp_path, capsys):
 
 def test_in_a_process_of_its_own_that_writes_ascii(run, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    arguments = ("--max-new-tokens", 5, "--temperature", 0, "--prompt", "é")
+    arguments = ("--max-new-tokens", 5, "--temperature", 0, "--prompt", "é", "--device", "cpu")
     process = start("-m", "nsa.tools.generate", run, *arguments)
     printed, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")

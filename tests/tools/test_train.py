@@ -10,6 +10,7 @@ import torch
 from nsa import ConfigError
 from nsa.tools.train import __main__ as train
 from nsa.tools.train.display import Display
+from nsa.tools.train.flags import run_config
 from nsa.training.checkpoint import load_checkpoint
 from nsa.training.config import RunConfig, TrainConfig
 from nsa.training.data import load_corpus, training_batch
@@ -195,6 +196,33 @@ def test_options_of_a_step(data, changes):
     assert other.model.blocks[0].attention.recompute is values["recompute"]
 
 
+def test_what_was_split_is_printed(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, size in (("big.txt", 16_000), ("small.txt", 80)):
+        (data / name).write_text("some text" * (size // 9))
+    assert train.main([*flags(data=data, steps=1), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        f"data         {data}: 14,460 bytes to train on (1 files), 1,608 to validate (2; of "
+        "'big.txt' only the end), 0 files skipped\n"
+    ) in capsys.readouterr().out
+
+
+def test_runs_keep_their_split(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*flags(data=data, steps=1, split="files"), "--out", str(out)]) == 0
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert "split files" in capsys.readouterr().out
+    error = error_of(capsys, ["--out", str(out), "--resume", "--split", "bytes"])
+    assert "split files -> bytes" in error
+
+    values = config_of(data).to_dict()
+    assert values["train"].pop("split") == "bytes"
+    old = RunConfig.from_dict(values)  # of a run from before the flag
+    assert old.train.split == "files"
+    assert run_config({"data": str(data), "preset": "tiny"}, old).train.split == "files"
+
+
 def test_an_existing_run_is_not_overwritten(finished, data, capsys):
     before = (finished / "config.json").stat().st_mtime_ns
     error = error_of(capsys, [*flags(data=data), "--out", str(finished)])
@@ -258,12 +286,19 @@ def test_divergence_is_not_saved(data, tmp_path, capsys, log_every):
 
 
 def test_a_reader_that_leaves(data, tmp_path):
-    process = start("-m", "nsa.tools.train", *flags(data=data), "--out", tmp_path / "run")
-    process.stdout.readline()
+    out = tmp_path / "run"
+    endless = flags(data=data, steps=1_000_000, save_every=1_000_000)
+    process = start("-m", "nsa.tools.train", *endless, "--out", out)
+    while not process.stdout.readline().startswith("step 1/"):
+        assert process.poll() is None  # one that leaves earlier ends it before there is a run
     process.stdout.close()
-    assert process.stderr.read() == ""
+    errors = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 141
+    assert errors == (
+        f"error: stdout: Broken pipe; stopped and saved at step {load_checkpoint(out, ()).step}; "
+        f"resume with: python -m nsa.tools.train --out {out} --resume\n"
+    )
 
 
 def test_config_checks_its_values(data):

@@ -129,16 +129,36 @@ def test_the_latest_is_not_written_twice(store):
     assert manifest.stat().st_mtime_ns == before
 
 
-def test_a_leftover_of_the_same_name_is_replaced(store):
-    save(store, 3)
+def test_what_has_the_name_of_a_new_checkpoint_makes_way(store):
+    for step in (2, 3):
+        save(store, step)
+    (store.folder / "latest").write_text("step-000002\n")  # 3 is abandoned
     broken = store.folder / "step-000004"
     broken.mkdir()
     (broken / "junk").touch()
-    (store.folder / ".step-000009.1.tmp").mkdir()
-    path = save(store, 4)
-    assert not (path / "junk").exists()
-    assert load_checkpoint(path, ("model",)).step == 4
-    assert not list(store.folder.glob(".*"))
+    os.rename(store.folder / "step-000002", store.folder.parent / "elsewhere")
+    os.symlink(store.folder.parent / "elsewhere", store.folder / "step-000002")
+    resumed = CheckpointStore(store.folder, keep=2)
+    for step in (2, 3, 4):
+        path = save(resumed, step)
+        assert load_checkpoint(path, ("model",)).step == step
+    assert sorted(os.listdir(store.folder)) == [
+        "latest", "step-000002.aside1", "step-000003", "step-000004", "step-000004.aside1",
+    ]  # fmt: skip
+    assert os.listdir(store.folder / "step-000004.aside1") == ["junk"]
+    assert load_checkpoint(store.folder.parent / "elsewhere", ("model",)).step == 2
+
+
+def test_leftovers_of_a_killed_save_are_removed(store, gone):
+    path = save(store, 3)
+    for name in (f".step-000009.{gone}.tmp", f".step-000001.{gone}.old.tmp"):
+        (store.folder / name).mkdir()
+    (store.folder / f".latest.{gone}.tmp").touch()
+    others = [f".step-000009.{os.getppid()}.tmp", f".mine.{gone}.tmp"]
+    for name in others:
+        (store.folder / name).mkdir()
+    save(store, 4)
+    assert sorted(os.listdir(store.folder)) == sorted([*others, "latest", path.name, "step-000004"])
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(store, monkeypatch):

@@ -15,14 +15,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nsa import CheckpointError
+from nsa import CheckpointError, DataError
 from nsa.tools.train import __main__ as train
 from nsa.training.checkpoint import CheckpointStore, load_checkpoint
 from nsa.training.data import load_corpus
-from nsa.training.files import JsonlWriter
 from nsa.training.interrupt import StopRequest
+from nsa.training.metrics import JsonlWriter
 from nsa.training.trainer import GROUPS, Trainer
-from tests.support.training_runs import config_of, error_of, flags, metrics, start, write_texts
+from tests.support.training_runs import (
+    assert_same_run,
+    config_of,
+    error_of,
+    flags,
+    metrics,
+    start,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +46,12 @@ def finished(tmp_path_factory, data):
     return out
 
 
-def assert_same_run(run: Path, other: Path) -> None:
-    """Bit for bit: metrics, weights, optimizer, random state."""
-    assert metrics(run) == metrics(other)
-    mine, theirs = (load_checkpoint(path, GROUPS) for path in (run, other))
-    assert mine.step == theirs.step
-    assert mine.state["rng"] == theirs.state["rng"]
-    for group in GROUPS:
-        assert mine.tensors[group].keys() == theirs.tensors[group].keys()
-        for name, tensor in mine.tensors[group].items():
-            assert torch.equal(tensor, theirs.tensors[group][name]), name
-
-
 def test_the_format_on_the_disk(finished):
     """Read without the library: files of earlier runs must load, so this changes with FORMAT."""
     folder = finished / "checkpoints" / (finished / "checkpoints" / "latest").read_text().strip()
     manifest = json.loads((folder / "manifest.json").read_text())
+    seal = manifest.pop("sha256")
+    assert seal == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     names = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
     assert (manifest["format"], manifest["step"], list(manifest["files"])) == (1, 12, names)
     for name, entry in manifest["files"].items():
@@ -74,7 +72,10 @@ def test_the_format_on_the_disk(finished):
         "rng": ["numpy", "python"],
         "versions": ["numpy", "torch"],
     }
-    assert state["config"] == json.loads((finished / "config.json").read_text())
+    config = json.loads((finished / "config.json").read_text())
+    seal = config.pop("sha256")
+    assert seal == hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    assert state["config"] == config
     assert [len(state["rng"]["python"]), len(state["rng"]["numpy"])] == [3, 3]
     assert state["threads"] == torch.get_num_threads()
 
@@ -114,7 +115,7 @@ def test_killed_and_resumed_is_the_same_run(finished, data, tmp_path):
     assert_same_run(out, finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_first(data, tmp_path, number):
     out = tmp_path / "stopped"
     endless = flags(data=data, steps=1_000_000, save_every=1_000_000)
@@ -198,6 +199,28 @@ def test_a_second_interrupt_does_not_wait():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_closed_terminal_may_say_so_twice():
+    with StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)  # and end the rest of its session
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_killed_before_the_first_checkpoint(finished, data, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -230,8 +253,10 @@ def test_what_changes_no_number_may_change(finished, data, tmp_path, monkeypatch
 def test_metrics_keep_their_lines_apart(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\nnot json\n[]\n{"step": "x"}\n{"step": 2}\n{"step": 3}\n{"st')
-    with JsonlWriter(path, step=2) as file:
+    notes = []
+    with JsonlWriter(path, step=2, say=notes.append) as file:
         file.write(step=3, loss=0.5)
+    assert notes == [f"note: {path}: dropped damaged lines: 3"]
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
 
 
@@ -301,6 +326,26 @@ def test_tensors_of_another_model_are_refused(finished, data):
         Trainer(config_of(data), corpus).restore(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("numpy", [625, 0, 0.0]),  # numpy would read what lies behind its words
+        ("numpy", [-1, 0, 0.0]),
+        ("numpy", ["x", 0, 0.0]),
+        ("numpy", []),
+        ("python", [3, [0] * 624, None]),
+        ("python", [3, [0] * 624 + [10**30], None]),
+        ("python", [3, [0] * 625, "x"]),
+        ("python", None),
+    ],
+)
+def test_states_of_generators_that_are_none(finished, data, name, value):
+    checkpoint = load_checkpoint(finished, GROUPS)
+    checkpoint.state["rng"][name] = value
+    with pytest.raises(CheckpointError, match="expected (states of random generators|list)"):
+        Trainer(config_of(data), load_corpus(str(data))).restore(checkpoint)
+
+
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     finished, data, tmp_path, capsys, monkeypatch
 ):
@@ -322,8 +367,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
 
 
 def test_a_disk_that_refuses_metrics(tmp_path):
-    file = JsonlWriter(tmp_path / "metrics.jsonl", step=0)
+    file = JsonlWriter(tmp_path / "metrics.jsonl", step=0, say=pytest.fail)
     file._file.close()
-    file._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the context manager
-    with pytest.raises(Exception, match="No space left on device"), file:
+    file._file, file._path = open("/dev/full", "w"), Path("/dev/full")  # noqa: SIM115
+    with pytest.raises(DataError, match="No space left on device"), file:
         file.write(step=1)

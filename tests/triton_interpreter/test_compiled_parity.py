@@ -120,6 +120,16 @@ def test_only_selected_lists_are_taken_for_shared(shape: dict[str, object]) -> N
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    """In half types, whose scores selection masks before it scales them."""
+    config = replace(CONFIG, scale=scale, compress_block=6, num_selected=3)
+    x = make_inputs(config, length=37, dtype=torch.float16)
+    x = replace(x, block_idx=random_blocks(x, 4))
+    wrong = [row.name for row in attention_parity("compiled", x) if not row.ok]
+    assert wrong + selection_faults("compiled", x) == []
+
+
 @pytest.mark.parametrize("value", [1e30, -3e38])
 def test_causality_is_bitwise_where_lists_are_given(value: float) -> None:
     x = problem(length=30)

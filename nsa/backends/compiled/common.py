@@ -29,6 +29,13 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x
 
 
+def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q and a scale above 0 with the same scores; q is the new one times the third result."""
+    if scale > 0:  # kernels mask, or take the running maximum, before scaling
+        return q, scale, 1.0
+    return (-q, -scale, -1.0) if scale < 0 else (torch.zeros_like(q), 1.0, 0.0)
+
+
 @triton.jit
 def tile_mask(mask, dim, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """The mask of a tile ``[rows, BLOCK]``: of its rows, and of ``dim < SIZE`` if it is padded."""
@@ -70,6 +77,7 @@ def bwd_preprocess(dout: Tensor, out: Tensor) -> Tensor:
         return delta
     out, dout = out.contiguous(), rows_contiguous(dout)
     constants = {"V": V, "BLOCK_M": max(1, _ELEMENTS // padded(V)), "BLOCK_DV": padded(V)}
+    constants["enable_fp_fusion"] = True
     grid = (triton.cdiv(delta.numel(), constants["BLOCK_M"]),)
     with torch.cuda.device_of(out):
         nsa_bwd_preprocess[grid](out, dout, delta, dout.stride(), delta.numel(), T, H, **constants)

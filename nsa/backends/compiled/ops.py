@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from nsa.core import flops
+from nsa.core.geometry import LARGE_BLOCK, block_size
 from nsa.core.operators import config_of, define_attention
 
 Options = Callable[..., dict[str, Any]]
@@ -83,9 +84,9 @@ compressed_attention = define_attention(
 config, q_start) -> out, lse``."""
 
 
-def _lists(seq_start: Tensor | None, key: str, q_start: int) -> dict[str, Any]:
+def _lists(k: Tensor, seq_start: Tensor | None, key: str, q_start: int) -> dict[str, Any]:
     config = config_of(key)
-    block, scale = config.select_block, config.softmax_scale
+    block, scale = block_size(k.shape[1], config, least=LARGE_BLOCK), config.softmax_scale
     return {"start": seq_start, "select_block": block, "scale": scale, "q_start": q_start}
 
 
@@ -95,14 +96,14 @@ def _selected(
     from nsa.backends.compiled.selected.launch import selected_forward
 
     seq_start, _, *rest = call
-    return selected_forward(q, k, v, block_idx, **_lists(seq_start, *rest))
+    return selected_forward(q, k, v, block_idx, **_lists(k, seq_start, *rest))
 
 
 def _selected_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     from nsa.backends.compiled.selected.launch import selected_backward
 
     *tensors, seq_start, sequences, key, q_start = given
-    options = _lists(seq_start, key, q_start)
+    options = _lists(tensors[2], seq_start, key, q_start)
     return selected_backward(
         *tensors, **options, sequences=None if seq_start is None else sequences
     )

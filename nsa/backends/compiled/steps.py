@@ -17,7 +17,6 @@ The step signature is the one of :mod:`nsa.backends.protocol`.
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
 from nsa.core.inputs import AttentionInputs
 from nsa.core.packing import block_bounds, packed_tokens
+from nsa.core.toolchain import cpu_refusal, gpu_refusal
 from nsa.settings import Settings, foreign_variable
 
 MAX_HEAD = 256
@@ -45,12 +45,15 @@ def unavailable(problem: Problem, settings: Settings) -> str | None:
     """Why this backend cannot run the problem, or None."""
     device, config = problem.device, problem.config
     if device.type == "cpu" and not INTERPRETED:
-        return _no_compiler()
+        return cpu_refusal()
     if device.type not in ("cuda", "cpu"):
         return f"compiled needs a CUDA device or a CPU, got {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "compiled needs triton on a GPU: pip install triton (PyTorch's CUDA builds bring it)"
     if device.type == "cuda":
+        refusal = gpu_refusal()
+        if refusal is not None:
+            return refusal
         capability = torch.cuda.get_device_capability(device)
         if capability < _MIN_CAPABILITY:
             return f"compiled needs sm80 or newer, got sm{capability[0]}{capability[1]}"
@@ -72,22 +75,6 @@ def delegated(problem: Problem, settings: Settings) -> dict[str, str]:
     if problem.device.type != "cpu" or INTERPRETED:
         return {}
     return dict.fromkeys(STEPS, "on a CPU")
-
-
-@cache
-def _no_compiler() -> str | None:
-    """Why Inductor cannot make code for this CPU, or None."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return (
-            "compiled needs a C++ compiler on a CPU, and torch found none: install g++, or name "
-            "one in the variable CXX"
-        )
-    return None
 
 
 def compressed_attention(
@@ -137,7 +124,7 @@ def select_impl(
     """See :func:`nsa.backends.shared.select_op.select`."""
     from nsa.backends.compiled.select.launch import select_forward
 
-    return select_forward(q, k_cmp, lse, config, cu_seqlens, q_start=q_start)
+    return select_forward(q, k_cmp, lse, config, cu_seqlens, q_start=q_start, longest=longest)
 
 
 def selected_attention(

@@ -18,6 +18,8 @@ def unavailable(problem: Problem, settings: Settings) -> str | None:
     size = max(config.head_dim, config.dv)
     if size > MAX_HEAD:
         return f"FlashAttention-2 takes head sizes up to {MAX_HEAD}, got {size}"
+    if config.softmax_scale <= 0:
+        return f"FlashAttention-2 takes a scale > 0, got {config.softmax_scale}"
     try:
         provider(settings.fa2_provider, problem.device)
     except BackendUnavailable as error:

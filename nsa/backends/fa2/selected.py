@@ -33,6 +33,7 @@ from nsa.backends.shared.workspace import Kind, Space, Store
 from nsa.config import NSAConfig
 from nsa.core import flops
 from nsa.core.dtypes import NEG_INF
+from nsa.core.geometry import block_size
 from nsa.core.operators import config_of, define_attention
 from nsa.core.packing import packed_select_blocks
 
@@ -140,7 +141,7 @@ def _forward(
         q_rows = q.reshape(B * T * K, G * P)
         out, lse = torch.empty_like(diag), torch.empty_like(diag_lse)
         m = packing.m
-        call = tile_call(config, m * G)
+        call = tile_call(config, m * G, packing.blocks.size)
         for here, tiles in packing.chunks(G):
             parts = packing.room("parts", tiles.total * m + 1, G, P, dtype=q.dtype)
             parts_lse = packing.room("parts_lse", tiles.total * m + 1, G, dtype=lse.dtype)
@@ -202,7 +203,7 @@ def _backward(
         q_rows, dout_rows, out_rows = (x.reshape(B * T * K, G * P) for x in (q, dout, out))
         lse_rows = lse.view(B * T * K, G)
         m = packing.m
-        call = tile_call(config, m * G)
+        call = tile_call(config, m * G, packing.blocks.size)
         for here, tiles in packing.chunks(G):
             partial_dq = packing.room("parts", tiles.total * m + 1, G * P, dtype=q.dtype)
             partial_dq[-1:].zero_()
@@ -267,9 +268,9 @@ def tile_queries(G: int) -> int:
     return max(1, min(MAX_TILE, TILE_ROWS // G))
 
 
-def tile_call(config: NSAConfig, rows: int) -> Call:
-    """A tile of query rows against one whole block."""
-    return Call(scale=config.softmax_scale, causal=False, max_q=rows, max_k=config.select_block)
+def tile_call(config: NSAConfig, rows: int, keys: int) -> Call:
+    """A tile of query rows against the keys of one whole block."""
+    return Call(scale=config.softmax_scale, causal=False, max_q=rows, max_k=keys)
 
 
 class DiagonalBlocks(NamedTuple):
@@ -314,14 +315,14 @@ def diagonal_blocks(
     q: Tensor, k: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, q_start: int
 ) -> DiagonalBlocks:
     """How the queries' own blocks are laid out."""
-    size, scale = config.select_block, config.softmax_scale
-    T = q.shape[1]
+    T, scale = q.shape[1], config.softmax_scale
+    size = block_size(k.shape[1], config)
     if cu_seqlens is None:
         lead = q_start % size
         tail = -(lead + T) % size
         call = Call(scale=scale, causal=True, max_q=size, max_k=size)
         return DiagonalBlocks(call, lead, tail, q_start - lead, q_start + T)
-    block = packed_select_blocks(cu_seqlens, T, config)
+    block = packed_select_blocks(cu_seqlens, T, size)
     starts = cu_seqlens.long()
     last = starts[(block.seq_id + 1).clamp_max(starts.numel() - 1)]
     ends = torch.minimum(starts[block.seq_id] + (block.position + 1) * size, last)

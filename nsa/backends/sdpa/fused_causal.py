@@ -17,8 +17,10 @@ _FLASH_ALIGNMENT = 8
 _EFFICIENT_ALIGNMENT = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}
 
 
-def has_kernel(q: Tensor) -> bool:
-    """Whether :func:`causal_attention` has a fused kernel for this device and dtype."""
+def has_kernel(q: Tensor, scale: float) -> bool:
+    """Whether :func:`causal_attention` has a fused kernel for this device, dtype and scale."""
+    if scale <= 0:  # they mask, and take the maximum, before they scale
+        return False
     if q.device.type == "cpu":
         return q.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     if q.is_cuda and torch.version.hip is None:

@@ -44,7 +44,7 @@ def top_blocks(
         int32 ``[B, R*d, K, n]``, ascending, then −1; slots without a query are undefined.
     """
     B, K = k_cmp.shape[0], k_cmp.shape[2]
-    R, d, n = shape.rows, shape.stride, width(config)
+    R, d, n = shape.rows, shape.stride, width(longest, config)
     M = d * (q.shape[2] // K)
     dtype = operand_dtype(q)
     k_rows = heads_first(k_cmp, dtype)
@@ -86,7 +86,7 @@ def top_blocks(
             scores = _scores_regular(p, J, config)
         else:
             scores = _scores_packed(p, first, J, config)
-        chosen = choose(scores, position, config, searched)
+        chosen = choose(scores, position, n, config, searched)
         result[:, chunk.row * d : chunk.row_end * d] = chosen.flatten(1, 2)
     return result.view(B, K, R * d, n).transpose(1, 2)
 

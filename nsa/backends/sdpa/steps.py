@@ -24,7 +24,7 @@ from nsa.config import NSAConfig
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.core.padding import pad_heads
-from nsa.selection.rules import first_block_only
+from nsa.selection.rules import all_blocks, first_block_only, takes_all, width
 from nsa.selection.share import first_sharers
 
 
@@ -48,7 +48,8 @@ def compressed_attention(
         real = shape.real[:, None, None]
         k, v = k.where(real, 0.0), v.where(real, 0.0)
     rows = fold(q, cu_seqlens, N, K, config, q_start)
-    if cu_seqlens is None and 0 < shape.rows == N and shape.first_row == 0 and has_kernel(q):
+    square = cu_seqlens is None and 0 < shape.rows == N and shape.first_row == 0
+    if square and has_kernel(q, config.softmax_scale):
         M = rows.shape[3]
         out, lse = causal_attention(
             rows.permute(0, 2, 3, 1, 4).reshape(B * K, M, N, D),
@@ -106,13 +107,19 @@ def select_impl(
 ) -> Tensor:
     """See :func:`nsa.backends.shared.select_op.select`."""
     B, T = q.shape[:2]
-    N, K = k_cmp.shape[1], k_cmp.shape[2]
+    N, K, n = k_cmp.shape[1], k_cmp.shape[2], width(longest, config)
+    if takes_all(longest, config):
+        if cu_seqlens is None:
+            position = torch.arange(q_start, q_start + T, device=q.device)
+        else:
+            position = packed_tokens(cu_seqlens, T).position
+        return all_blocks(position, n, config)[:, None].expand(B, T, K, n)
     shape = make_fold(T, N, config, cu_seqlens, q_start)
     if cu_seqlens is None:
         number = torch.arange(shape.first_row, shape.first_row + shape.rows, device=q.device)
     else:
         number = packed_blocks(cu_seqlens, N, config).position
-    first_only = first_block_only(config, q.device)
+    first_only = first_block_only(n, q.device)
     if shape.rows == 0 or N == 0:
         return first_only.expand(B, T, K, -1)
     window = _compressed_window(shape, N, longest, config)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nsa.backends.shared.workspace import FRESH, Space
 from nsa.config import NSAConfig
-from nsa.core.geometry import num_select_blocks
+from nsa.core.geometry import block_size
 from nsa.core.packing import packed_select_blocks, packed_tokens
 
 TILE_ROWS = 64
@@ -50,14 +50,18 @@ def number_blocks(
     q: Tensor, k: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, q_start: int
 ) -> Blocks:
     """Numbers the blocks of a regular ``[B, T]`` or a packed batch; nothing is read back."""
-    B, T, S, size = q.shape[0], q.shape[1], k.shape[1], config.select_block
+    B, T, S = q.shape[0], q.shape[1], k.shape[1]
+    longest = S
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        longest = int(cu_seqlens.diff().max())  # nothing to wait for
+    size = block_size(longest, config)
     head = torch.arange(k.shape[2], device=q.device)[:, None]
     if cu_seqlens is None:
-        per_row = num_select_blocks(S, config)
+        per_row = -(-S // size)
         position = torch.arange(q_start, q_start + T, device=q.device).repeat(B)
         base = torch.arange(B, device=q.device)[:, None].expand(B, T).reshape(-1) * per_row
         return Blocks(B * per_row, size, position, base, head * (B * per_row), None, None)
-    token, block = packed_tokens(cu_seqlens, T), packed_select_blocks(cu_seqlens, T, config)
+    token, block = packed_tokens(cu_seqlens, T), packed_select_blocks(cu_seqlens, T, size)
     base = block.offsets[token.seq_id]
     first = cu_seqlens.long()[block.seq_id] + block.position * size
     tokens = first[:, None] + torch.arange(size, device=q.device)

@@ -47,7 +47,7 @@ def _fake(
     key: str,
     backend: str,
 ) -> Tensor:
-    n = width(config_of(key))
+    n = width(longest, config_of(key))
     return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], n, dtype=torch.int32)
 
 

@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nsa.errors import SettingsError
+
 _LOG = logging.getLogger("nsa")
 
 Kind = Literal["rows", "keys", "other"]
@@ -75,8 +77,17 @@ class Kept(Space):
             size = max(count, least * math.prod(shape[1:]))
             del buffer
             self._buffers.pop((name, dtype), None)  # freed before its successor is made
-            with torch.inference_mode(mode=False):  # a training step may come next
-                buffer = torch.empty(size, dtype=dtype, device=device)
+            try:
+                with torch.inference_mode(mode=False):  # a training step may come next
+                    buffer = torch.empty(size, dtype=dtype, device=device)
+            except RuntimeError as error:  # out of memory; on a CPU it has no class of its own
+                if size == count:
+                    raise
+                flag = f"NSA_PREALLOC_VARLEN_{'N' if kind == 'rows' else 'K'}"
+                raise SettingsError(
+                    f"{flag}: expected what fits in memory, got {least}, {size * dtype.itemsize} "
+                    f"bytes on {device} for {name!r} alone; the call needs {shape[0]}"
+                ) from error
             self._buffers[name, dtype] = buffer
             self.grown += 1
             _LOG.debug(

@@ -97,4 +97,5 @@ def scatter(grad: Tensor, T: int, stride: int) -> Tensor:
 
 
 def _constants(K: int, D: int, block: int, stride: int) -> dict[str, int]:
-    return {"KV_HEADS": K, "D": D, "BLOCK": block, "STRIDE": stride, "ELEMENTS": _ELEMENTS}
+    sizes = {"KV_HEADS": K, "D": D, "BLOCK": block, "STRIDE": stride, "ELEMENTS": _ELEMENTS}
+    return {**sizes, "enable_fp_fusion": True}

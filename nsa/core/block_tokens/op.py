@@ -15,6 +15,7 @@ from nsa.config import NSAConfig
 from nsa.core.dtypes import accumulation_dtype
 from nsa.core.operators import config_of, define
 from nsa.core.packing import packed_blocks
+from nsa.core.toolchain import gpu_refusal
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -112,7 +113,7 @@ def _mean_backward(grad: Tensor, cu_seqlens: Tensor | None, T: int, key: str) ->
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return importlib.util.find_spec("triton") is not None and gpu_refusal() is None
 
 
 def _kernels_take(x: Tensor, cu_seqlens: Tensor | None, rows: int, elements: int) -> bool:

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,6 +32,7 @@ from nsa.tools.bench.run import Runner
 from nsa.tools.bench.timing import make_clock, measure_ceilings
 from nsa.tools.common.cli import fail, run
 from nsa.tools.common.progress import Bar
+from nsa.tools.common.streams import Output
 
 _WIDTH = 100
 """Columns of the tables where stdout is no terminal."""
@@ -61,11 +62,12 @@ def _main(argv: Sequence[str] | None) -> int:
             return 1
         file = None
         if plan.jsonl is not None:
-            file = stack.enter_context(open(plan.jsonl, "w", encoding="utf-8"))
+            opened = stack.enter_context(open(plan.jsonl, "w", encoding="utf-8"))
+            file = Output(opened, str(plan.jsonl))
         return _bench(plan, settings, file, argv)
 
 
-def _bench(plan: Plan, settings: Settings, file: TextIO | None, argv: Sequence[str] | None) -> int:
+def _bench(plan: Plan, settings: Settings, file: Output | None, argv: Sequence[str] | None) -> int:
     clock = make_clock(plan.device)
     dtypes = tuple(dict.fromkeys(trial.dtype for trial in plan.trials))
     ceilings = measure_ceilings(plan.device, dtypes, clock)
@@ -87,7 +89,7 @@ def _bench(plan: Plan, settings: Settings, file: TextIO | None, argv: Sequence[s
     return 1 if runner.faults else 0
 
 
-def _measure(runner: Runner, file: TextIO | None, rows: list[Row], console: Console) -> None:
+def _measure(runner: Runner, file: Output | None, rows: list[Row], console: Console) -> None:
     """Fills ``rows``, writes each, and prints each table when it is complete."""
     printed = 0
     bar = Bar(runner.steps)

@@ -14,7 +14,7 @@ import torch
 
 from nsa.backends import TABLE
 from nsa.config import PRESETS, NSAConfig
-from nsa.errors import ConfigError, UsageError
+from nsa.errors import ConfigError, UsageError, show
 from nsa.settings import PROVIDERS
 from nsa.tools.bench.baselines import FLA
 from nsa.tools.bench.cases import BRANCHES, WHOLE
@@ -32,7 +32,10 @@ _DTYPES = {
 _DTYPE_NAMES = {**{short(dtype): dtype for dtype in _DTYPES.values()}, **_DTYPES}
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _BACKENDS = (*TABLE, FLA)
-_LAYOUT = re.compile(r"(\d+)/(\d+)(?::(\d+)(?:/(\d+))?)?")
+_LAYOUT = re.compile(r"(\d{1,6})/(\d{1,6})(?::(\d{1,6})(?:/(\d{1,6}))?)?", re.ASCII)
+_MOST_TOKENS = 2**31 - 1
+"""Kernels count in int32."""
+_MOST_COUNTED = 10**6
 _DEFAULT_LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (2048, 8192, 32768)}
 _DEFAULT_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 _THRESHOLD_LENGTHS = {
@@ -165,7 +168,7 @@ def _trials(given: argparse.Namespace, device: torch.device) -> tuple[Trial, ...
         lengths = _THRESHOLD_LENGTHS[device.type]
     least = given.packed or 1
     if min(lengths) < least:
-        raise UsageError(f"--lengths: expected an int >= {least}, got {min(lengths)}")
+        raise UsageError(f"--lengths: expected an int >= {least}, got {show(min(lengths))}")
     configs: tuple[NSAConfig, ...] = (base,)
     if given.heads is not None:
         configs = _list("--heads", lambda part: _layout(part, base), given.heads)
@@ -186,7 +189,8 @@ def _trials(given: argparse.Namespace, device: torch.device) -> tuple[Trial, ...
 def _layout(text: str, base: NSAConfig) -> NSAConfig:
     found = _LAYOUT.fullmatch(text)
     if found is None:
-        raise UsageError(f"--heads: expected Hq/Hkv[:Dk[/Dv]], such as 64/4:128, got {text!r}")
+        expected = "expected Hq/Hkv[:Dk[/Dv]], such as 64/4:128"
+        raise UsageError(f"--heads: {expected}, got {show(text)}")
     heads, kv_heads, k, v = (None if part is None else int(part) for part in found.groups())
     assert heads is not None
     assert kv_heads is not None
@@ -214,13 +218,18 @@ def _dtype(text: str) -> torch.dtype:
 
 def _length(text: str) -> int:
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
-        raise UsageError(f"--lengths: expected integers, got {text!r}") from None
+        raise UsageError(f"--lengths: expected integers, got {show(text)}") from None
+    if value > _MOST_TOKENS:
+        raise UsageError(f"--lengths: expected integers <= {_MOST_TOKENS}, got {show(text)}")
+    return value
 
 
 def _count(flag: str, text: str) -> int:
     value = integer(text)
     if value < 1:
         raise UsageError(f"{flag}: expected an int >= 1, got {value}")
+    if value > _MOST_COUNTED:
+        raise UsageError(f"{flag}: expected an int <= {_MOST_COUNTED}, got {value}")
     return value

@@ -74,7 +74,11 @@ def draw(rows: Iterable[Row], ceilings: Ceilings, heading: str, path: Path) -> b
     figure.legend(
         lines.values(), lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False
     )
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # write() does not say which file
+        raise
     return True
 
 

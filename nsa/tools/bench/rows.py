@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any
 
 from nsa.tools.bench.cases import heads_label
 from nsa.tools.bench.timing import PASSES, Measurement
 from nsa.tools.bench.work import work
 from nsa.tools.common.problems import Trial, short
+from nsa.tools.common.streams import Output
 
 ANY = "any"
 """The branch of a row that says why a backend was not timed at all."""
@@ -75,7 +76,7 @@ class Row:
         return values
 
 
-def write_line(file: TextIO | None, values: dict[str, Any]) -> None:
+def write_line(file: Output | None, values: dict[str, Any]) -> None:
     """Write a JSON line to a file, if any, and flush it: an end in between loses none."""
     if file is not None:
         file.write(json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n")

@@ -26,8 +26,10 @@ from nsa.tools.bench.flags import Plan
 from nsa.tools.bench.parity import Parity, backend_parity, baseline_parity
 from nsa.tools.bench.rows import ANY, Row
 from nsa.tools.bench.timing import PASSES, Clock, Measurement, measure_passes
+from nsa.tools.bench.work import work
 from nsa.tools.common.failures import OUT_OF_MEMORY, failures, one_line
 from nsa.tools.common.problems import Trial
+from nsa.training.memory import memory_bytes
 
 _Result = TypeVar("_Result")
 
@@ -57,7 +59,7 @@ class Runner:
                 doing(f"T = {T}: {text}")
 
             say("inputs")
-            data = self._try(trial, "inputs", partial(make_data, trial))
+            data = self._try(trial, "inputs", partial(_data_that_fits, trial))
             measured: dict[tuple[str, str], Measurement] = {}
             for name in names:
                 if isinstance(data, str):
@@ -205,6 +207,13 @@ class Runner:
             note = f"{what}: {note}"
             self.faults.append(f"T = {trial.length}: {note}")
         return note
+
+
+def _data_that_fits(trial: Trial) -> Data:
+    """The data of a problem; a CPU would end the process in place of saying that it is full."""
+    if trial.device.type == "cpu" and work("all", trial)[0].bytes > memory_bytes():
+        raise MemoryError
+    return make_data(trial)
 
 
 def _free_memory() -> None:

@@ -7,7 +7,6 @@ import ast
 import contextlib
 import difflib
 import inspect
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,11 +16,15 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import torch
 
-from nsa.errors import ConfigError, NSAError, UsageError, require_known
+from nsa.errors import ConfigError, NSAError, UsageError, require_known, show
 from nsa.registry import names
+from nsa.tools.common.failures import is_lack_of_memory
+from nsa.tools.common.streams import OutputLost, standard_streams
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+_SMALLER = "a smaller batch, shorter sequences or a smaller model"
+_LONGEST_LINE = 2000
 _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 _T = TypeVar("_T")
 
@@ -35,6 +38,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parses every argument, or raises :class:`UsageError`."""
+        for text in sys.argv[1:] if argv is None else argv:
+            if "\0" in text:  # no system call takes it for a path
+                raise UsageError(f"expected arguments without NUL, got {show(text)}")
         arguments, unknown = self.parse_known_args(argv)
         if not unknown:
             return arguments
@@ -45,6 +51,11 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(given, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "see --help"
         raise UsageError(f"expected a known flag, got {given}; {hint}")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Called by argparse after ``--help``."""
+        sys.stdout.flush()  # what fails here is still said in one line
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for everything but unknown flags."""
@@ -58,12 +69,19 @@ def _typed(parse: Callable[[str], _T], what: str) -> Callable[[str], _T]:
         try:
             return parse(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"expected {what}, got {show(text)}") from None
 
     return typed
 
 
-integer, number = _typed(int, "an integer"), _typed(float, "a number")
+def _int64(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {show(text)}")
+    return value
+
+
+integer, number = _typed(_int64, "an integer"), _typed(float, "a number")
 
 
 def one_of(flag: str, known: Sequence[str]) -> Callable[[str], str]:
@@ -162,33 +180,48 @@ def add_backend_and_device(parser: argparse.ArgumentParser) -> None:
 
 def run(body: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Runs a tool's body and turns what may go wrong into one line on stderr and an exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign is no reason to end
-    try:
-        code = body(argv)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The reader of our output is gone. Python would complain again when it flushes at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _EXIT_BROKEN_PIPE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except NSAError as error:
-        return fail(str(error))
-    except torch.OutOfMemoryError:
-        return fail("out of GPU memory; lower --batch-size or --seq-len")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{error.strerror or error}")
+    with standard_streams() as output:
+        try:
+            if output is None:
+                raise UsageError(
+                    "stdout: expected an open stream, got a closed one; send what nobody should "
+                    f"see to {os.devnull}"
+                )
+            code = body(argv)
+            output.flush()
+            if output.lost is not None:
+                raise output.lost
+            return code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except OutputLost as lost:
+            # As every command behind "| head": in silence, unless there is more to say.
+            code = fail(str(lost)) if lost.then or not lost.reader_left else EXIT_ERROR
+            return _EXIT_BROKEN_PIPE if lost.reader_left else code
+        except NSAError as error:
+            return fail(str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not is_lack_of_memory(error):
+                raise
+            where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            return fail(f"out of {where}; expected less to compute at once: {_SMALLER}")
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return fail(f"{where}{error.strerror or error}")
 
 
 def fail(message: str) -> int:
     """Prints ``error: message`` as one line on stderr; returns the exit code."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", printable(" ".join(message.split())), file=sys.stderr)
     return EXIT_ERROR
+
+
+def printable(text: str) -> str:
+    """Escape what would control a terminal, and cut what would fill it: files have strange names
+    in them."""
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}…"
 
 
 def choose_device(name: str) -> torch.device:
@@ -202,8 +235,9 @@ def choose_device(name: str) -> torch.device:
     device = None
     with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    # Torch keeps eight bits of a number: cuda:256 would be cuda:0.
+    if device is None or device.type not in ("cpu", "cuda") or str(device) != name:
+        raise ConfigError(f"--device: expected auto, cpu, cuda or cuda:N, got {show(name)}")
     if device.type == "cuda":
         found = torch.cuda.device_count()
         if (device.index or 0) >= found:

@@ -9,7 +9,12 @@ import torch
 from nsa.errors import NSAError
 
 OUT_OF_MEMORY = "out of memory"
-_NO_MEMORY = ("can't allocate memory", "not enough memory")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "Storage size calculation overflowed",
+)
 """What PyTorch says on a CPU."""
 
 
@@ -17,6 +22,7 @@ def failures() -> tuple[type[Exception], ...]:
     """What a kernel may raise that does not fit the problem or the machine."""
     found: list[type[Exception]] = [
         RuntimeError, NSAError, AssertionError, TypeError, ValueError, AttributeError, LookupError,
+        MemoryError,
     ]  # fmt: skip
     triton = sys.modules.get("triton.errors")  # its own are not RuntimeErrors
     if triton is not None:
@@ -24,9 +30,15 @@ def failures() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory for something, on whatever device."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(part in str(error) for part in _NO_MEMORY)
+
+
 def one_line(error: BaseException) -> str:
-    """An exception as its type and message; a lack of memory, on whatever device, in its words."""
-    text = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _NO_MEMORY):
+    """An exception as its type and message; a lack of memory in its own words."""
+    if is_lack_of_memory(error):
         return OUT_OF_MEMORY
+    text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

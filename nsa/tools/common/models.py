@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from nsa.errors import CheckpointError, ConfigError
+from nsa.errors import ConfigError
 from nsa.models import LanguageModel
 from nsa.training.checkpoint import load_checkpoint
 from nsa.training.config import RunConfig
-from nsa.training.trainer import load_model
+from nsa.training.memory import require_memory_to_load
+from nsa.training.trainer import config_of, load_model
 
 
 class Trained(NamedTuple):
@@ -33,12 +34,10 @@ def load_trained(path: Path, backend: str | None, device: torch.device) -> Train
         ConfigError: a backend for a dense model.
     """
     checkpoint = load_checkpoint(path, ("model",))
-    try:
-        config = RunConfig.from_dict(checkpoint.state["config"])
-    except (KeyError, ConfigError) as error:
-        raise CheckpointError(f"{checkpoint.path}: unusable configuration: {error}") from error
+    config = config_of(checkpoint)
     if config.model.attention == "dense" and backend is not None:
         raise ConfigError(f"--backend: expected none for a dense model, got {backend!r}")
+    require_memory_to_load(config.model)
     model = LanguageModel(config.model, backend=backend, device=device)
     load_model(model, checkpoint)
     return Trained(model.eval(), config, checkpoint.path, checkpoint.step)

@@ -7,8 +7,8 @@ A run is a folder (``--out``)::
     checkpoints/     see nsa.training.checkpoint
 
 ``--resume`` continues bit for bit: on a CPU with the same number of threads, on a GPU as far as its
-kernels are deterministic, and with the same ``--compile``; another may be given, and is noted. One
-process at a time may write to a run.
+kernels are deterministic, and with the same ``--compile``; another may be given, and is noted. The
+folder is locked while a run trains in it; the file ``lock`` names the process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nsa.tools.common.cli import EXIT_INTERRUPTED, run
+from nsa.tools.common.streams import OutputLost
 from nsa.tools.train.display import Display, print_header, print_result
 from nsa.tools.train.flags import run_config, train_parser
 from nsa.training.data import baselines
@@ -36,7 +37,7 @@ def _main(argv: Sequence[str] | None) -> int:
     config = run_config(given, stored_config(out) if resume else None)
     training = Run(out, config, resume=resume, compile_cache=cache)
     for note in training.notes:
-        print(f"note: {note}: results may differ in the last bits")
+        print(note)
     out.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
     print_header(training)
     display = Display(step=training.trainer.step, steps=config.train.steps)
@@ -44,7 +45,10 @@ def _main(argv: Sequence[str] | None) -> int:
         validation_loss = training.train(display)
     if validation_loss is None:
         command = f"python -m nsa.tools.train --out {out} --resume"
-        print(f"stopped and saved at step {training.trainer.step}; resume with: {command}")
+        text = f"stopped and saved at step {training.trainer.step}; resume with: {command}"
+        if display.lost is not None:
+            raise OutputLost(display.lost.name, display.lost.reason, text)
+        print(text)
         return EXIT_INTERRUPTED
     train = config.train
     counted = baselines(training.corpus, count=train.eval_windows, seq_len=train.seq_len)

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nsa.tools.common.cli import printable
 from nsa.tools.common.progress import Bar
+from nsa.tools.common.streams import OutputLost
 from nsa.training.data import Baselines
 from nsa.training.run import Run
 
@@ -26,6 +28,8 @@ class Display:
 
     def __init__(self, *, step: int, steps: int, drawn: bool | None = None) -> None:
         self._steps = steps
+        self.lost: OutputLost | None = None
+        """Why stdout takes no more, if so; nothing is raised."""
         self.bar = Bar(
             steps,
             TextColumn("step"),
@@ -44,7 +48,10 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print one line."""
-        self.bar.line(text)
+        try:
+            self.bar.line(text)
+        except OutputLost as lost:
+            self.lost = lost
 
     def advance(self, step: int) -> None:
         """Note that a step is done."""
@@ -74,17 +81,18 @@ def print_header(run: Run) -> None:
     """Print the resolved configuration, every value of it."""
 
     def line(values: dict[str, Any]) -> str:
-        return ", ".join(f"{name} {value}" for name, value in values.items())
+        return printable(", ".join(f"{name} {value}" for name, value in values.items()))
 
     trainer, corpus, parts = run.trainer, run.corpus, run.config.to_dict()
     nsa = parts["model"].pop("nsa")
+    cut = f"; of {corpus.cut!r} only the end" if corpus.cut else ""
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     resumed = f", resuming from step {trainer.step}" if trainer.step else ""
     print(f"run          {run.folder}{resumed}")
     print(
-        f"data         {corpus.source}: {len(corpus.train):,} bytes to train on "
+        f"data         {printable(corpus.source)}: {len(corpus.train):,} bytes to train on "
         f"({corpus.train_files} files), {len(corpus.validation):,} to validate "
-        f"({corpus.validation_files}), {corpus.skipped} files skipped"
+        f"({corpus.validation_files}{cut}), {corpus.skipped} files skipped"
     )
     print(f"model        {line(parts['model'])}, {trainer.model.num_parameters():,} parameters")
     print(f"attention    {line(nsa)}")

@@ -68,6 +68,8 @@ def run_config(given: Mapping[str, Any], stored: RunConfig | None = None) -> Run
         preset = given.get("preset", "tiny")
         model = ModelConfig.preset(preset)
         train = {"data": STDLIB, "device": "auto", **TRAIN_PRESETS[preset]}
+        if stored is not None:  # of the data, and in no preset
+            train["split"] = stored.train.split
     else:
         model, train = stored.model, asdict(stored.train)
     nsa = replace(model.nsa, **_pick(given, NSAConfig))

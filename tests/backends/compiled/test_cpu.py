@@ -14,6 +14,7 @@ from nsa.backends import dispatch
 from nsa.backends.compiled import steps as compiled
 from nsa.backends.protocol import Problem
 from nsa.core import compile as core_compile
+from nsa.core import toolchain
 from nsa.settings import current_settings
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
@@ -117,16 +118,6 @@ def test_the_layer_compiles_itself_once_for_all_layers(monkeypatch: pytest.Monke
     torch._dynamo.reset()
 
 
-def test_past_the_recompile_limit_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core_compile, "COMPILER", "eager")
-    monkeypatch.setattr(core_compile, "RECOMPILE_LIMIT", 1)
-    torch._dynamo.reset()
-    attend(problem(False), "compiled")
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        attend(problem(True), "compiled")
-    torch._dynamo.reset()
-
-
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
@@ -135,7 +126,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    compiled._no_compiler.cache_clear()
+    toolchain.cpu_refusal.cache_clear()
     dispatch._resolve.cache_clear()
     with pytest.raises(BackendUnavailable, match=r"needs a C\+\+ compiler .* install g\+\+"):
         resolve(
@@ -147,7 +138,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
             needs_grad=True,
             backend="compiled",
         )
-    compiled._no_compiler.cache_clear()
+    toolchain.cpu_refusal.cache_clear()
     dispatch._resolve.cache_clear()
 
 

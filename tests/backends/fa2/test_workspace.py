@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from nsa import NSAConfig, nsa_attention, use_settings
+from nsa import NSAConfig, SettingsError, nsa_attention, use_settings
 from nsa.backends.fa2 import selected as fa2_selected
 from nsa.backends.fa2.selected import pack
 from nsa.backends.shared.block_tiles import runs
@@ -163,6 +163,11 @@ def test_it_is_sized_beforehand() -> None:
         grown = space.grown
         step(problem(60))
     assert growing < space.grown - grown
+
+
+def test_more_than_there_is_names_the_flag() -> None:
+    with pytest.raises(SettingsError, match=r"^NSA_PREALLOC_VARLEN_K: expected what fits"):
+        Kept(keys=2**31 - 1).take("k", (20, 2**20), torch.float32, CPU, "keys")
 
 
 def test_growing_says_what_to_set(caplog: pytest.LogCaptureFixture) -> None:

@@ -107,7 +107,7 @@ def test_any_tile_gives_the_same(monkeypatch: pytest.MonkeyPatch, name: str, row
 def test_the_band_and_the_fused_kernel_agree(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     inputs = problem(name)
     want = results(inputs)
-    monkeypatch.setattr("nsa.backends.sdpa.steps.has_kernel", lambda q: False)
+    monkeypatch.setattr("nsa.backends.sdpa.steps.has_kernel", lambda q, scale: False)
     for elements in (2**19, 50):
         monkeypatch.setattr(ELEMENTS, elements)
         agree(results(inputs), dict(want))
@@ -128,7 +128,7 @@ def test_parity_holds_at_any_cut(
     monkeypatch.setattr(ELEMENTS, elements)
     monkeypatch.setattr(ROWS, rows)
     if not fused:
-        monkeypatch.setattr("nsa.backends.sdpa.steps.has_kernel", lambda q: False)
+        monkeypatch.setattr("nsa.backends.sdpa.steps.has_kernel", lambda q, scale: False)
     inputs = problem(name, dtype, width=3)
     faults = [
         f"{row.name}: error {row.error:.3e} > bound {row.bound:.3e}"

@@ -313,6 +313,16 @@ def test_other_kinds_of_plot(tmp_path, suffix, start):
     assert not draw([both("sdpa", "window", 64, 1.0)], CEILINGS, "a machine", path)
 
 
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_disk_without_room_for_the_plot(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.symlink_to("/dev/full")
+    rows = [both("sdpa", "all", 64, 1e-3)]
+    with pytest.raises(OSError, match="No space left on device") as error:
+        draw(rows, CEILINGS, "a machine", path)
+    assert error.value.filename == str(path)
+
+
 def test_what_the_plot_shows(tmp_path):
     from matplotlib.figure import Figure  # what needs no plot runs without it
 

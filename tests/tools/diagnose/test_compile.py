@@ -369,7 +369,7 @@ def test_a_gpu_needs_triton_and_a_compiler_of_c(monkeypatch):
     found = toolchain(CUDA, None)
     assert "triton is not installed" in found.refusal
     assert found.triton_cache is None
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == sys.executable else None)
     assert "found no C compiler" in toolchain(CUDA).refusal
     monkeypatch.setenv("CC", sys.executable)
     found = toolchain(CUDA)

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.common import LOG2E, rows_contiguous
+from nsa.backends.compiled.common import LOG2E, positive, rows_contiguous
 from nsa.backends.compiled.gated.bwd_dq import nsa_gated_bwd_dq
 from nsa.backends.compiled.selected.launch import selected_dkv, selected_dq, selected_forward
 from nsa.backends.compiled.selected.tiles import default_tiles
@@ -28,7 +28,6 @@ from nsa.backends.compiled.window.launch import (
     addressable,
     key_gradients,
     launch_options,
-    positive,
     window_forward,
 )
 from nsa.backends.compiled.window.tiles import tiles_for

@@ -16,10 +16,12 @@ from torch import Tensor
 from nsa.backends.compiled.selected.tiles import dq_dtype
 from nsa.core import flops
 from nsa.core.dtypes import accumulation_dtype
+from nsa.core.geometry import LARGE_BLOCK, block_size
 from nsa.core.operators import config_of, define
 
 
 def _layout(
+    tokens: int,
     seq_start: Tensor | None,
     cmp_seq_start: Tensor | None,
     seen_from: Tensor | None,
@@ -34,9 +36,9 @@ def _layout(
     config = config_of(key)
     block, stride = config.compress_block, config.compress_stride
     blocks = Blocks(block, stride, seq_start, seen_from, seen_until)
-    scale = config.softmax_scale
+    size, scale = block_size(tokens, config, least=LARGE_BLOCK), config.softmax_scale
     rest = (seq_start, cmp_seq_start, sequences, share)
-    return Layout(blocks, config.select_block, config.window, scale, *rest)
+    return Layout(blocks, size, config.window, scale, *rest)
 
 
 def _forward(q: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -44,7 +46,7 @@ def _forward(q: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
     k, v = Branches(*given[:6:2]), Branches(*given[1:6:2])
     gates, out_cmp, _, block_idx, *call, _ = given[6:]
-    return gated_forward(q, k, v, gates, out_cmp, block_idx, _layout(*call))
+    return gated_forward(q, k, v, gates, out_cmp, block_idx, _layout(q.shape[1], *call))
 
 
 def _backward(dout: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -61,7 +63,7 @@ def _backward(dout: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, ...]:
         Branches(out_cmp, out_slc, out_win),
         Branches(lse_cmp, lse_slc, lse_win),
         block_idx,
-        _layout(*call[:-1]),
+        _layout(q.shape[1], *call[:-1]),
         gates_in_unit_interval=call[-1],
         dq_dtype=dq_dtype(q.dtype, q.shape[3]),
     )

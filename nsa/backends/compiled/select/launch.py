@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.common import LOG2E
+from nsa.backends.compiled.common import LOG2E, positive
 from nsa.backends.compiled.select.kernel import nsa_select_topn
 from nsa.backends.compiled.select.regions import nsa_select_in_regions
 from nsa.backends.compiled.select.tiles import Constants, SelectTiles, search_tiles, select_tiles
@@ -62,6 +62,7 @@ def select_forward(
     cu_seqlens: Tensor | None = None,
     *,
     q_start: int = 0,
+    longest: int | None = None,
     tiles: SelectTiles | None = None,
     search: SelectTiles | None = None,
 ) -> Tensor:
@@ -77,6 +78,7 @@ def select_forward(
         cu_seqlens: None for a fixed-length batch; packed (B = 1): int32 ``[n_seq + 1]``.
         q_start: position of q's first row in its sequence, a multiple of ``select_share``; 0 when
             packed.
+        longest: bounds the position past the last query of any sequence; None: ``q_start + T``.
         tiles, search: override :func:`select_tiles` and :func:`search_tiles`.
 
     Returns:
@@ -84,20 +86,22 @@ def select_forward(
         query's own sequence.
     """
     B, T = q.shape[:2]
-    K, n = k_cmp.shape[2], width(config)
+    longest = q_start + T if longest is None else longest
+    K, n = k_cmp.shape[2], width(longest, config)
     block_idx = torch.empty(B, T, K, n, dtype=torch.int32, device=q.device)
     if block_idx.numel() == 0:
         return block_idx
-    queries = _queries(q, lse, config, cu_seqlens, q_start)
+    q, scale, _ = positive(q, config.softmax_scale)
+    queries = _queries(q, lse, scale, config, cu_seqlens, q_start)
     offsets = None if cu_seqlens is None else packed_blocks(cu_seqlens, 0, config).offsets
     keys = Keys(k_cmp, offsets)
-    C = _constants(q, K, config, packed=cu_seqlens is not None)
+    C = _constants(q, K, n, config, packed=cu_seqlens is not None)
     of_regions = None
     if config.select_regions is not None:
         of_regions = Keys(*region_keys(k_cmp, config, cu_seqlens))
     if config.score_dtype == "fp8":
-        k, scale = quantize(k_cmp)
-        keys = keys._replace(k=k, scale=scale.contiguous())
+        k, scales = quantize(k_cmp)
+        keys = keys._replace(k=k, scale=scales.contiguous())
     with torch.cuda.device_of(q):
         if of_regions is None:
             _launch_topn(queries, keys, block_idx, C, tiles)
@@ -163,9 +167,14 @@ def _arguments(queries: Queries, keys: Keys, C: Constants) -> tuple[Any, ...]:
 
 
 def _queries(
-    q: Tensor, lse: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, q_start: int
+    q: Tensor,
+    lse: Tensor,
+    scale: float,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    q_start: int,
 ) -> Queries:
-    T, scale = q.shape[1], config.softmax_scale
+    T = q.shape[1]
     leaders = triton.cdiv(T, config.select_share)
     if cu_seqlens is None:
         return Queries(q, lse, scale, q_start, leaders, None, None, None)
@@ -177,9 +186,9 @@ def _queries(
     return Queries(q, lse, scale, q_start, leaders, leader, start, token.seq_id)
 
 
-def _constants(q: Tensor, K: int, config: NSAConfig, *, packed: bool) -> Constants:
+def _constants(q: Tensor, K: int, n: int, config: NSAConfig, *, packed: bool) -> Constants:
     """Those of the exact pass, but for its tiles."""
-    G, n, D = q.shape[2] // K, width(config), q.shape[3]
+    G, D = q.shape[2] // K, q.shape[3]
     r, count = config.select_regions or (0, 0)
     ieee, fp8 = q.dtype == torch.float32, config.score_dtype == "fp8"
     return Constants(

@@ -152,6 +152,7 @@ def inverse_index(
     def empty(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
+    options = {"BLOCK": _BLOCK, "enable_fp_fusion": True}
     block_ids, grid = empty(pairs + 1, dtype), (triton.cdiv(pairs + 1, _BLOCK),)
     nsa_selected_block_ids[grid](
         *(block_idx, block_idx if start is None else start, block_ids),
@@ -159,15 +160,15 @@ def inverse_index(
         WIDTH=n,
         SELECT_BLOCK=select_block,
         PACKED=packed,
-        BLOCK=_BLOCK,
+        **options,
     )
     block_ids, order = block_ids.sort(stable=True)
     begins = empty(pairs + 1)
-    nsa_selected_chunk_begins[grid](block_ids, begins, pairs, nowhere, CHUNK=chunk, BLOCK=_BLOCK)
+    nsa_selected_chunk_begins[grid](block_ids, begins, pairs, nowhere, CHUNK=chunk, **options)
     begun = begins.cumsum(0, dtype=torch.int32)
     tokens, offsets, num_chunks = empty(pairs + 1), empty(pairs + 2), empty(1)
     nsa_selected_chunk_offsets[grid](
-        *(order, begun, begins, tokens, offsets, num_chunks, pairs, K), WIDTH=n, BLOCK=_BLOCK
+        *(order, begun, begins, tokens, offsets, num_chunks, pairs, K), WIDTH=n, **options
     )
     most = triton.cdiv(key_rows, select_block)
     if packed:  # the last block of a sequence may be short

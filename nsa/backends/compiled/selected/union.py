@@ -128,5 +128,6 @@ def tile_unions(
             PACKED=start is not None,
             INT64=(key_rows + 1) * tokens >= 2**31,
             num_warps=1 if slots <= 128 else 4,
+            enable_fp_fusion=True,
         )
     return TileUnions(tokens, first_rows, masks, counts)

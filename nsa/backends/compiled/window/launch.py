@@ -17,7 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa.backends.compiled.common import LOG2E
+from nsa.backends.compiled import tiling
+from nsa.backends.compiled.common import LOG2E, positive
 from nsa.backends.compiled.window.bounds import TOKENS, Blocks
 from nsa.backends.compiled.window.bwd_dkv import nsa_window_bwd_dkv
 from nsa.backends.compiled.window.bwd_dq import nsa_window_bwd_dq
@@ -267,13 +268,6 @@ def _splits(programs: int, queries: int, tokens: int) -> int:
     return max(1, min(PROGRAMS // programs, queries // (tokens * 16)))
 
 
-def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """q and a scale above 0 with the same scores; q is the new one times the third result."""
-    if scale > 0:  # the running maximum is taken before scaling
-        return q, scale, 1.0
-    return (-q, -scale, -1.0) if scale < 0 else (torch.zeros_like(q), 1.0, 0.0)
-
-
 def addressable(x: Tensor) -> Tensor:
     """x ``[B, T, H, D]`` itself if offsets within a tile fit in int32, else a copy."""
     reach = 256 * x.stride(1) + x.shape[2] * x.stride(2) + x.shape[3] * x.stride(3)
@@ -298,9 +292,6 @@ def launch_options(
         "LEAD": blocks.block - 1,
         "STRIDE": blocks.stride,
         "C": C,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
+        **tiling.launch_options(tiles.num_warps, tiles.num_stages, tiles.maxnreg),
     }
-    if tiles.maxnreg is not None:
-        options["maxnreg"] = tiles.maxnreg
     return C, options

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from nsa.core.toolchain import INDUCTOR_DIR, TRITON_DIR, c_compiler, is_writable, triton_cache
 from nsa.settings import foreign_variable
 from nsa.tools.common.machine import CACHE_SWITCHES, INTERPRETER, OFF_SWITCHES, output_of
 
 UNKNOWN = "not known to this version of torch"
-INDUCTOR_DIR, TRITON_DIR, TRITON_HOME = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"
 _SECONDS = 3.0
 """As long as a folder is measured."""
 _BREAKS = "graph_breaks,recompiles"
@@ -97,8 +96,6 @@ def collect_toolchain(
     """Ask torch and the disk what makes code for a device."""
     values = {variable.assignment.partition("=")[0]: variable.value for variable in variables}
     compiler, refusal = _cpp_compiler() if device.type == "cpu" else _triton_compiler(triton)
-    home = Path(foreign_variable(TRITON_HOME) or Path.home())
-    triton_cache = values[TRITON_DIR] or home / ".triton" / "cache"
     return Toolchain(
         torch=torch.__version__,
         triton=triton,
@@ -107,7 +104,7 @@ def collect_toolchain(
         refusal=refusal,
         caches=_caches(),
         inductor_cache=_folder(values[INDUCTOR_DIR] or _inductor_cache(), INDUCTOR_DIR),
-        triton_cache=None if triton is None else _folder(triton_cache, TRITON_DIR),
+        triton_cache=None if triton is None else _folder(triton_cache(), TRITON_DIR),
     )
 
 
@@ -115,8 +112,7 @@ def _triton_compiler(triton: str | None) -> tuple[str, str | None]:
     """What makes code for a GPU, and why nothing does."""
     if triton is None or importlib.util.find_spec("triton") is None:
         return "none", "triton is not installed: pip install triton"
-    # Triton makes a small C library for every kernel, and looks for its compiler this way.
-    compiler = foreign_variable("CC") or shutil.which("gcc") or shutil.which("clang")
+    compiler = c_compiler()
     if compiler is None:
         return "none", "triton found no C compiler: install gcc, or name one in the variable CC"
     return f"triton {triton} and {_version_line(compiler)}", None
@@ -180,8 +176,7 @@ def _folder(name: str | Path | None, variable: str) -> Folder:
 
 
 def _note(path: Path, variable: str) -> str:
-    there = next(place for place in (path, *path.parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    if not is_writable(path):
         return f"cannot be written to: name another in {variable}"
     if Path(tempfile.gettempdir()).absolute() in path.parents:
         return f"a temporary place: {variable} names one that lasts"
