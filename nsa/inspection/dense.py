@@ -161,7 +161,7 @@ def _ranked(share_CKJ: Tensor, rows: slice, config: NSAConfig) -> Tensor:
     multiple of l', which ``select_share`` divides."""
     scores = share_CKJ * (config.group * config.compress_block / config.compress_stride)
     row = torch.arange(rows.start, rows.stop, device=scores.device)
-    n = min(config.num_selected, scores.shape[-1])
-    chosen = choose(scores.transpose(0, 1)[:, :, None], row[:, None], n, config)
+    ranked = scores.transpose(0, 1)[:, :, None]
+    chosen = choose(ranked, row[:, None], config.num_selected, config)
     first = row - row % config.select_share - rows.start
     return chosen[:, :, 0].transpose(0, 1)[first]
