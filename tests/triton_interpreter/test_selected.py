@@ -161,7 +161,7 @@ def test_any_tiles(tiles: SelectedTiles, lengths: tuple[int, ...] | None) -> Non
 @pytest.mark.parametrize("lengths", [None, (0, 3, 1, 0, 13, 8, 0)])
 @pytest.mark.parametrize(
     ("share", "tiles"),
-    [(2, None), (6, tiling(3, 16)), (3, tiling(1, 16)), (8, tiling(4, 16))],
+    [(2, None), (6, tiling(3, 16)), (3, tiling(1, 16, with_dq=True)), (8, tiling(4, 16))],
     ids=str,
 )
 def test_shared_lists(share: int, tiles: SelectedTiles | None, lengths: Any) -> None:
@@ -169,7 +169,7 @@ def test_shared_lists(share: int, tiles: SelectedTiles | None, lengths: Any) -> 
     block."""
     size = 16 if share == 8 else 6
     config = replace(CONFIG, select_share=share, select_block=size, num_local=int(share != 3))
-    shape: dict[str, Any] = {"length": 29, "batch": 2} if lengths is None else {"lengths": lengths}
+    shape: dict[str, Any] = {"length": 28 + share % 3, "batch": 2} if lengths is None else {"lengths": lengths}
     check(listed(make_inputs(config, **shape, seed=share)), tiles, share)
 
 

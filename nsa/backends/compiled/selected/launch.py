@@ -18,7 +18,7 @@ from nsa.backends.compiled.selected.bwd_dkv import nsa_selected_bwd_dkv
 from nsa.backends.compiled.selected.bwd_dq import nsa_selected_bwd_dq
 from nsa.backends.compiled.selected.fwd import nsa_selected_fwd
 from nsa.backends.compiled.selected.inverse_index import InverseIndex, inverse_index
-from nsa.backends.compiled.selected.shared import shared_lists
+from nsa.backends.compiled.selected.shared import shared_index, shared_lists
 from nsa.backends.compiled.selected.tiles import (
     Constants,
     KeyTiles,
@@ -174,6 +174,7 @@ def selected_dkv(
     select_block: int,
     scale: float,
     q_start: int = 0,
+    share: int = 1,
     sequences: int | None = None,
     weight: Tensor | None = None,
     dq: Tensor | None = None,
@@ -183,8 +184,8 @@ def selected_dkv(
     """The gradients of k and v, and of q where the tiles say so.
 
     Args:
-        dout, q, k, v, lse, delta, block_idx, start, select_block, scale, q_start, weight: as of
-            :func:`selected_dq`.
+        dout, q, k, v, lse, delta, block_idx, start, select_block, scale, q_start, share, weight: as
+            of :func:`selected_dq`.
         sequences: at most so many packed sequences (``cu_seqlens.numel() - 1``); without it, many
             programs start for nothing.
         dq: ``[B, T, H, D]``, fp32, contiguous: what q's gradient is added to with
@@ -198,21 +199,23 @@ def selected_dkv(
     T, S, K = q.shape[1], k.shape[1], k.shape[2]
     dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
-    tiles = tiles or default_tiles(q, v, block_idx, select_block).dkv
+    tiles = tiles or default_tiles(q, v, block_idx, select_block, share).dkv
     assert not tiles.with_dq or (dq is not None and dq.dtype == torch.float32)
     if not (q.numel() and k.numel() and block_idx.numel()):
         return dk, dv
     q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
-    where: dict[str, Any] = {"start": start, "select_block": select_block, "q_start": q_start}
+    where: dict[str, Any] = {"start": start, "select_block": select_block, "sequences": sequences}
+    where |= {"key_rows": S, "chunk": tiles.chunk}
     with torch.cuda.device_of(q):
-        index = index or inverse_index(
-            block_idx, key_rows=S, chunk=tiles.chunk, sequences=sequences, **where
-        )
+        if share > 1:
+            index = index or shared_index(block_idx, share=share, **where)
+        else:
+            index = index or inverse_index(block_idx, q_start=q_start, **where)
         nsa_selected_bwd_dkv[(index.max_chunks * triton.cdiv(select_block, tiles.block_n),)](
             *(q, k, v, dout),
             (lse.contiguous(), delta.contiguous(), delta if weight is None else weight),
             *(dk, dv, dk if dq is None else dq),
-            (index.block_ids, index.tokens, index.offsets, index.num_chunks),
+            (index.block_ids, index.offsets, index.num_chunks, index.tokens, index.ends),
             *(x.stride() for x in (q, k, v, dout)),
             *(T, S, q_start, K, index.num_blocks, scale * LOG2E, scale),
             BLOCK_PITCH=index.block_pitch,
@@ -220,6 +223,7 @@ def selected_dkv(
             WITH_DQ=tiles.with_dq,
             WEIGHTED=weight is not None,
             SCALE_DS=q.dtype != torch.float16,
+            SHARE=index.share,
             INT64=max(q.numel(), _row_extent(q), _row_extent(dout)) >= 2**31,
             C=constants(q, v, block_idx, select_block, tiles),
             **launch_options(tiles.num_warps, tiles.num_stages, tiles.maxnreg),
@@ -253,15 +257,14 @@ def selected_backward(
     """
     tiles = tiles or default_tiles(q, v, block_idx, select_block, share)
     call: dict[str, Any] = {"start": start, "select_block": select_block}
-    call |= {"scale": scale, "q_start": q_start, "sequences": sequences}
+    call |= {"scale": scale, "q_start": q_start, "share": share, "sequences": sequences}
     dout = rows_contiguous(dout)
     summed = None
     if tiles.dkv.with_dq:
         dq = summed = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         delta = bwd_preprocess(dout, out)
     else:
-        of_rows: dict[str, Any] = {"out": out, "share": share, "tiles": tiles.dq}
-        dq, delta = selected_dq(dout, q, k, v, lse, block_idx, **call, **of_rows)
+        dq, delta = selected_dq(dout, q, k, v, lse, block_idx, **call, out=out, tiles=tiles.dq)
     call |= {"dq": summed, "tiles": tiles.dkv}
     dk, dv = selected_dkv(dout, q, k, v, lse, delta, block_idx, **call)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)

@@ -1,4 +1,6 @@
-"""Query tiles whose tokens read one list (``select_share``): the list itself is their union.
+"""What the kernels read where consecutive tokens have one list (``select_share``).
+
+A query tile's union is the list itself, and the inverse index has an entry for all that share.
 
 B batch, T query tokens, K key/value heads, n selected blocks.
 """
@@ -11,9 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from nsa.backends.compiled.selected.inverse_index import InverseIndex, inverse_index
+
 
 class SharedLists(NamedTuple):
-    """What the kernels read in place of :class:`.union.TileUnions`."""
+    """In place of :class:`.union.TileUnions`."""
 
     tiles: int
     """At most so many."""
@@ -36,10 +40,59 @@ def shared_lists(
     block_idx = block_idx.contiguous()
     if start is None:
         return SharedLists(triton.cdiv(T, tokens), block_idx, None, None)
-    tiles = T if sequences is None else T // tokens + sequences
+    first = _first_tokens(T, tokens, start, sequences)
+    return SharedLists(len(first) - 1, block_idx, first, start)
+
+
+def shared_index(
+    block_idx: Tensor,
+    *,
+    share: int,
+    key_rows: int,
+    start: Tensor | None,
+    select_block: int,
+    chunk: int,
+    sequences: int | None,
+) -> InverseIndex:
+    """The inverse index of the first of every ``share`` tokens, each entry for all of them.
+
+    Arguments as of :func:`.inverse_index.inverse_index`.
+    """
+    T = block_idx.shape[1]
+    if start is None:
+        size = triton.cdiv(T, share) + 1
+        first = torch.arange(size, device=block_idx.device, dtype=torch.int32) * share
+        first = first.clamp_max(T)
+    else:
+        first = _first_tokens(T, share, start, sequences)
+    row, L = first[:-1].long().clamp_max(T - 1), len(first) - 1
+    lists = block_idx[:, row].where((first[:-1] < T)[:, None, None], -1)
+    index = inverse_index(
+        lists,
+        key_rows=key_rows,
+        start=None if start is None else start[row],
+        select_block=select_block,
+        chunk=max(1, chunk // share),
+        q_start=_FAR,
+        sequences=sequences,
+    )
+    b, leader = index.tokens // L, (index.tokens % L).long()
+    tokens, ends = b * T + first[leader], None
+    if start is not None or T % share:
+        ends = b * T + first[leader + 1]
+    return index._replace(tokens=tokens, ends=ends, share=share)
+
+
+_FAR = 2**30
+"""A position past all blocks: lists that are shared have no block that is not seen."""
+
+
+def _first_tokens(T: int, tokens: int, start: Tensor, sequences: int | None) -> Tensor:
+    """int32: of every ``tokens`` tokens of each packed sequence, ascending; then T, at least
+    once."""
+    count = T if sequences is None else T // tokens + sequences
     token = torch.arange(T, device=start.device)
     begins = (token - start) % tokens == 0
-    tile = (begins.cumsum(0) - 1).where(begins, tiles)
-    first_tokens = start.new_full((tiles + 1,), T)
-    first_tokens.scatter_(0, tile, token.where(begins, T).to(torch.int32))
-    return SharedLists(tiles, block_idx, first_tokens, start)
+    number = (begins.cumsum(0) - 1).where(begins, count)
+    first = start.new_full((count + 1,), T)
+    return first.scatter_(0, number, token.where(begins, T).to(torch.int32))
