@@ -169,9 +169,9 @@ def test_shared_lists(share: int, tiles: SelectedTiles | None, lengths: Any) -> 
     block."""
     size = 16 if share == 8 else 6
     config = replace(CONFIG, select_share=share, select_block=size, num_local=int(share != 3))
-    shape: dict[str, Any] = {"length": 28 + share % 3, "batch": 2}
-    if lengths is not None:
-        shape = {"lengths": lengths}
+    shape: dict[str, Any] = (
+        {"length": 20 + share % 3, "batch": 2} if lengths is None else {"lengths": lengths}
+    )
     check(listed(make_inputs(config, **shape, seed=share)), tiles, share)
 
 

@@ -155,12 +155,7 @@ def gated_backward(
     tiles = default_tiles(q, v.selected, block_idx, layout.select_block, layout.share)
     if not tiles.dkv.with_dq:
         lse_slc, delta, weight = rows[1]
-        of_rows: dict[str, Any] = {
-            "delta": delta,
-            "weight": weight,
-            "dq": dq,
-            "share": layout.share,
-        }
+        of_rows: dict[str, Any] = {"delta": delta, "weight": weight, "dq": dq}
         selected_dq(dout, q, k.selected, v.selected, lse_slc, block_idx, **chosen, **of_rows)
     dk_slc, dv_slc = selected_dkv(
         dout,
