@@ -330,6 +330,8 @@ def _sdpa_phases(s: _Shapes, saved: int) -> dict[str, int]:
     m = max(1, TILE_ROWS // G)
     rows = int(pairs * listed / c.num_selected) + m * s.B * K * num_select_blocks(s.T, c) // 2
     chunk, index = (rows + pairs) * G * wide, pairs * 80
+    queries = min(tokens, s.B * s.T) * K * G * wide  # of the chunk: a sum for each, and casts
+    cast = queries if e < wide else 0
     blocks = s.kv * wide
     to_come = out + gates + copies * s.out * wide + s.out * e  # sum, gates, copies, window's out
     phi_tokens = kv if c.independent_kv else 0
@@ -337,7 +339,14 @@ def _sdpa_phases(s: _Shapes, saved: int) -> dict[str, int]:
     weight = s.dim * c.num_heads * V * e  # gradient of o_proj
     window = (2 * s.q + s.out + 2 * s.kv) * wide + q + 4 * CPU_CHUNK_ELEMENTS * wide
     return {
-        "forward, selected": saved - to_come + phi_tokens + blocks + out + chunk * V + index,
+        "forward, selected": saved
+        - to_come
+        + phi_tokens
+        + blocks
+        + out
+        + (chunk + queries) * V
+        + cast * D
+        + index,
         "forward, sum": saved + phi_tokens + 4 * s.out * wide + (2 * out if e < wide else 0),
         "backward, window": done - copies * s.out * wide + 3 * out + weight + window,
         "backward, selected": done
@@ -348,7 +357,8 @@ def _sdpa_phases(s: _Shapes, saved: int) -> dict[str, int]:
         + kv
         + weight
         + 2 * blocks
-        + chunk * D
+        + (chunk + queries) * D
+        + cast * (D + V)
         + index,
     }
 

@@ -128,6 +128,8 @@ MUTATIONS = (
     Mutation("layer: RoPE on V", "nsa/module.py", "return KV(self._rotate(k, positions), v)", "return KV(self._rotate(k, positions), self._rotate(v, positions) if v.shape[-1] % 2 == 0 else v)", LAYER),
     Mutation("layer: positions do not restart", "nsa/module.py", "positions = packed_tokens(cu_seqlens, x.shape[1]).position", "positions = None", LAYER),
     Mutation("layer: gates branch-major", "nsa/module.py", "unflatten(-1, (config.num_heads, len(BRANCHES)))", "unflatten(-1, (len(BRANCHES), config.num_heads)).mT", LAYER),
+    Mutation("layer: values keep the product of all projections", "nsa/module.py", "v = v.contiguous().unflatten", "v = v.unflatten", ("tests/api/test_memory.py",)),
+    Mutation("recompute: lists selected again", "nsa/backends/shared/recompute.py", "if operator is SELECT_BLOCKS:", "if operator is None:", ("tests/api/test_recompute.py",)),
     Mutation("layer: branches swapped", "nsa/module.py", "tokens, selected, window = self", "tokens, window, selected = self", LAYER),
     fa2("own block counted twice", "shared/block_tiles.py", "blocks.size if earlier_only else 0", "0"),
     fa2("own block not weighted", "fa2/selected.py", "(diag_lse[here] - whole).exp()[..., None]", "(diag_lse[here] * 0).exp()[..., None]"),

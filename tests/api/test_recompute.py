@@ -82,6 +82,7 @@ def test_in_a_whole_graph() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_where_the_layer_compiles_itself(monkeypatch, caplog) -> None:
     monkeypatch.setattr(core_compile, "COMPILER", "aot_eager")
@@ -108,7 +109,7 @@ def test_a_model_whose_layers_compute_again() -> None:
 @pytest.mark.parametrize(
     ("options", "attention", "other"),
     [
-        ({"activation_checkpointing": True}, "nsa", "activation_checkpointing"),
+        ({"activation_checkpointing": True}, "nsa", "activation_checkpointing=True"),
         ({}, "dense", "dense attention"),
     ],
 )
