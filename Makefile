@@ -83,8 +83,13 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON); fi
 	@echo '$(request)' > $(STAMP)
 
+.PHONY: mutants
+mutants: env  ## mutation testing: does a test notice every small change? An hour on two cores
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
+
 .PHONY: clean
 clean:  ## removes the environment, caches and build files; runs/ stays
 	if [ -e $(STAMP) ]; then rm -rf $(VENV); fi
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist mutants *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find nsa tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -259,7 +259,8 @@ def check_packing(
             raise ShapeError(f"max_seqlen: expected >= 0, got {show(max_seqlen)}")
     if cu_seqlens.device.type == "cpu" or check:
         _check_packing_values(x.shape[1], cu_seqlens, max_seqlen, check=check)
-    return None if max_seqlen is None else torch.sym_min(max_seqlen, x.shape[1])
+    # not torch.sym_min, which Dynamo of torch 2.11 does not take of two plain numbers
+    return None if max_seqlen is None else min(max_seqlen, x.shape[1])
 
 
 def _check_packing_values(

@@ -22,7 +22,7 @@ def apply_rope(x: Tensor, theta: float, cu_seqlens: Tensor | None = None) -> Ten
         x: ``[B, T, H, D]``.
     """
     B, T, _, D = x.shape
-    t = torch.arange(T, device=x.device, dtype=torch.float64)
+    t = torch.arange(T, device=x.device)
     if cu_seqlens is not None:
         for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
             t[start:end] -= start

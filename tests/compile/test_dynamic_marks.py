@@ -65,3 +65,16 @@ def test_a_marked_length(backend: str, mark: str) -> None:
         say(x)
         torch.testing.assert_close(compiled(x), layer(x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(False, 3), (True, 1)])
+def test_packed_sequences(dynamic: bool, graphs: int) -> None:
+    """Sizes that are plain numbers in the trace, and sizes that are not."""
+    layer = NSAttention(8, CONFIG, backend="sdpa")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="eager")
+    for length in LENGTHS:
+        cu_seqlens = torch.tensor([0, 13, length], dtype=torch.int32)
+        compiled(
+            torch.randn(1, length, 8), cu_seqlens=cu_seqlens, max_seqlen=length
+        ).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -57,7 +57,7 @@ def top_blocks(
     result = torch.empty(B * K, R * d, n, dtype=torch.int32, device=q.device)
     within = torch.arange(d, device=q.device) + config.compress_block - 1
     stretch = _CPU_STRETCH if q.device.type == "cpu" else 1
-    for chunk in chunks(R, k_cmp.shape[1], window, B * K * M, q.device, stretch):
+    for chunk in chunks(R, window, B * K * M, q.device, stretch):
         C, S = chunk.row_end - chunk.row, chunk.key_end - chunk.key
         rows = slice(chunk.row * M, chunk.row_end * M)
         here = slice(chunk.key, chunk.key_end)

@@ -48,7 +48,7 @@ def compressed_attention(
         real = shape.real[:, None, None]
         k, v = k.where(real, 0.0), v.where(real, 0.0)
     rows = fold(q, cu_seqlens, N, K, config, q_start)
-    square = cu_seqlens is None and 0 < shape.rows == N and shape.first_row == 0
+    square = cu_seqlens is None and shape.rows == N and shape.first_row == 0
     if square and has_kernel(q, config.softmax_scale):
         M = rows.shape[3]
         out, lse = causal_attention(

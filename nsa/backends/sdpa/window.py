@@ -50,7 +50,6 @@ class Chunk(NamedTuple):
 
 def chunks(
     rows: int,
-    keys: int,
     window: SlidingWindow,
     per_row: int,
     device: torch.device,
@@ -64,13 +63,13 @@ def chunks(
     row_end = 0
     while row_end < rows:
         row = row_end
-        reach = min(window.width, keys, window.first_row + row + 1)
+        reach = min(window.width, window.first_row + row + 1)
         # rows * (rows + reach) scores a chunk
         size = max(1, int(((reach * reach + 4 * budget) ** 0.5 - reach) / 2))
         size = min(size, max(64, window.width // 2))  # more would be scores that the window hides
         row_end = min(row + size, rows)
         first, last = window.first_row + row, window.first_row + row_end - 1
-        key, key_end = max(0, first - window.width + 1), min(keys, last + 1)
+        key, key_end = max(0, first - window.width + 1), last + 1
         r = torch.arange(first, last + 1, device=device)[:, None]
         s = torch.arange(key, key_end, device=device)
         hidden = (s > r) | (s <= r - window.width)
@@ -99,12 +98,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     window = SlidingWindow(width, first_row, row_seq)
     B, R, K, M, _ = q.shape
-    S, V = v.shape[1], v.shape[-1]
+    V = v.shape[-1]
     dtype = operand_dtype(q)
     q_rows, k_rows, v_rows = _rows(q, dtype), heads_first(k, dtype), heads_first(v, dtype)
     out = q.new_empty(B * K, R * M, V)
     lse = q.new_empty(B * K, R * M, dtype=accumulation_dtype(q.dtype))
-    for chunk in chunks(R, S, window, B * K * M, q.device):
+    for chunk in chunks(R, window, B * K * M, q.device):
         here = slice(chunk.row * M, chunk.row_end * M)
         p = _scores(q_rows, k_rows, chunk, M, scale)
         m_i = p.amax(-1, keepdim=True)
@@ -147,7 +146,7 @@ def _backward(
     dq = torch.zeros_like(q_rows, dtype=lse.dtype)
     dk = torch.zeros_like(k_rows, dtype=lse.dtype)
     dv = torch.zeros_like(v_rows, dtype=lse.dtype)
-    for chunk in chunks(R, S, window, B * K * M, q.device):
+    for chunk in chunks(R, window, B * K * M, q.device):
         rows = slice(chunk.row * M, chunk.row_end * M)
         keys = slice(chunk.key, chunk.key_end)
         p = _scores(q_rows, k_rows, chunk, M, scale).sub_(lse_rows[:, rows]).exp_()

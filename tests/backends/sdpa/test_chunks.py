@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 import nsa.backends
 from nsa import NSAConfig, nsa_attention, reference, select_blocks
+from nsa.backends.sdpa.selected import _even as widened
 from nsa.backends.sdpa.selected import chunk_plan
 from nsa.backends.sdpa.window import SlidingWindow, chunks
-from nsa.backends.shared.block_tiles import make_tiles, number_blocks
+from nsa.backends.shared.block_tiles import Tiles, make_tiles, number_blocks
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,6 +48,7 @@ PROBLEMS = {
     "group of one": (SINGLE, {"length": 30, "batch": 2}),
     "packed": (CONFIG, {"lengths": (13, 0, 3, 41, 0)}),
     "packed wide": (WIDE, {"lengths": (0, 29, 1)}),
+    "long blocks": (replace(CONFIG, select_block=20), {"length": 45}),
 }
 every_problem = pytest.mark.parametrize("name", PROBLEMS)
 
@@ -143,11 +146,12 @@ def test_parity_holds_at_any_cut(
 
 
 @given(
-    rows=st.integers(0, 40),
+    rows=st.integers(0, 40) | st.integers(100, 200),
     first_row=st.integers(0, 10),
-    width=st.integers(1, 50),
-    per_row=st.integers(1, 5),
-    elements=st.integers(1, 500),
+    width=st.integers(1, 50) | st.integers(130, 200),
+    per_row=st.integers(0, 5),
+    elements=st.integers(1, 500) | st.just(2**17),
+    stretch=st.integers(1, 3),
     lengths=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=5),
 )
 def test_chunks_cover_the_band_and_nothing_else(
@@ -156,8 +160,10 @@ def test_chunks_cover_the_band_and_nothing_else(
     width: int,
     per_row: int,
     elements: int,
+    stretch: int,
     lengths: list[int] | None,
 ) -> None:
+    """Nor is any smaller than the scores that it may hold would let it be."""
     row_seq = None
     if lengths is not None:
         rows, first_row = sum(lengths), 0
@@ -169,13 +175,17 @@ def test_chunks_cover_the_band_and_nothing_else(
     if row_seq is not None:
         visible &= row_seq[:, None] == row_seq
     seen, after = torch.zeros_like(visible), 0
+    budget = stretch * elements // max(1, per_row)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ELEMENTS, elements)
-        for chunk in chunks(rows, keys, band, per_row, torch.device("cpu")):
+        for chunk in chunks(rows, band, per_row, torch.device("cpu"), stretch):
             assert chunk.row == after
             after = chunk.row_end
-            cut = chunk.row_end - chunk.row, chunk.key_end - chunk.key
-            assert cut[0] == 1 or cut[0] * cut[1] * per_row <= elements
+            size, reach = after - chunk.row, min(width, first_row + chunk.row + 1)
+            assert size == 1 or size * (size + reach) <= budget
+            whole = after == rows or size == max(64, width // 2)
+            assert whole or (size + 1) * (size + 1 + reach) > budget
+            assert chunk.key == max(0, first_row + chunk.row - width + 1)
             seen[chunk.row : chunk.row_end, chunk.key : chunk.key_end] = ~chunk.hidden[:, 0]
     assert after == rows
     assert torch.equal(seen, visible)
@@ -212,6 +222,53 @@ def test_tiles_hold_every_listed_pair_once(name: str, m: int) -> None:
     assert tiles.total <= len(want)
 
 
+@pytest.mark.parametrize(
+    ("device", "elements", "stretch"), [("cpu", 2**18, 16), ("meta", 2**26, 2)]
+)
+@pytest.mark.parametrize("group", [1, 3, 16, 100])
+@pytest.mark.parametrize("widest", [1, 48, 2**21])
+def test_selected_chunks_fill_the_device(
+    device: str, elements: int, stretch: int, group: int, widest: int
+) -> None:
+    """Partial results of the tokens, and scores of the tiles, as many as there is room for."""
+    config = replace(CONFIG, num_heads=2 * group)
+    q, k = (torch.empty(1, 9, heads, 8) for heads in (2 * group, 2))
+    plan = chunk_plan(
+        torch.empty(9, 2, 3, dtype=torch.int32, device=device),
+        number_blocks(q, k, config, None, 0),
+        group,
+        widest,
+    )
+    assert plan.tile == max(1, 64 // group)
+    assert plan.tokens == max(1, stretch * elements // (2 * 3 * group * widest))
+    assert plan.tiles == max(1, elements // (plan.tile * group * config.select_block))
+
+
+@pytest.mark.parametrize("size", [1, 16, 17, 32])
+def test_blocks_are_widened_to_a_cache_line(size: int) -> None:
+    blocks = torch.ones(2, size, 3)
+    wide = widened(blocks)
+    assert wide.shape == (2, -(-size // 16) * 16, 3)
+    assert torch.equal(wide[:, :size], blocks)
+
+
+@pytest.mark.parametrize(("elements", "chunks"), [(2**18, 1), (48, 28)])
+def test_every_query_is_worked_on_once(
+    monkeypatch: pytest.MonkeyPatch, elements: int, chunks: int
+) -> None:
+    inputs, made = problem("regular", width=4), []
+
+    def counted(block_idx: Tensor, *args: Any) -> Tiles:
+        made.append(len(block_idx))
+        return make_tiles(block_idx, *args)
+
+    monkeypatch.setattr("nsa.backends.sdpa.selected.make_tiles", counted)
+    monkeypatch.setattr(ELEMENTS, elements)
+    results(inputs)
+    assert sum(made) == 2 * 82  # forward and backward
+    assert len(made) == 2 * chunks
+
+
 def test_tiny_sizes_do_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above would prove nothing if the names they patch were not read."""
     inputs = problem("regular")
@@ -220,11 +277,11 @@ def test_tiny_sizes_do_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = number_blocks(inputs.q, inputs.selected.k, CONFIG, None, 0)
     whole = chunk_plan(lists, blocks, CONFIG.group, 8)
     assert whole.tokens >= lists.shape[0]
-    assert len(list(chunks(41, 41, SlidingWindow(7), 8, lists.device))) == 1
+    assert len(list(chunks(41, SlidingWindow(7), 8, lists.device))) == 1
     monkeypatch.setattr(ELEMENTS, 1)
     monkeypatch.setattr(ROWS, 1)
     assert tuple(chunk_plan(lists, blocks, CONFIG.group, 8)) == (1, 1, 1)
-    assert len(list(chunks(41, 41, SlidingWindow(7), 8, lists.device))) == 41
+    assert len(list(chunks(41, SlidingWindow(7), 8, lists.device))) == 41
 
 
 # Memory

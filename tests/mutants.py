@@ -1,0 +1,177 @@
+"""Does a test turn red for every small change of the code? Mutation testing with mutmut.
+
+    python -m tests.mutants                  # everything; on two cores within an hour
+    python -m tests.mutants 'nsa.module.*'   # the mutants that a pattern names
+    mutmut show NAME                         # afterwards: one mutant's diff
+
+``[tool.mutmut]`` in pyproject.toml says which files are changed and which tests judge; mypy judges
+first. A mutant that survives is an error unless ``tests/mutants.txt`` says why it may.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import libcst as cst
+import mutmut.__main__ as mutmut
+from libcst.matchers import Arg, Name, matches
+from mutmut.configuration import config
+from mutmut.mutation import file_mutation
+from mutmut.mutation.data import MutantLineSpans, SourceFileMutationData
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.mutation.file_mutation import (
+    FailedTypeCheckMutant,
+    MutatedMethodLocation,
+    MutationVisitor,
+    group_by_path,
+)
+from mutmut.runners.harness import PytestRunner
+from mutmut.state import state
+from mutmut.stats import status_by_exit_code
+from mutmut.type_checking import run_type_checker
+from mutmut.utils.file_utils import change_cwd, walk_mutatable_files
+from mutmut.utils.format_utils import get_mutant_name
+
+EXPLAINED = Path(__file__).with_suffix(".txt")
+JUDGES = {
+    "nsa.reference": ("tests/reference/", "tests/api/test_defaults.py"),
+    "nsa.backends": ("tests/backends/", "tests/core/", "tests/api/"),
+    "nsa.training": ("tests/training/", "tests/tools/"),
+    "nsa": ("tests/api/", "tests/backends/", "tests/core/"),
+}
+"""Whose tests must notice a change there, the first that fits: not whoever happens to run it."""
+STRICT = Arg(keyword=Name("strict"))
+NO_TESTS = 33
+CAUGHT = ("killed", "caught by type check", "timeout", "segfault")
+
+
+def explained() -> dict[str, str]:
+    """Mutants that may survive, and why: indented lines under the sentence that explains them.
+
+    One that ends with "…" means every change of those lines.
+    """
+    found, why = {}, ""
+    for line in EXPLAINED.read_text(encoding="utf-8").splitlines():
+        if line.startswith(" "):
+            found[line.strip()] = why
+        elif line and not line.startswith("#"):
+            why = line
+    return found
+
+
+def results(patterns: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Name, status and description of every mutant that was asked for."""
+    for path in walk_mutatable_files():
+        data = SourceFileMutationData(path=path)
+        data.load()
+        for name, code in data.exit_code_by_key.items():
+            if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+                yield name, status_by_exit_code[code], describe(name, path)
+
+
+def describe(name: str, path: Path) -> str:
+    """The function and its changed lines, which outlive a change elsewhere in the file."""
+    function = name.partition("__mutmut")[0].replace("xǁ", "").replace("ǁ", ".").replace(".x_", ".")
+    lines = get_diff_for_mutant(name, path=path).splitlines()[2:]
+    old, new = (
+        " ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+"
+    )
+    return f"{function}: {old} -> {new}"
+
+
+def main(patterns: list[str]) -> int:
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mypy
+    mutmut.cli(["run", *patterns], standalone_mode=False)
+    reasons, counts, unexplained = explained(), dict[str, int](), list[str]()
+    known = set()
+    for name, status, description in results(patterns):
+        known |= {description, f"{description.partition(' -> ')[0]} -> …"}
+        missed = status not in CAUGHT
+        may = description in reasons or f"{description.partition(' -> ')[0]} -> …" in reasons
+        verdict = "explained" if missed and may else status
+        counts[verdict] = counts.get(verdict, 0) + 1
+        if verdict == status and missed:
+            unexplained.append(f"{status:10s} {name}\n  {description}")
+    gone = [] if patterns else [line for line in reasons if line not in known]
+    print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    for line in unexplained:
+        print(line)
+    for line in gone:
+        print(f"{EXPLAINED.name} explains a mutant that is no more: {line}")
+    return 1 if unexplained or gone else 0
+
+
+# What mutmut 3.8 lacks
+
+
+def _caught_by_types() -> dict[str, FailedTypeCheckMutant]:
+    """What mypy's errors lie in, by the table of lines; mutmut's own way takes minutes."""
+    with change_cwd("mutants"):
+        errors = group_by_path(run_type_checker(config().type_check_command))
+    found = {}
+    for path in walk_mutatable_files():
+        spans = MutantLineSpans.load(path)
+        assert spans is not None
+        starts = sorted((span.start, name) for name, span in spans.span_by_function_name.items())
+        for error in errors.get(Path.cwd() / "mutants" / path, ()):
+            start, name = starts[bisect_right(starts, (error.line_number, "~")) - 1]
+            end = spans.span_by_function_name[name].end
+            if start <= error.line_number <= end and not name.endswith("_orig"):
+                key = get_mutant_name(path, name)
+                place = MutatedMethodLocation(path, name, start, end)
+                found[key] = FailedTypeCheckMutant(place, key, error)
+    return found
+
+
+def _by_its_judges(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[str]) -> int:
+    """The tests of a mutant, the fastest first, as mutmut's plain forks run them."""
+    if mutant_name is not None:
+        judges = next(names for part, names in JUDGES.items() if mutant_name.startswith(part))
+        tests = [test for test in tests if test.startswith(judges)]
+        if not tests:
+            return NO_TESTS
+    durations = state().duration_by_test
+    tests = sorted(tests, key=lambda test: durations.get(test, 0.0))
+    return _run_tests(self, mutant_name=mutant_name, tests=tests)
+
+
+def _skips(self: MutationVisitor, node: cst.CSTNode) -> bool:
+    """Decorated functions are changed too; ``strict=True``, a check of our own sums, is not."""
+    if isinstance(node, cst.FunctionDef) and node.decorators:
+        return False
+    return matches(node, STRICT) or _skip(self, node)
+
+
+def _removes(self: MutationVisitor, node: cst.CSTNode, mutated: cst.CSTNode) -> bool:
+    arguments = node.args if isinstance(node, cst.Call) else ()
+    kept = mutated.args if isinstance(mutated, cst.Call) else arguments
+    lost = any(matches(argument, STRICT) and argument not in kept for argument in arguments)
+    return lost or _remove(self, node, mutated)
+
+
+def _decorated_once(function: cst.FunctionDef, *args: Any, **kwargs: Any) -> Any:
+    """The decorator of a function stays on its trampoline; copies are called as they are."""
+    declared, (trampoline, *copies), assigned, names = _arrange(function, *args, **kwargs)
+    if not any(matches(d.decorator, Name("classmethod")) for d in function.decorators):
+        copies = [copy.with_changes(decorators=()) for copy in copies]
+    return declared, [trampoline, *copies], assigned, names
+
+
+_run_tests = PytestRunner.run_tests
+_skip = MutationVisitor._skip_node_and_children
+_remove = MutationVisitor._removes_ignored_code
+_arrange = file_mutation.function_trampoline_arrangement
+mutmut.filter_mutants_with_type_checker = _caught_by_types
+PytestRunner.run_tests = _by_its_judges  # type: ignore[method-assign]
+MutationVisitor._skip_node_and_children = _skips  # type: ignore[method-assign]
+MutationVisitor._removes_ignored_code = _removes  # type: ignore[method-assign]
+file_mutation.function_trampoline_arrangement = _decorated_once
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
