@@ -174,7 +174,8 @@ class NSAConfig(Keyed):
         if schedule is None:
             return
         name = "select_schedule"
-        good = bool(schedule) and all(
+        good = isinstance(schedule, tuple) and bool(schedule)
+        good = good and all(
             isinstance(pair, tuple) and len(pair) == 2 and _are_ints(pair) for pair in schedule
         )
         require(good, name, "pairs of ints >= 1, (position, blocks), or None", schedule)
