@@ -24,7 +24,7 @@ from libcst.matchers import Arg, Name, matches
 from mutmut.configuration import config
 from mutmut.mutation import file_mutation
 from mutmut.mutation.data import MutantLineSpans, SourceFileMutationData
-from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.mutation.diff_apply import find_mutant, get_diff_for_mutant
 from mutmut.mutation.file_mutation import (
     FailedTypeCheckMutant,
     MutatedMethodLocation,
@@ -40,6 +40,7 @@ from mutmut.utils.format_utils import get_mutant_name
 
 EXPLAINED = Path(__file__).with_suffix(".txt")
 JUDGES = {
+    "nsa.reference.unavailable": ("tests/backends/dispatch/",),
     "nsa.reference": ("tests/reference/", "tests/api/test_defaults.py"),
     "nsa.backends": ("tests/backends/", "tests/core/", "tests/api/"),
     "nsa.training": ("tests/training/", "tests/tools/"),
@@ -48,14 +49,13 @@ JUDGES = {
 """Whose tests must notice a change there, the first that fits: not whoever happens to run it."""
 STRICT = Arg(keyword=Name("strict"))
 NO_TESTS = 33
-CAUGHT = ("killed", "caught by type check", "timeout", "segfault")
+SKIPPED = 34
+CAUGHT = ("killed", "caught by type check", "timeout", "segfault", "suspicious")
+"""The last: its tests died in another way."""
 
 
 def explained() -> dict[str, str]:
-    """Mutants that may survive, and why: indented lines under the sentence that explains them.
-
-    One that ends with "…" means every change of those lines.
-    """
+    """Mutants that may survive, and why: indented lines under the sentence that explains them."""
     found, why = {}, ""
     for line in EXPLAINED.read_text(encoding="utf-8").splitlines():
         if line.startswith(" "):
@@ -63,6 +63,11 @@ def explained() -> dict[str, str]:
         elif line and not line.startswith("#"):
             why = line
     return found
+
+
+def names_of(description: str) -> set[str]:
+    """What the list may call a mutant: itself, or with "…" every change of those lines."""
+    return {description, f"{description.partition(' -> ')[0]} -> …"}
 
 
 def results(patterns: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -87,13 +92,14 @@ def describe(name: str, path: Path) -> str:
 
 def main(patterns: list[str]) -> int:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mypy
+    del sys.modules["tests"]  # those of the copy are to be imported: they start processes there
     mutmut.cli(["run", *patterns], standalone_mode=False)
     reasons, counts, unexplained = explained(), dict[str, int](), list[str]()
     known = set()
     for name, status, description in results(patterns):
-        known |= {description, f"{description.partition(' -> ')[0]} -> …"}
+        known |= names_of(description)
         missed = status not in CAUGHT
-        may = description in reasons or f"{description.partition(' -> ')[0]} -> …" in reasons
+        may = names_of(description) & reasons.keys()
         verdict = "explained" if missed and may else status
         counts[verdict] = counts.get(verdict, 0) + 1
         if verdict == status and missed:
@@ -130,9 +136,18 @@ def _caught_by_types() -> dict[str, FailedTypeCheckMutant]:
 
 
 def _by_its_judges(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[str]) -> int:
-    """The tests of a mutant, the fastest first, as mutmut's plain forks run them."""
+    """The tests of a mutant, the fastest first, as mutmut's plain forks run them.
+
+    None for one that is explained: all of its tests would run, and take half the time of the whole.
+    """
     if mutant_name is not None:
-        judges = next(names for part, names in JUDGES.items() if mutant_name.startswith(part))
+        if names_of(describe(mutant_name, find_mutant(mutant_name).path)) & explained().keys():
+            return SKIPPED
+        judges = next(
+            names
+            for part, names in JUDGES.items()
+            if mutant_name.replace(".x_", ".").startswith(part)
+        )
         tests = [test for test in tests if test.startswith(judges)]
         if not tests:
             return NO_TESTS

@@ -9,7 +9,10 @@ import torch
 
 from nsa import nsa_attention, reference, select_blocks
 from nsa.testing.inputs import make_inputs, random_blocks
-from tests.support.layers import CONFIG, LENGTHS, VARIANTS, make_layer, problem
+from tests.support.layers import CONFIG, VARIANTS, make_layer, problem
+
+LENGTHS = (13, 0, 3, 60)
+"""Among the blocks of the last there is a choice."""
 
 
 @contextmanager

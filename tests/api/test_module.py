@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nsa import ConfigError, NSAConfig, NSAttention, reference
+from nsa import ConfigError, NSAConfig, NSAttention, module, reference, use_settings
+from nsa.attention import run
+from nsa.backends.dispatch import plan
+from nsa.gates import GATES
 from tests.support.layers import (
     BRANCHES,
     CONFIG,
@@ -264,3 +267,49 @@ def test_projections_have_no_bias() -> None:
     with_bias = {name for name, m in linears.items() if m.bias is not None}
     phi = {f"{name}.{part}" for name in ("compress_k", "compress_v") for part in ("up", "down")}
     assert with_bias == {"gate_proj", *phi}
+
+
+# What a forward hands on
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_the_steps_are_told_what_the_layer_knows(
+    monkeypatch: pytest.MonkeyPatch, unit: bool
+) -> None:
+    """A bound on the lengths, whether gates are in 0…1, whether a profiler wants ranges."""
+    told = []
+
+    def spy(chosen, inputs, config, **options):
+        told.append((inputs.max_seqlen, options))
+        return run(chosen, inputs, config, **options)
+
+    monkeypatch.setattr(module, "run", spy)
+    gate = GATES["sigmoid"]._replace(in_unit_interval=unit)
+    monkeypatch.setattr(module, "GATES", {"sigmoid": gate})
+    with use_settings(nvtx=unit):
+        layer = make_layer()
+    case = problem(LENGTHS)
+    layer(case.x, cu_seqlens=case.cu_seqlens, max_seqlen=30)
+    assert told == [(30, {"gates_in_unit_interval": unit, "nvtx": unit})]
+
+
+def test_a_projection_that_decides_its_dtype_is_planned_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """First for what the input promises, then, if q has another dtype, for that."""
+    asked = []
+
+    def spy(problem, backend, settings):
+        asked.append((problem.dtype, problem.length, problem.packed))
+        return plan(problem, backend, settings)
+
+    monkeypatch.setattr(module, "plan", spy)
+    layer, case = make_layer(VARIANTS["mean"]), problem(LENGTHS)
+    call = {"cu_seqlens": case.cu_seqlens, "max_seqlen": 30}
+    want = layer(case.x, **call)
+    assert asked == [(torch.float64, 30, True)]
+    layer.q_proj.register_forward_hook(lambda module, args, out: out.float())
+    layer.o_proj.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    got = layer(case.x, **call)
+    assert asked[1:] == [(torch.float64, 30, True), (torch.float32, 30, True)]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

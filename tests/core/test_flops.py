@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nsa import NSAConfig, nsa_attention
 from nsa.backends.compiled import ops
 from nsa.backends.compiled.gated.op import gated_attention
+from nsa.backends.sdpa.steps import window_attention
 from nsa.core.flops import (
     backward_flops,
     branch_pairs,
@@ -88,6 +89,14 @@ def test_pure_pytorch(backend):
         "band": forward("window", 100),
         "band_backward": backward("window", 100),
     }
+
+
+def test_a_window_at_a_position():
+    """The last queries of a sequence see as many tokens as in the whole of it."""
+    inputs = make_inputs(CONFIG, length=100)
+    with FlopCounterMode(display=False) as counter:
+        window_attention(inputs.q[:, 90:], *inputs.window, CONFIG, q_start=90)
+    assert counter.get_total_flops() == forward("window", 100) - forward("window", 90)
 
 
 def test_packed_sequences_of_pure_pytorch():

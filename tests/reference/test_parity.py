@@ -12,6 +12,7 @@ from tests.support import numpy_oracle as oracle
 from tests.support.reference_cases import Case, cases
 
 EXAMPLES = settings(max_examples=100)
+OVERLAPPING = NSAConfig(compress_block=4, compress_stride=2, select_block=6)
 
 
 def tensors(*arrays):
@@ -148,3 +149,11 @@ def test_equal_scores(num_initial: int):
     q, k = np.zeros((1, 120, 2, 2)), np.ones((1, config.num_compressed(120), 2, 2))
     expected = oracle.select_blocks(q, k, config, None)
     np.testing.assert_array_equal(reference.select_blocks(*tensors(q, k), config).numpy(), expected)
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 40])
+def test_overlaps(length):
+    expected = oracle.overlaps(length, OVERLAPPING)
+    actual = reference.overlap_matrix(*expected.shape, OVERLAPPING)
+    assert actual.dtype == torch.int64
+    np.testing.assert_array_equal(actual.numpy(), expected)

@@ -184,7 +184,9 @@ def test_the_schemas_need_no_triton() -> None:
     assert "nsa.window_attention.default nsa.selected_attention.default" in done.stdout
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["off, on", "on, off"])
+@pytest.mark.parametrize(
+    "first", [pytest.param(False, marks=pytest.mark.slow), True], ids=["off, on", "on, off"]
+)
 def test_a_graph_is_not_used_under_another_autocast(
     monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import pickle
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nsa import (
     BackendUnavailable,
+    ConfigError,
     NSAConfig,
     NSAttention,
     Resolution,
@@ -277,3 +280,73 @@ def test_a_layer_keeps_its_last_resolution() -> None:
     layer(x)
     assert layer.resolution is not None
     assert str(layer.resolution) == "reference (backend='reference')"
+
+
+def test_a_backend_of_regular_batches_names_one_of_packed_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = PROBLEM._replace(packed=True)
+    expected = "fa2-dense takes regular batches, got cu_seqlens: use fa2-varlen"
+    assert unavailable("fa2-dense", problem) == expected
+    monkeypatch.setitem(TABLE, "mine", replace(TABLE["compiled"], packed=False))
+    expected = "mine takes regular batches, got cu_seqlens: use sdpa"
+    assert unavailable("mine", problem) == expected
+
+
+def test_the_oracle_needs_the_values_of_cu_seqlens() -> None:
+    meta = PROBLEM._replace(device=torch.device("meta"))
+    expected = "reference reads cu_seqlens, which has no values on the meta device"
+    assert unavailable("reference", meta._replace(packed=True)) == expected
+    assert unavailable("reference", meta) is None
+    assert unavailable("reference", PROBLEM._replace(packed=True)) is None
+
+
+def test_backends_are_bound_to_the_settings_given_or_in_force(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module(TABLE["fa2-varlen"].module)
+    monkeypatch.setattr(module, "bind", lambda settings: settings.fa2_provider)
+    with use_settings(fa2_provider="math"):
+        assert dispatch.load("fa2-varlen") == "math"
+        assert dispatch.load("fa2-varlen", Settings(fa2_provider="aten")) == "aten"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1", "cuda"])
+def test_a_trace_gets_the_same_plan(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """What a trace may ask: everything is a string, a number or a type."""
+    pretend(monkeypatch, {"compiled": "no compiler"})
+    problem = PROBLEM._replace(device=torch.device(device), packed=True, needs_grad=True)
+    asked = []
+    real = dispatch._plan
+
+    def spy(*arguments: object) -> Resolution:
+        asked.append(arguments)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dispatch, "_plan", spy)
+    settings = Settings(fa2_provider="math")
+    with use_settings(backend="reference"):
+        plan = dispatch._plan_by_key(
+            CONFIG.key, problem.device.type, problem.device.index, torch.float32, 11, True, True,
+            "sdpa", settings.key,
+        )  # fmt: skip
+        assert plan == tuple(real(problem, "sdpa", settings))
+        assert asked == [(problem, "sdpa", settings)]
+        assert dispatch._SETTINGS[dispatch._settings_key()].backend == "reference"
+
+
+def test_what_a_resolution_is_asked_for_is_checked() -> None:
+    known = {"device": "cpu", "dtype": torch.float32, "length": 0, "packed": False}
+    assert resolve(CONFIG, needs_grad=False, **known).backend == "sdpa"  # type: ignore[arg-type]
+    for name, text in (
+        ("dtype", "dtype: expected a dtype of torch, got 'x'"),
+        ("length", "length: expected an int >= 0, got 'x'"),
+        ("packed", "packed: expected True or False, got 'x'"),
+        ("needs_grad", "needs_grad: expected True or False, got 'x'"),
+        ("settings", "settings: expected Settings, got 'x'"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            resolve(CONFIG, **{"needs_grad": False, **known, name: "x"})  # type: ignore[arg-type]
+        assert str(error.value) == text
+    with pytest.raises(ConfigError, match="length: expected an int >= 0, got -1"):
+        resolve(CONFIG, needs_grad=False, **{**known, "length": -1})  # type: ignore[arg-type]
