@@ -51,6 +51,7 @@ def test_a_compiled_layer_keeps_what_the_formula_says(monkeypatch, case, recompu
     assert memory.saved == saved_bytes(layer, x)
 
 
+@pytest.mark.slow
 def test_under_autocast(monkeypatch) -> None:
     monkeypatch.setattr(compression, "batching_pays", lambda x: True)
     config = replace(CONFIG, value_dim=None)

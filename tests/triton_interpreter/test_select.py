@@ -209,8 +209,18 @@ OPTIONS = {
 OPTIONS["all"] = {name: value for option in OPTIONS.values() for name, value in option.items()}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
+@pytest.mark.parametrize(
+    ("option", "packed"),
+    [
+        pytest.param(
+            *(option, packed),
+            marks=[pytest.mark.slow] if not packed and option in ("regions", "fp8") else [],
+            id=f"{option}-{'packed' if packed else 'regular'}",
+        )
+        for option in OPTIONS
+        for packed in (False, True)
+    ],
+)
 def test_options_equal_the_oracle(option: str, packed: bool) -> None:
     """From the middle of a sequence, or sequences that are empty, short or end within a share."""
     config = replace(CONFIG, **OPTIONS[option])
