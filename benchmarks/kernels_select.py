@@ -24,9 +24,8 @@ from nsa import NSAConfig
 from nsa.backends import load
 from nsa.backends.compiled.select.launch import select_forward
 from nsa.backends.compiled.select.tiles import SelectTiles, select_tiles
-from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.testing import make_inputs
-from nsa.testing.parity import _sequence_faults
+from nsa.testing.selection import _sequence_faults
 
 PAPER = NSAConfig(num_heads=64, num_kv_heads=4, head_dim=128)
 SMALL = NSAConfig.preset("small")
@@ -89,27 +88,7 @@ def select(
     q_start: int = 0,
     tiles: SelectTiles | None = None,
 ) -> Tensor:
-    start = cmp_start = None
-    if cu_seqlens is not None:
-        tokens = packed_tokens(cu_seqlens, q.shape[1])
-        blocks = packed_blocks(cu_seqlens, k.shape[1], config)
-        start, cmp_start = tokens.seq_start.int(), blocks.offsets[tokens.seq_id].int()
-    return select_forward(
-        q,
-        k,
-        lse,
-        start=start,
-        cmp_start=cmp_start,
-        compress_block=config.compress_block,
-        compress_stride=config.compress_stride,
-        select_block=config.select_block,
-        num_selected=config.num_selected,
-        num_initial=config.num_initial,
-        num_local=config.num_local,
-        scale=config.softmax_scale,
-        q_start=q_start,
-        tiles=tiles,
-    )
+    return select_forward(q, k, lse, config, cu_seqlens, q_start=q_start, tiles=tiles)
 
 
 def differ(a: Tensor, b: Tensor) -> float:

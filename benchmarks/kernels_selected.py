@@ -2,6 +2,7 @@
 
     python benchmarks/kernels_selected.py --length 65536 --share 0.2
     python benchmarks/kernels_selected.py --length 32768 --heads 32 --kv-heads 8 --only forward
+    python benchmarks/kernels_selected.py --select-share 4    # one list for four tokens
 
 Each tiling is first held to a dense fp32 computation on 1000 tokens (the compiled kernel is the
 same), then timed: medians in milliseconds, by CUDA events. TFLOP/s counts the products of queries
@@ -26,6 +27,7 @@ from nsa.backends.compiled.selected.launch import (
     selected_dq,
     selected_forward,
 )
+from nsa.backends.compiled.selected.shared import shared_index
 from nsa.backends.compiled.selected.tiles import (
     KeyTiles,
     QueryTiles,
@@ -62,7 +64,9 @@ def block_lists(T: int, args: argparse.Namespace) -> Tensor:
     again[..., 1:] = blocks[..., 1:] == blocks[..., :-1]
     nowhere = torch.iinfo(torch.int32).max
     blocks = blocks.masked_fill(again, nowhere).sort(-1).values
-    return blocks.masked_fill(blocks == nowhere, -1).int()[None]
+    row = torch.arange(T, device="cuda")
+    first = row - row % args.select_share
+    return blocks.masked_fill(blocks == nowhere, -1).int()[None, first]
 
 
 class Problem:
@@ -102,6 +106,7 @@ class Problem:
         )
         self.where = {"start": start, "select_block": args.select_block}
         self.common = {**self.where, "scale": self.config.softmax_scale}
+        self.common["share"] = args.select_share
         self.out, self.lse = self.forward(None)
         self.delta = (self.dout.float() * self.out.float()).sum(-1)
 
@@ -128,9 +133,10 @@ class Problem:
         )
 
     def index(self, chunk: int) -> Callable[[], object]:
-        return partial(
-            inverse_index, self.block_idx, key_rows=self.k.shape[1], chunk=chunk, **self.where
-        )
+        call = {"key_rows": self.k.shape[1], "chunk": chunk, "sequences": None, **self.where}
+        if self.common["share"] > 1:
+            return partial(shared_index, self.block_idx, share=self.common["share"], **call)
+        return partial(inverse_index, self.block_idx, **call)
 
     def truth(self) -> dict[str, Tensor]:
         """Dense, in fp32 (IEEE): whatever the user turned on, this function turns off."""
@@ -171,7 +177,7 @@ def median_ms(call: Callable[[], object], runs: int = 9) -> float:
     return statistics.median(times)
 
 
-def query_variants(G: int, n: int, default: QueryTiles) -> Iterator[QueryTiles]:
+def query_variants(G: int, n: int, default: QueryTiles, share: int) -> Iterator[QueryTiles]:
     """The default first; then one thing or another changed."""
     yield default
     seen = {default}
@@ -189,7 +195,9 @@ def query_variants(G: int, n: int, default: QueryTiles) -> Iterator[QueryTiles]:
         (128, default.block_n, 8, 2),
         (128, default.block_n, 8, 3),
     ):
-        tokens = tokens_per_tile(G, rows, n)
+        tokens = tokens_per_tile(G, rows, n if share == 1 else None)
+        if share > 1 and share % tokens:
+            continue
         tiles = QueryTiles(tokens=tokens, block_n=block_n, num_warps=warps, num_stages=stages)
         if tiles not in seen:
             seen.add(tiles)
@@ -273,6 +281,7 @@ def main() -> None:
     parser.add_argument("--num-selected", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--share", type=float, default=0.0)
+    parser.add_argument("--select-share", type=int, default=1, help="tokens that have one list")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--default-tiles", action="store_true", help="time no other tilings")
     args = parser.parse_args()
@@ -285,6 +294,7 @@ def main() -> None:
         select_block=args.select_block,
         dtype=getattr(torch, args.dtype),
         length=T,
+        share=args.select_share,
     )
     row = tile_row(args.head_dim, args.value_dim, G, getattr(torch, args.dtype))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
@@ -314,8 +324,8 @@ def main() -> None:
             ms = median_ms(big.index(chunk))
             print(f"{'inverse':12s} {ms:8.3f} ms         in chunks of {chunk}")
     if "forward" in args.only:
-        for tiles in variants(query_variants(G, n, default.forward)):
-            unions = big.unions(tiles.tokens)()
+        for tiles in variants(query_variants(G, n, default.forward, args.select_share)):
+            unions = None if args.select_share > 1 else big.unions(tiles.tokens)()
             ms = attempt(
                 lambda: hold(
                     dict(zip(("out", "lse"), small.forward(tiles), strict=True)), truth, str(tiles)
@@ -324,8 +334,8 @@ def main() -> None:
             )
             report("forward", tiles, ms, unit * (D + V))
     if "dq" in args.only:
-        for tiles in variants(query_variants(G, n, default.dq)):
-            unions = big.unions(tiles.tokens)()
+        for tiles in variants(query_variants(G, n, default.dq, args.select_share)):
+            unions = None if args.select_share > 1 else big.unions(tiles.tokens)()
             ms = attempt(
                 lambda: hold({"dq": small.dq(tiles)[0]}, truth, str(tiles)),
                 lambda: median_ms(partial(big.dq, tiles, unions=unions)),

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py
     python benchmarks/train_step.py --lengths 8192 --attention dense compiled --compile blocks
     python benchmarks/train_step.py --attention compiled --text /usr/lib/python3 --train-steps 200
+    python benchmarks/train_step.py --lengths 2048 --attention dense compiled compiled:s2048
     python benchmarks/train_step.py --device cpu --tiny
 
 12 layers, width 768, Hq 12, Hkv 2, D 64, bytes, bf16 autocast; forward, backward, clipping and
@@ -33,7 +34,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 from types import FrameType
@@ -43,6 +44,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from nsa.config import NSAConfig
 from nsa.models import LanguageModel, ModelConfig
 
 WARM_UP = 2
@@ -82,7 +84,7 @@ class Case:
 
     length: int
     attention: str
-    """"dense", or a backend of NSA."""
+    """"dense", or a backend of NSA; with ":" and a preset of its configuration."""
     compile: str
 
 
@@ -105,15 +107,19 @@ def limited(seconds: float) -> Iterator[None]:
 def make_step(case: Case, args: argparse.Namespace) -> tuple[Callable[[], None], LanguageModel]:
     """The step, and the model that it trains."""
     torch.manual_seed(0)
-    dense = case.attention == "dense"
+    backend, _, preset = case.attention.partition(":")
+    dense = backend == "dense"
     changes: dict[str, Any] = {"num_layers": 1} if args.tiny else {}
+    if preset:
+        changes["nsa"] = with_heads_of("tiny" if args.tiny else "small", NSAConfig.preset(preset))
     config = ModelConfig.preset(
         "tiny" if args.tiny else "small", attention="dense" if dense else "nsa", **changes
     )
     model = LanguageModel(
         config,
-        backend=None if dense else case.attention,
+        backend=None if dense else backend,
         activation_checkpointing=args.activation_checkpointing,
+        recompute=args.recompute and not dense,
         device=args.device,
     ).train()
     loss_of: Callable[..., torch.Tensor] = model.loss
@@ -142,6 +148,15 @@ def make_step(case: Case, args: argparse.Namespace) -> tuple[Callable[[], None],
         optimizer.step()
 
     return step, model
+
+
+def with_heads_of(model: str, config: NSAConfig) -> NSAConfig:
+    """A preset for the model: with its heads, unless they are as wide as the model's."""
+    own = NSAConfig.preset(model)
+    if config.num_heads * config.head_dim == own.num_heads * own.head_dim:
+        return config
+    names = ("num_heads", "num_kv_heads", "head_dim", "value_dim")
+    return replace(config, **{name: getattr(own, name) for name in names})
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -275,13 +290,19 @@ def parse() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="+", metavar="T")
-    parser.add_argument("--attention", nargs="+", metavar="NAME", help="dense, or backends of NSA")
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        metavar="NAME",
+        help="dense, or backends of NSA, such as compiled, or compiled:s2048 with a preset",
+    )
     parser.add_argument("--compile", nargs="+", choices=["none", "blocks", "model"])
     parser.add_argument("--tokens", type=int, help="in one step")
     parser.add_argument("--steps", type=int, help="timed")
     parser.add_argument("--compiler", help="a backend of torch.compile")
     parser.add_argument("--limit-s", type=float, default=300.0, help="seconds a configuration")
     parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--recompute", action="store_true", help="NSA's branches, in backward")
     parser.add_argument("--text", metavar="PATH", help="bytes to train on in place of random ones")
     parser.add_argument("--train-steps", type=int, default=0, help="before those that are timed")
     parser.add_argument("--device", default="cuda")

@@ -19,7 +19,7 @@ from nsa.config import KV, NSAConfig
 from nsa.core import validate
 from nsa.core.compile import compile_glue
 from nsa.core.dtypes import accumulation_dtype, autocast_dtype
-from nsa.core.inputs import AttentionInputs
+from nsa.core.inputs import AttentionInputs, Probe
 from nsa.registry import TABLE
 
 
@@ -140,11 +140,15 @@ def run(
     *,
     gates_in_unit_interval: bool = False,
     nvtx: bool = False,
+    probes: tuple[Probe, ...] | None = None,
 ) -> Tensor:
     """Run the steps of a plan on inputs that have been checked.
 
-    ``gates_in_unit_interval``: every gate is in 0…1, as the layer knows of its own.
+    ``gates_in_unit_interval``: every gate is in 0…1, as the layer knows of its own. ``probes`` are
+    called in order; what one returns is the next one's input.
     """
+    for probe in probes or ():
+        inputs = probe.given(inputs)
     q, cu_seqlens, block_idx = inputs.q, inputs.cu_seqlens, inputs.block_idx
     where: dict[str, Any] = {"max_seqlen": inputs.max_seqlen, "q_start": inputs.q_start}
     gated = chosen.gated() if inputs.q_start == 0 else None
@@ -161,6 +165,8 @@ def run(
                 block_idx = chosen.step("select").select_blocks(
                     q, inputs.compressed.k, config, cu_seqlens, **where, lse=lse
                 )
+        for probe in probes or ():
+            probe.listed(inputs._replace(block_idx=block_idx))
         if gated is not None:
             with _range("selected+window", ranges):
                 return gated.gated_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Compression = Literal["mlp", "linear", "mean"]
 Gate = Literal["sigmoid", "softmax"]
+ScoreDtype = Literal["input", "fp8"]
 
 
 MOST = {
@@ -101,9 +103,23 @@ class NSAConfig(Keyed):
     """Whether every branch has key/value projections of its own (§3.3.3)."""
     rope_theta: float | None = 10_000.0
     """Base of the rotary embedding; None means no rotary embedding."""
+    select_schedule: tuple[tuple[int, int], ...] | None = None
+    """Fewer blocks for early queries, pairs (p, n): below position p at most n are read."""
+    select_mass: float | None = None
+    """Share of the score, in (0, 1], at which a query's list ends; None lists num_selected."""
+    select_share: int = 1
+    """Consecutive queries m that read the list of the first of them; divides select_block."""
+    select_regions: tuple[int, int] | None = None
+    """Blocks of a region r and regions searched k: only the k best regions are ranked by block."""
+    score_dtype: ScoreDtype = "input"
+    """What selection scores are computed from: "input", or "fp8", which is queries and compressed
+    keys rounded to e4m3 (on a GPU sm89 and later)."""
 
     def __post_init__(self) -> None:
+        for name in ("select_schedule", "select_regions"):  # JSON has no tuples
+            object.__setattr__(self, name, _as_tuples(getattr(self, name)))
         self._check()
+        self._check_selection()
         self._make_key()
 
     def _check(self) -> None:
@@ -143,6 +159,33 @@ class NSAConfig(Keyed):
         for name, kind in (("compression", Compression), ("gate", Gate)):
             require_known(name, getattr(self, name), get_args(kind))
 
+    def _check_selection(self) -> None:
+        """The options of selection, and that none contradicts another."""
+        forced, share = self.num_initial + self.num_local, self.select_share
+        good = self.select_block % share == 0
+        require(good, "select_share", f"a divisor of select_block={self.select_block}", share)
+        mass = self.select_mass
+        good = mass is None or (is_finite(mass) and 0 < mass <= 1)
+        require(good, "select_mass", "a number in (0, 1], or None", mass)
+        require_known("score_dtype", self.score_dtype, get_args(ScoreDtype))
+        regions, schedule = self.select_regions, self.select_schedule
+        good = regions is None or (_are_ints(regions) and len(regions) == 2)
+        require(good, "select_regions", "two ints >= 1, (blocks, regions), or None", regions)
+        if schedule is None:
+            return
+        name = "select_schedule"
+        good = isinstance(schedule, tuple) and bool(schedule)
+        good = good and all(
+            isinstance(pair, tuple) and len(pair) == 2 and _are_ints(pair) for pair in schedule
+        )
+        require(good, name, "pairs of ints >= 1, (position, blocks), or None", schedule)
+        ends, counts = [end for end, _ in schedule], [count for _, count in schedule]
+        require(ends == sorted(set(ends)), name, "ascending positions", schedule)
+        limit = f"at least num_initial + num_local={forced} blocks everywhere"
+        require(min(counts) >= forced, name, limit, schedule)
+        limit = f"at most num_selected={self.num_selected} blocks everywhere"
+        require(max(counts) <= self.num_selected, name, limit, schedule)
+
     @property
     def group(self) -> int:
         """Query heads per key/value head, G."""
@@ -166,10 +209,10 @@ class NSAConfig(Keyed):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> NSAConfig:
-        """A named configuration, with ``changes`` applied: "paper", "small" or "tiny"."""
-        require_known("preset", name, tuple(_PRESETS))
+        """A named configuration of :data:`PRESETS`, with ``changes`` applied."""
+        require_known("preset", name, tuple(PRESETS))
         require_fields(cls, changes)
-        return replace(cls(**_PRESETS[name]), **changes)
+        return replace(cls(**PRESETS[name].fields), **changes)
 
 
 _FLOAT32 = "a size between 1e-37 and 1e38, which float32 holds"
@@ -180,19 +223,76 @@ def _is_float32(value: float | None) -> bool:
     return not is_finite(value) or value == 0 or 1e-37 <= abs(value) <= 1e38  # type: ignore[arg-type]
 
 
-_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"head_dim": 192, "value_dim": 128},
-    "small": {"num_heads": 12, "num_kv_heads": 2, "head_dim": 64},
-    "tiny": {
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 32,
-        "compress_block": 16,
-        "compress_stride": 8,
-        "select_block": 32,
-        "num_selected": 4,
-        "num_initial": 1,
-        "num_local": 1,
-        "window": 64,
-    },
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _are_ints(values: Any) -> bool:
+    return isinstance(values, tuple) and all(is_int(x) and x >= 1 for x in values)
+
+
+class Preset(NamedTuple):
+    """A configuration by name, and the environment that goes with it."""
+
+    fields: Mapping[str, Any]
+    """Of :class:`NSAConfig`, where they are not its defaults."""
+    environment: Mapping[str, str]
+    """Variables to set before Python starts, where nothing speaks against them."""
+    summary: str
+
+
+_GPU = {"NSA_BACKEND": "compiled", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+_CPU = {"NSA_BACKEND": "sdpa", "GOMP_SPINCOUNT": "1000"}
+
+PRESETS: Mapping[str, Preset] = {
+    "paper": Preset({"head_dim": 192, "value_dim": 128}, _GPU, "the paper's heads, 64/4:192/128"),
+    "small": Preset(
+        {"num_heads": 12, "num_kv_heads": 2, "head_dim": 64}, _GPU, "a model of GPT-2's size"
+    ),
+    "tiny": Preset(
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 32,
+            "compress_block": 16,
+            "compress_stride": 8,
+            "select_block": 32,
+            "num_selected": 4,
+            "num_initial": 1,
+            "num_local": 1,
+            "window": 64,
+        },
+        _CPU,
+        "for tests and a first look",
+    ),
+    # compress_block and compress_stride are the defaults, 32 and 16
+    "s2048": Preset(
+        {
+            "num_heads": 12,
+            "num_kv_heads": 4,
+            "head_dim": 64,
+            "select_block": 128,
+            "num_selected": 12,
+            "window": 256,
+        },
+        _GPU,
+        "sequences of about 2,048 tokens: long blocks, a short window, small groups",
+    ),
+    "long": Preset(
+        {"select_share": 4, "select_regions": (8, 16)},
+        _GPU,
+        "65,536 tokens and more: four queries share a list, of the best regions' blocks",
+    ),
+    "cpu": Preset(
+        {
+            "num_heads": 8,
+            "num_kv_heads": 2,
+            "head_dim": 64,
+            "num_selected": 8,
+            "window": 256,
+        },
+        _CPU,
+        "for a CPU: half the blocks and half the window of the default",
+    ),
 }
+"""By the name that :meth:`NSAConfig.preset` takes."""

@@ -6,6 +6,9 @@ B batch, T tokens, H query heads, K key/value heads, D key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +16,13 @@ from torch import Tensor, nn
 from nsa.attention import run
 from nsa.backends.dispatch import Resolution, plan
 from nsa.backends.protocol import Problem
+from nsa.backends.shared.recompute import in_a_graph, recompute
 from nsa.compression import PHI, Compress, compress_both
 from nsa.config import KV, MOST, NSAConfig
 from nsa.core import validate
 from nsa.core.compile import compile_glue
 from nsa.core.dtypes import autocast_dtype
-from nsa.core.inputs import BRANCHES, AttentionInputs
+from nsa.core.inputs import BRANCHES, AttentionInputs, Probe
 from nsa.core.linear import project
 from nsa.core.packing import packed_tokens
 from nsa.core.rope import apply_rope
@@ -28,6 +32,19 @@ from nsa.registry import TABLE
 from nsa.settings import current_settings
 
 
+class _Projected(NamedTuple):
+    """What the branches of one call read."""
+
+    q: Tensor
+    """``[B, T, H, D]``"""
+    tokens: KV
+    """What φ compresses: k ``[B, T, K, D]``, v ``[B, T, K, V]``, as of the other two."""
+    selected: KV
+    window: KV
+    gates: Tensor
+    """``[B, T, H, 3]``, activated."""
+
+
 class NSAttention(nn.Module):
     """Causal self-attention by Native Sparse Attention (arXiv 2502.11089).
 
@@ -35,6 +52,9 @@ class NSAttention(nn.Module):
         dim: width of the model.
         config: heads, blocks, window, compression, gate, RoPE.
         backend: a name of the backend table; None obeys the settings in force now.
+        recompute: keep no compressed keys and values and no branch's output for the backward pass,
+            which computes them again from the projections, for the same gradients to the bit. The
+            lists of selected blocks are kept. docs/memory.md has the price.
         device, dtype: of the parameters; the meta device works.
 
     Parameters are named ``q_proj``, ``k_proj.{compressed,selected,window}``, ``v_proj.{…}`` (plain
@@ -45,21 +65,27 @@ class NSAttention(nn.Module):
     The settings are bound when the layer is built; :attr:`resolution` tells what ran last.
     """
 
+    # None, not (): torch guards no graph by an empty tuple (2.13)
+    probes: tuple[Probe, ...] | None = None
+    """What watches this layer; :func:`nsa.inspection.record` and its like put it here."""
+
     def __init__(
         self,
         dim: int,
         config: NSAConfig,
         *,
         backend: str | None = None,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         require(is_int(dim) and dim >= 1, "dim", "an int >= 1", dim)
         require(dim <= MOST["dim"], "dim", f"at most {MOST['dim']}", dim)
+        require(isinstance(recompute, bool), "recompute", "True or False", recompute)
         validate.check_config(config)
         validate.check_factory(device, dtype)
-        self.dim, self.config, self.backend = dim, config, backend
+        self.dim, self.config, self.backend, self.recompute = dim, config, backend, recompute
         self.settings = current_settings()
         self._resolution: Resolution | None = None
         H, K, D, V = config.num_heads, config.num_kv_heads, config.head_dim, config.dv
@@ -126,7 +152,8 @@ class NSAttention(nn.Module):
         dtype = autocast_dtype(x.device) or x.dtype
         chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
         if TABLE[chosen.backend].compiles_glue and not torch.compiler.is_compiling():
-            return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen)
+            with in_a_graph() if self.recompute else nullcontext():
+                return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen)
         return self._attend(x, chosen, dtype, cu_seqlens, max_seqlen)
 
     def _plan_for(
@@ -148,41 +175,68 @@ class NSAttention(nn.Module):
         max_seqlen: int | None,
     ) -> Tensor:
         """Projections, branches and gates, of checked input and expected ``dtype`` of queries."""
-        settings, config = self.settings, self.config
+        projected = self._project(x, cu_seqlens)
+        if projected.q.dtype != dtype:  # a projection that decides itself, a quantised one, say
+            chosen = self._plan_for(x, projected.q.dtype, cu_seqlens, max_seqlen)
+        self._resolution = chosen
+        branches = partial(self._branches, chosen)
+        if self.recompute and torch.is_grad_enabled():
+            out = recompute(branches, *projected, cu_seqlens, max_seqlen)
+        else:
+            out = branches(*projected, cu_seqlens, max_seqlen)
+        return self.o_proj(out.flatten(2))
+
+    def _project(self, x: Tensor, cu_seqlens: Tensor | None) -> _Projected:
+        """Apply the projections, RoPE and the activation of the gates.
+
+        The product of all projections dies here: what is kept of it are copies.
+        """
+        config = self.config
         projected = project(x, self._projections())
         positions = None
         if cu_seqlens is not None and config.rope_theta is not None:
             positions = packed_tokens(cu_seqlens, x.shape[1]).position
         q = projected["q"].unflatten(-1, (config.num_heads, config.head_dim))
         q = self._rotate(q, positions)
-        if q.dtype != dtype:  # a projection that decides itself, a quantised one for example
-            chosen = self._plan_for(x, q.dtype, cu_seqlens, max_seqlen)
-        self._resolution = chosen
         tokens, selected, window = self._keys_and_values(projected, positions, q.dtype)
-        k_cmp, v_cmp = compress_both(self.compress_k, self.compress_v, *tokens, cu_seqlens)
-        gate = GATES[config.gate]
         logits = projected["gate"].unflatten(-1, (config.num_heads, len(BRANCHES)))
         if logits.dtype != torch.float32:
             logits = logits.to(q.dtype)
+        return _Projected(q, tokens, selected, window, GATES[config.gate].activate(logits))
+
+    def _branches(
+        self,
+        chosen: Resolution,
+        q: Tensor,
+        tokens: KV,
+        selected: KV,
+        window: KV,
+        gates: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+    ) -> Tensor:
+        """φ and the gated sum of the branches, ``[B, T, H, V]``."""
+        settings, config = self.settings, self.config
+        k_cmp, v_cmp = compress_both(self.compress_k, self.compress_v, *tokens, cu_seqlens)
         inputs = AttentionInputs(
             q,
             KV(k_cmp.to(q.dtype), v_cmp.to(q.dtype)),
             selected,
             window,
-            gate.activate(logits),
+            gates,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
-        if settings.check and not x.is_meta:
+        if settings.check and not q.is_meta:
             validate.check_values(inputs, config)
-        out = run(
+        return run(
             chosen,
             inputs,
             config,
-            gates_in_unit_interval=gate.in_unit_interval,
+            gates_in_unit_interval=GATES[config.gate].in_unit_interval,
             nvtx=settings.nvtx,
+            probes=self.probes,
         )
-        return self.o_proj(out.flatten(2))
 
     def _projections(self) -> dict[str, nn.Module]:
         """What the layer's input goes through: "q", "k" and "v" or "k.<branch>" …, "gate".

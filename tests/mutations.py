@@ -41,6 +41,11 @@ class Mutation:
     tests: tuple[str, ...]
 
 
+def inspection(name: str, file: str, old: str, new: str) -> Mutation:
+    tests = ("tests/inspection/test_metrics.py", "tests/inspection/test_recording.py")
+    return Mutation(f"inspection: {name}", f"nsa/{file}", old, new, tests)
+
+
 def oracle(name: str, file: str, old: str, new: str) -> Mutation:
     return Mutation(f"oracle: {name}", f"nsa/reference/{file}", old, new, NUMPY)
 
@@ -84,7 +89,13 @@ MUTATIONS = (
     ),
     oracle("the block in progress does not count", "selection.py", "candidate = j <= own", "candidate = j < own"),
     oracle("one head of the group decides", "selection.py", "p_BTKGN.sum(3)", "p_BTKGN[:, :, :, 0]"),
-    oracle("ties to the higher index", "selection.py", "order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]", "order = (J - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices)[..., :n]"),
+    oracle("ties to the higher index", "selection.py", "order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :n]", "order = (J - 1 - ranked.flip(-1).sort(dim=-1, descending=True, stable=True).indices)[..., :n]"),
+    oracle("the schedule counts from the wrong end", "selection.py", "reversed(config.select_schedule or ())", "config.select_schedule or ()"),
+    oracle("a list ends one block late", "selection.py", "before = mass.cumsum(-1) - mass", "before = mass.cumsum(-1) - 2 * mass"),
+    oracle("a list of one's own", "selection.py", "// config.select_share * config.select_share - q_start", "- q_start"),
+    oracle("forced regions count", "selection.py", "contends = whole & ~of_forced", "contends = whole"),
+    oracle("young regions are not searched", "selection.py", "return (best & contends) | ~contends", "return (best & contends) | of_forced"),
+    oracle("fp8 without a scale", "selection.py", "scale = largest.masked_fill(largest == 0, 1.0)", "scale = torch.ones_like(largest)"),
     oracle("gate order swapped", "__init__.py", "gates.to(dtype).unbind(-1)", "gates.to(dtype).flip(-1).unbind(-1)"),
     oracle("position embedding forgotten", "compression.py", "(blocks_BNHLD + weights[\"position\"])", "blocks_BNHLD"),
     oracle("rotation the other way", "compression.py", "turned = pairs * rotation", "turned = pairs * rotation.conj()"),
@@ -97,7 +108,13 @@ MUTATIONS = (
     sdpa("fold off by one", "shared/fold_queries.py", "max(0, block - 1 - q_start)", "max(0, block - q_start)"),
     sdpa("surplus rows are read", "sdpa/steps.py", "k, v = k.where(real, 0.0), v.where(real, 0.0)", "pass"),
     sdpa("overlap weights 1,2,2,2,2", "../core/geometry.py", "tokens = min(start + block, config.select_block) - max(start, 0)", "tokens = min(block, start + block)"),
-    sdpa("initial blocks not forced", "../selection/rules.py", "((j < config.num_initial) | (j > own[..., None] - config.num_local))", "(j > own[..., None] - config.num_local)"),
+    sdpa("initial blocks not forced", "../selection/rules.py", "((j < config.num_initial) | (j > own - config.num_local))", "(j > own - config.num_local)"),
+    sdpa("a schedule off by one", "../selection/rules.py", "most.where(position >= end, count)", "most.where(position > end, count)"),
+    sdpa("a share of the score without the group", "../selection/rules.py", "config.select_mass * config.group * config.compress_block", "config.select_mass * config.compress_block"),
+    sdpa("one region too few", "../selection/regions.py", "indices[..., :k]", "indices[..., : k - 1]"),
+    sdpa("regions of forced blocks not searched", "../selection/regions.py", "scatter_(-1, best, True) | ~ranked", "scatter_(-1, best, True)"),
+    sdpa("the last of those that share decides", "../selection/share.py", "row - position % config.select_share", "(row - position % config.select_share + 1).clamp_max(T - 1)"),
+    sdpa("scores of the input dtype", "sdpa/select.py", 'if config.score_dtype == "fp8":', "if False:"),
     sdpa("ties to the higher index", "../selection/rules.py", "add_(_INDEX_LIMIT - j)", "add_(_INDEX_LIMIT - J + 1 + j)"),
     sdpa("own block read to its end", "shared/block_tiles.py", "seen.clamp_max_(blocks.size)", "seen.clamp_min_(0).mul_(blocks.size).clamp_max_(blocks.size)"),
     sdpa("merge without weights", "sdpa/selected.py", "parts.mul_(weight[..., None]).sum(1)", "parts.sum(1)"),
@@ -111,6 +128,8 @@ MUTATIONS = (
     Mutation("layer: RoPE on V", "nsa/module.py", "return KV(self._rotate(k, positions), v)", "return KV(self._rotate(k, positions), self._rotate(v, positions) if v.shape[-1] % 2 == 0 else v)", LAYER),
     Mutation("layer: positions do not restart", "nsa/module.py", "positions = packed_tokens(cu_seqlens, x.shape[1]).position", "positions = None", LAYER),
     Mutation("layer: gates branch-major", "nsa/module.py", "unflatten(-1, (config.num_heads, len(BRANCHES)))", "unflatten(-1, (len(BRANCHES), config.num_heads)).mT", LAYER),
+    Mutation("layer: values keep the product of all projections", "nsa/module.py", "v = v.to(dtype).contiguous()", "v = v.to(dtype)", ("tests/api/test_memory.py",)),
+    Mutation("recompute: lists selected again", "nsa/backends/shared/recompute.py", 'operator.name() == "nsa::select_blocks"', 'operator.name() == ""', ("tests/api/test_recompute.py",)),
     Mutation("layer: branches swapped", "nsa/module.py", "tokens, selected, window = self", "tokens, window, selected = self", LAYER),
     fa2("own block counted twice", "shared/block_tiles.py", "blocks.size if earlier_only else 0", "0"),
     fa2("own block not weighted", "fa2/selected.py", "(diag_lse[here] - whole).exp()[..., None]", "(diag_lse[here] * 0).exp()[..., None]"),
@@ -152,6 +171,17 @@ MUTATIONS = (
     Mutation("flops: the gated backward without a branch", "nsa/backends/compiled/gated/op.py", "return _two(x) + flops.compressed(x)", "return _two(x)", FLOPS),
     Mutation("flops: counters that count already", "nsa/core/flops.py", "mode.counter.flop_registry.setdefault(packet,", "dict().setdefault(packet,", FLOPS),
     Mutation("flops: a counter imported later", "nsa/core/operators.py", "if count is not None and torch._C._len_torch_dispatch_stack():", "if False:", FLOPS),
+    inspection("what a probe returns is dropped", "attention.py", "inputs = probe.given(inputs)", "probe.given(inputs)"),
+    inspection("a probe stays", "inspection/recording.py", "del layers[name].probes ", "pass "),
+    inspection("the other branches are shut", "inspection/interventions.py", "name != branch for name in BRANCHES", "name == branch for name in BRANCHES"),
+    inspection("forced blocks count as ranked", "inspection/lists.py", "return listed & ~forced[:, None]", "return listed"),
+    inspection("overlap is over both lists", "inspection/lists.py", "(listed & other).sum(-1) / listed.sum(-1)", "(listed & other).sum(-1) / (listed | other).sum(-1)"),
+    inspection("dense mass sees the future", "inspection/dense.py", "scores.masked_fill_(later[:, None], NEG_INF).softmax(-1)", "scores.softmax(-1)"),
+    inspection("the window is one longer", "inspection/dense.py", "> t - config.window)", ">= t - config.window)"),
+    inspection("the oracle shares no list", "inspection/dense.py", "first = row - row % config.select_share - rows.start", "first = row - rows.start"),
+    inspection("visibility < for <=", "inspection/scores.py", "(last > t[:, None])", "(last >= t[:, None])"),
+    inspection("weights of scores", "inspection/scores.py", "alpha=weight", "alpha=1"),
+    inspection("the own block counts whole", "inspection/sinks.py", "config.select_block - 1 - t % config.select_block", "0 * t"),
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -48,3 +48,15 @@ class AttentionInputs(NamedTuple):
     def differentiable(self) -> tuple[Tensor, ...]:
         """The tensors that gradients flow to."""
         return (self.q, *self.compressed, *self.selected, *self.window, self.gates)
+
+
+class Probe(Protocol):
+    """Watches the calls of a layer, or steps into them; see :mod:`nsa.inspection`."""
+
+    def given(self, inputs: AttentionInputs) -> AttentionInputs:
+        """Return what to compute in place of ``inputs``: the same, or other gates or lists."""
+        ...
+
+    def listed(self, inputs: AttentionInputs) -> None:
+        """See the inputs with the list that is read; nothing may be changed."""
+        ...

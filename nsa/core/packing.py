@@ -47,7 +47,7 @@ def packed_blocks(cu_seqlens: Tensor, rows: int, config: NSAConfig) -> PackedIte
     """The sequence and number of each of ``rows`` compressed blocks (surplus rows included)."""
     length = cu_seqlens.long().diff()
     full = (length - config.compress_block).div(config.compress_stride, rounding_mode="floor") + 1
-    return packed_items(_offsets(full.clamp_min(0)), rows)
+    return packed_items(counted_offsets(full.clamp_min(0)), rows)
 
 
 def packed_select_blocks(cu_seqlens: Tensor, total: int, size: int) -> PackedItems:
@@ -56,7 +56,7 @@ def packed_select_blocks(cu_seqlens: Tensor, total: int, size: int) -> PackedIte
     length = cu_seqlens.long().diff()
     touched = (length + size - 1).div(size, rounding_mode="floor")
     items = total // size + length.numel()
-    return packed_items(_offsets(touched), items)
+    return packed_items(counted_offsets(touched), items)
 
 
 class BlockBounds(NamedTuple):
@@ -88,5 +88,6 @@ def block_bounds(cu_seqlens: Tensor, total: int, rows: int, config: NSAConfig) -
     return BlockBounds(*(x.to(torch.int32) for x in bounds))
 
 
-def _offsets(counts: Tensor) -> Tensor:
+def counted_offsets(counts: Tensor) -> Tensor:
+    """``[n_seq + 1]``, the first item of each sequence, from the number of its items."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -5,25 +5,17 @@ Shapes: B batch, T tokens, C vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from nsa.backends import Resolution
-from nsa.backends.shared.select_op import SELECT_BLOCKS
+from nsa.backends.shared.recompute import in_a_graph, recompute
 from nsa.core.compile import static_floats
 from nsa.core.validate import check_factory, check_tensor
 from nsa.errors import ConfigError, ShapeError, require
@@ -33,22 +25,6 @@ from nsa.module import NSAttention
 
 _INIT_STD = 0.02
 """Standard deviation of every matrix at the start, as in GPT-2 and Llama."""
-
-
-def _policy(
-    context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any
-) -> CheckpointPolicy:
-    """Save the selected block indices (int32, ``n`` a query and head) and recompute the rest.
-
-    Recomputed indices may differ where two scores nearly tie, and the gradients would be those of
-    another function.
-    """
-    if operator is SELECT_BLOCKS:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_save_block_idx = functools.partial(create_selective_checkpoint_contexts, _policy)
 
 
 class SwiGLU(nn.Module):
@@ -71,13 +47,21 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
-    def __init__(self, config: ModelConfig, *, backend: str | None = None, **factory: Any) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        backend: str | None = None,
+        recompute: bool = False,
+        **factory: Any,
+    ) -> None:
         super().__init__()
         assert config.hidden_dim is not None  # resolved by ModelConfig
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps, **factory)
         self.attention: NSAttention | DenseAttention
         if config.attention == "nsa":
-            self.attention = NSAttention(config.dim, config.nsa, backend=backend, **factory)
+            options: dict[str, Any] = {"backend": backend, "recompute": recompute}
+            self.attention = NSAttention(config.dim, config.nsa, **options, **factory)
         else:
             self.attention = DenseAttention(config.dim, config.nsa, **factory)
         self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps, **factory)
@@ -101,6 +85,8 @@ class LanguageModel(nn.Module):
             activations: less memory, about a third more time. Affects training only. The lists of
             selected blocks are kept, not recomputed, so that backward reads what forward read
             (the backend ``reference`` alone selects again: it is made of no operators).
+        recompute: the same for NSA's φ and branches alone (:class:`nsa.NSAttention`): less memory
+            is saved, and less is computed again.
         device: where the parameters live; "meta" makes shapes only (then ``to_empty`` and
             :meth:`reset_parameters`).
         dtype: of the parameters.
@@ -112,6 +98,7 @@ class LanguageModel(nn.Module):
         *,
         backend: str | None = None,
         activation_checkpointing: bool = False,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -123,12 +110,21 @@ class LanguageModel(nn.Module):
                 f"backend: expected None with attention='dense', got {backend!r}; backends belong "
                 "to attention='nsa'"
             )
+        if recompute and (activation_checkpointing or config.attention == "dense"):
+            other = (
+                "activation_checkpointing=True" if activation_checkpointing else "dense attention"
+            )
+            raise ConfigError(
+                f"recompute: expected False with {other}, got True; it is for attention='nsa' "
+                "without activation_checkpointing, which recomputes the same and more"
+            )
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **factory)
         self.blocks = nn.ModuleList(
-            Block(config, backend=backend, **factory) for _ in range(config.num_layers)
+            Block(config, backend=backend, recompute=recompute, **factory)
+            for _ in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(config.dim, config.norm_eps, **factory)
         self.head: nn.Linear | None = None
@@ -189,7 +185,7 @@ class LanguageModel(nn.Module):
 
         @functools.wraps(self.loss)
         def loss(*args: Any, **kwargs: Any) -> Tensor:
-            with static_floats(), _checkpoints_in_a_graph():
+            with static_floats(), in_a_graph():
                 return compiled(*args, **kwargs)
 
         return loss
@@ -225,14 +221,11 @@ class LanguageModel(nn.Module):
             x = self.embedding(tokens)
         except IndexError:
             raise ShapeError(f"tokens: expected values in 0 … {ids - 1}, got others") from None
-        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        # Nothing in a block draws random numbers, so no RNG state is stashed per block.
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if self.config.attention == "nsa":
-            options["context_fn"] = _save_block_idx
+        checkpointing = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        selects = self.config.attention == "nsa"
         for block in self.blocks:
-            if recompute:
-                x = checkpoint(block, x, cu_seqlens, max_seqlen, **options)
+            if checkpointing:
+                x = recompute(block, x, cu_seqlens, max_seqlen, selects=selects)
             else:
                 x = block(x, cu_seqlens, max_seqlen)
         weight = self.embedding.weight if self.head is None else self.head.weight
@@ -272,25 +265,6 @@ class LanguageModel(nn.Module):
             raise ShapeError(
                 f"targets: expected values in 0 … {ids - 1}, or -100, got others"
             ) from None
-
-
-@contextlib.contextmanager
-def _checkpoints_in_a_graph() -> Iterator[None]:
-    """Set torch up to trace checkpointed blocks: see :meth:`LanguageModel.compile_loss`.
-
-    It also warns that saved results must not be written to; nothing writes to block indices.
-    """
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "context_fn is passed" not in str(record.msg)
-
-    log = logging.getLogger("torch._higher_order_ops.wrap")
-    log.addFilter(is_other)
-    try:
-        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
-            yield
-    finally:
-        log.removeFilter(is_other)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,16 +1,13 @@
-"""Which blocks a query reads: the rules of selection (paper §3.2.2, Eq. 8-12).
+"""Which blocks a query reads, of those that are scored (paper §3.2.2, Eq. 8-12).
 
-A rule is one class and one row of :data:`RULES`, beside its oracle in ``nsa/reference``. ``sdpa``
-ranks with :meth:`Rule.choose`; a kernel of another backend is picked by the rule's name; operators
-ask :meth:`Rule.width` for the size of a list.
+The options of selection stand here and in :mod:`.regions`, :mod:`.fp8` and :mod:`.share`, each
+beside its oracle in ``nsa/reference/selection.py``. ``sdpa`` ranks with :func:`choose`; kernels get
+the same limits as numbers; operators ask :func:`width` for the size of a list.
 
 C rows of a chunk, d queries of a row, J selection blocks, n blocks chosen.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,70 +20,87 @@ from nsa.core.geometry import list_width, num_select_blocks
 _INDEX_LIMIT = 2**31 - 1
 
 
-class Rule(Protocol):
-    """How blocks are chosen from their scores."""
-
-    name: str
-
-    def width(self, length: int, config: NSAConfig) -> int:
-        """Entries of every list, n, where no sequence is longer than ``length`` tokens; those past
-        the blocks chosen are −1."""
-        ...
-
-    def choose(self, scores: Tensor, own: Tensor, n: int, config: NSAConfig) -> Tensor:
-        """The blocks of each query.
-
-        Args:
-            scores: ``[X, C, d, J]``, not negative.
-            own: int64 ``[C, d]``, the block each query stands in.
-            n: what :meth:`width` said.
-
-        Returns:
-            int32 ``[X, C, d, n]``, ascending, then −1.
-        """
-        ...
+def width(length: int, config: NSAConfig) -> int:
+    """Entries of every list, n, where no sequence is longer than ``length`` tokens; those past the
+    blocks chosen are −1. ``num_selected``, or all blocks where that is far more than there are."""
+    return list_width(length, config)
 
 
-class TopN:
-    """Forced blocks first, then the highest scores, ties to the lower index; n in all."""
-
-    name = "top_n"
-
-    def width(self, length: int, config: NSAConfig) -> int:
-        """``num_selected``, or all blocks where that is far more than there are."""
-        return list_width(length, config)
-
-    def choose(self, scores: Tensor, own: Tensor, n: int, config: NSAConfig) -> Tensor:
-        """See :class:`Rule`."""
-        J = scores.shape[-1]
-        j = torch.arange(J, device=scores.device)
-        candidate = j <= own[..., None]
-        forced = candidate & ((j < config.num_initial) | (j > own[..., None] - config.num_local))
-        if scores.dtype == torch.float32:
-            # topk promises no order among equals, so the index is made part of the key: the bits
-            # of a float that is not negative sort like the float
-            bits = scores.view(torch.int32).to(torch.int64)
-            bits = bits.masked_fill_(forced, _INDEX_LIMIT)
-            key = bits.bitwise_left_shift_(32).add_(_INDEX_LIMIT - j)
-            key = key.masked_fill_(~candidate, -1).topk(min(n, J), dim=-1, sorted=False).values
-            index = _INDEX_LIMIT - (key & 0xFFFFFFFF)
-            index = index.masked_fill_(key < 0, J)
-        else:
-            ranked = scores.masked_fill(forced, float("inf")).masked_fill(~candidate, NEG_INF)
-            ranked, index = ranked.sort(dim=-1, descending=True, stable=True)
-            index = index.masked_fill(ranked == NEG_INF, J)[..., :n]
-        index = index.sort(dim=-1).values
-        blocks = index.masked_fill(index == J, -1)
-        return F.pad(blocks, (0, n - blocks.shape[-1]), value=-1).to(torch.int32)
+def most_blocks(position: Tensor, config: NSAConfig) -> Tensor:
+    """How many blocks a query at a position reads at most (``select_schedule``)."""
+    most = torch.full_like(position, config.num_selected)
+    for end, count in reversed(config.select_schedule or ()):
+        most = most.where(position >= end, count)
+    return most
 
 
-RULES: Mapping[str, Rule] = {rule.name: rule for rule in (TopN(),)}
-"""By name."""
+def least_mass(config: NSAConfig) -> float | None:
+    """The score at which a list ends (``select_mass``); None: nowhere.
+
+    Every compressed block that a query sees spreads its probability over l/d blocks in all, so that
+    all candidates' scores sum to G·l/d.
+    """
+    if config.select_mass is None or config.select_mass == 1:
+        return None
+    return config.select_mass * config.group * config.compress_block / config.compress_stride
 
 
-def rule_of(config: NSAConfig) -> Rule:
-    """The rule that a configuration asks for."""
-    return RULES["top_n"]
+def forced_blocks(position: Tensor, J: int, config: NSAConfig) -> tuple[Tensor, Tensor]:
+    """bool ``[…, J]`` each: the candidates of a query at a position, and the forced among them."""
+    j = torch.arange(J, device=position.device)
+    own = position[..., None] // config.select_block
+    candidate = j <= own
+    return candidate, candidate & ((j < config.num_initial) | (j > own - config.num_local))
+
+
+def choose(
+    scores: Tensor,
+    position: Tensor,
+    n: int,
+    config: NSAConfig,
+    searched: Tensor | None = None,
+) -> Tensor:
+    """Forced blocks first, then the highest scores, ties to the lower index.
+
+    Args:
+        scores: ``[X, C, d, J]``, not negative.
+        position: int64 ``[C, d]``, of each query in its sequence.
+        n: what :func:`width` said.
+        searched: bool ``[X, C, d, J]``, the candidates that are ranked; None: all.
+
+    Returns:
+        int32 ``[X, C, d, n]``, ascending, then −1.
+    """
+    J = scores.shape[-1]
+    j = torch.arange(J, device=scores.device)
+    candidate, forced = forced_blocks(position, J, config)
+    ranked = candidate if searched is None else candidate & searched
+    if scores.dtype == torch.float32:
+        # topk promises no order among equals, so the index is made part of the key: the bits
+        # of a float that is not negative sort like the float
+        bits = scores.view(torch.int32).to(torch.int64)
+        bits = bits.masked_fill_(forced, _INDEX_LIMIT)
+        key = bits.bitwise_left_shift_(32).add_(_INDEX_LIMIT - j)
+        key = key.masked_fill_(~ranked, -1).topk(min(n, J), dim=-1).values
+        index = _INDEX_LIMIT - (key & 0xFFFFFFFF)
+        index = index.masked_fill_(key < 0, J)
+    else:
+        value = scores.masked_fill(forced, float("inf")).masked_fill(~ranked, NEG_INF)
+        value, index = value.sort(dim=-1, descending=True, stable=True)
+        index = index.masked_fill(value == NEG_INF, J)[..., :n]
+    if config.select_schedule is not None:
+        rank = torch.arange(index.shape[-1], device=index.device)
+        index = index.masked_fill(rank >= most_blocks(position, config)[..., None], J)
+    enough = least_mass(config)
+    if enough is not None:
+        there = index.clamp_max(J - 1)
+        score = scores.gather(-1, there).masked_fill(index == J, 0.0)
+        is_forced = forced.expand_as(scores).gather(-1, there)
+        before = score.cumsum(-1) - score
+        index = index.masked_fill((before >= enough) & ~is_forced, J)
+    index = index.sort(dim=-1).values
+    blocks = index.masked_fill(index == J, -1)
+    return F.pad(blocks, (0, n - blocks.shape[-1]), value=-1).to(torch.int32)
 
 
 def first_block_only(n: int, device: torch.device) -> Tensor:
@@ -96,7 +110,9 @@ def first_block_only(n: int, device: torch.device) -> Tensor:
 
 
 def takes_all(length: int, config: NSAConfig) -> bool:
-    """Whether every query of sequences of up to ``length`` tokens reads all that it may."""
+    """Whether every query of sequences of up to ``length`` tokens reads all its candidates."""
+    if (config.select_schedule, config.select_regions, least_mass(config)) != (None, None, None):
+        return False
     return num_select_blocks(length, config) <= config.num_selected
 
 

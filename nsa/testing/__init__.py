@@ -4,7 +4,8 @@
 """
 
 from nsa.testing.inputs import Inputs, make_inputs, random_blocks
-from nsa.testing.parity import ParityRow, attention_parity, selection_faults
+from nsa.testing.parity import ParityRow, attention_parity
+from nsa.testing.selection import selection_faults
 from nsa.testing.tolerances import Expected, expected
 
 __all__ = [

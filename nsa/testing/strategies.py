@@ -13,6 +13,23 @@ from nsa.testing.inputs import Inputs, make_inputs, random_blocks
 
 
 @st.composite
+def with_selection_options(draw: st.DrawFn, config: NSAConfig) -> NSAConfig:
+    """Any of the options of selection, together as well."""
+    least = max(1, config.num_initial + config.num_local)
+    counts = st.integers(least, config.num_selected)
+    schedule = draw(st.none() | st.dictionaries(st.integers(1, 60), counts, min_size=1, max_size=3))
+    divisors = [m for m in range(1, config.select_block + 1) if config.select_block % m == 0]
+    return replace(
+        config,
+        select_schedule=None if schedule is None else tuple(sorted(schedule.items())),
+        select_mass=draw(st.none() | st.sampled_from([0.2, 0.5, 0.8, 1.0])),
+        select_share=draw(st.sampled_from(divisors)),
+        select_regions=draw(st.none() | st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        score_dtype=draw(st.sampled_from(["input", "fp8"])),
+    )
+
+
+@st.composite
 def configs(draw: st.DrawFn, *, max_group: int = 16) -> NSAConfig:
     """Small geometry; G from 1 to ``max_group``, Dk and Dv apart."""
     stride = draw(st.integers(1, 4), label="compress_stride")
@@ -76,6 +93,7 @@ def cases(
 ) -> Case:
     """Regular and packed problems, short ones and empty sequences included."""
     config = draw(configs(max_group=max_group))
+    config = draw(st.just(config) | with_selection_options(config))
     is_packed = draw(st.booleans()) if packed is None else packed
     width = draw(st.none() | st.integers(1, 6))
     seed = draw(st.integers(0, 2**20))

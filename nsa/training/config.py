@@ -62,6 +62,8 @@ class TrainConfig:
     """Largest norm of the gradient."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    recompute: bool = False
+    """Recompute NSA's compressed keys and values and branch outputs alone: less of both."""
     compile: CompileMode = "none"
     """What torch.compile sees: each block (one code for all), or model and loss as one graph."""
     seed: int = 0
@@ -74,13 +76,16 @@ class TrainConfig:
     """Steps between checkpoints."""
     log_every: int
     """Steps between lines of metrics."""
+    log_attention_every: int | None = None
+    """Steps between lines on what attention reads, which warn of shut gates and of lists that no
+    longer depend on the query; none by default."""
     keep: int = 2
     """Checkpoints kept."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.type == "int":
-                value = getattr(self, field.name)
+            value = getattr(self, field.name)
+            if field.type == "int" or (field.type == "int | None" and value is not None):
                 least = 0 if field.name in ("seed", "warmup") else 1
                 good = is_int(value) and value >= least
                 require(good, flag(field.name), f"an int >= {least}", value)
@@ -126,7 +131,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _FREE = frozenset(
-    {"data", "device", "eval_every", "eval_windows", "save_every", "log_every", "keep"}
+    {
+        *("data", "device", "eval_every", "eval_windows", "save_every"),
+        *("log_every", "log_attention_every", "keep"),
+    }
 )
 """May change when a run is resumed: none of them touches what is computed (the bytes of the data
 are compared themselves)."""
@@ -134,7 +142,12 @@ are compared themselves)."""
 _ROUNDING = frozenset({"compile"})
 """May change when a run is resumed, and changes rounding, which is then noted."""
 
-_ADDED_LATER = {"compile": "none", "split": "files"}
+_ADDED_LATER = {
+    "compile": "none",
+    "split": "files",
+    "log_attention_every": None,
+    "recompute": False,
+}
 """Settings that older runs do not have, and what those runs did."""
 
 
@@ -152,6 +165,9 @@ class RunConfig:
         backend = self.train.backend
         allowed = backend is None or self.model.attention != "dense"
         require(allowed, "--backend", "none with --attention dense", backend)
+        every = self.train.log_attention_every
+        allowed = every is None or self.model.attention != "dense"
+        require(allowed, "--log-attention-every", "none with --attention dense", every)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

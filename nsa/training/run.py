@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from nsa.errors import CheckpointError, NSAError, show
+from nsa.training.attention_log import AttentionLog
 from nsa.training.checkpoint import LATEST, CheckpointStore, load_checkpoint
 from nsa.training.compile import Compilation
 from nsa.training.config import RunConfig
@@ -152,7 +153,7 @@ class Run:
 
     def _loop(self, display: Display, lock: FolderLock) -> float | None:
         trainer, train = self.trainer, self.config.train
-        first = trainer.step + 1
+        first, attention = trainer.step + 1, AttentionLog(trainer)
         # Lines of metrics past the checkpoint are dropped: those steps are run again.
         path = self.folder / _METRICS
         metrics_file = JsonlWriter(path, step=trainer.step, say=display.line)
@@ -178,6 +179,12 @@ class Run:
                     )
                     display.report(step, loss=loss, tokens_per_second=speed)
                 if step == first:  # it compiled, and warmed caches up: no measure of the others
+                    clock.restart()
+                if train.log_attention_every and step % train.log_attention_every == 0:
+                    scalars, warnings = attention.metrics()
+                    metrics.write(step=step, **scalars)
+                    for text in warnings:
+                        display.line(f"step {step}: warning: {text}")
                     clock.restart()
                 if step % train.eval_every == 0 or last:
                     validation_loss = trainer.validate()

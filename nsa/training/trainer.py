@@ -53,6 +53,7 @@ class Trainer:
             config.model,
             backend=train.backend,
             activation_checkpointing=train.activation_checkpointing,
+            recompute=train.recompute,
         ).to(self.device)
         # Biases and norms are left to grow: decay on them helps nothing.
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]

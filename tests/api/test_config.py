@@ -7,10 +7,9 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from nsa.config import MOST, NSAConfig
+from nsa.config import MOST, PRESETS, NSAConfig
 from nsa.errors import ConfigError, NSAError, nearest
 
-PRESETS = ("paper", "small", "tiny")
 INTS = [field.name for field in fields(NSAConfig) if field.type == "int"]
 
 
@@ -196,12 +195,20 @@ def test_the_presets_sizes():
     assert (small.num_heads, small.num_kv_heads, small.head_dim) == (12, 2, 64)
     tiny = NSAConfig.preset("tiny")
     assert tiny.num_heads * tiny.head_dim <= 128  # a CPU trains it
+    short = NSAConfig.preset("s2048")
+    assert (short.select_block, short.num_selected, short.window) == (128, 12, 256)
+    assert (short.num_kv_heads, short.compress_block, short.compress_stride) == (4, 32, 16)
+    assert short.num_heads * short.head_dim == small.num_heads * small.head_dim
+    long = NSAConfig.preset("long")
+    assert long.select_share > 1
+    assert long.select_regions is not None
+    assert NSAConfig.preset("cpu").num_selected < NSAConfig().num_selected
 
 
 def test_an_unknown_preset():
     with refused(
         "preset: expected one of the known names, got 'papr'; "
-        "did you mean 'paper'? (known: paper, small, tiny)"
+        "did you mean 'paper'? (known: paper, small, tiny, s2048, long, cpu)"
     ):
         NSAConfig.preset("papr")
 

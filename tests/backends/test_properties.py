@@ -196,6 +196,7 @@ def test_steps_take_the_position_of_the_first_row(
     config, chosen, T = inputs.config, planned(backend, inputs), inputs.q.shape[1]
     assert inputs.block_idx is not None
     start = data.draw(st.integers(0, T - 1), label="q_start")
+    start -= start % config.select_share
     end = data.draw(st.integers(start + 1, T), label="end")
     q, lists = inputs.q[:, start:end], inputs.block_idx[:, start:end]
     calls = {
@@ -215,6 +216,17 @@ def test_steps_take_the_position_of_the_first_row(
     select, k = chosen.step("select").select_blocks, inputs.compressed.k
     want_blocks = reference.select_blocks(inputs.q, k, config)[:, start:end]
     assert torch.equal(select(q, k, config, q_start=start), want_blocks)
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype"), targets())
+def test_a_shared_list_begins_with_its_first_query(
+    backend: str, device: str, dtype: torch.dtype
+) -> None:
+    config = replace(CONFIG, select_share=3)
+    inputs = make_inputs(config, length=12, dtype=dtype, device=device)
+    select = planned(backend, inputs).step("select").select_blocks
+    with pytest.raises(ValueError, match="q_start: expected a multiple of .*3, got 4"):
+        select(inputs.q[:, 4:], inputs.compressed.k, config, q_start=4)
 
 
 @pytest.mark.parametrize(("backend", "device", "dtype"), targets())

@@ -50,8 +50,12 @@ def batch(length: int, packed: bool) -> tuple[tuple[Tensor, Tensor], dict[str, o
     return (tokens, targets), {"cu_seqlens": cu_seqlens, "max_seqlen": max(length - cut, 2)}
 
 
+QUICK = {("sdpa", False), ("fa2-varlen", True), ("compiled", True)}
+
+
 def runs() -> Iterator[Any]:
-    """Backend, packed, warm-up. The shortest inputs of all but ``compiled`` take patience."""
+    """Backend, packed, warm-up. The shortest inputs of all but ``compiled`` take patience, as the
+    other half of the layouts does."""
     for backend, packed in (
         ("sdpa", False),
         ("sdpa", True),
@@ -61,10 +65,11 @@ def runs() -> Iterator[Any]:
         ("compiled", True),
     ):
         name = f"{backend}-{'packed' if packed else 'regular'}"
+        marks = [] if (backend, packed) in QUICK else [pytest.mark.slow]
         if backend == "compiled":
-            yield pytest.param(backend, packed, WARM_UP, id=name)
+            yield pytest.param(backend, packed, WARM_UP, id=name, marks=marks)
         else:
-            yield pytest.param(backend, packed, WARM_UP[2:], id=f"{name}-from-32")
+            yield pytest.param(backend, packed, WARM_UP[2:], id=f"{name}-from-32", marks=marks)
             yield pytest.param(backend, packed, WARM_UP, id=name, marks=pytest.mark.slow)
 
 

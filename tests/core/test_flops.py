@@ -252,6 +252,7 @@ def test_the_gated_sum_of_the_kernels(qkv):
         *(None,) * 4,
         1,
         config.key,
+        1,
         True,
     )
     leaves = (q, k_cmp, v_cmp, k, v, gates)

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from nsa import ConfigError, NSAConfig, NSAttention, ShapeError
 from nsa.backends.sdpa import steps
-from nsa.models import DenseAttention, LanguageModel, ModelConfig, language_model
+from nsa.backends.shared import recompute
+from nsa.models import DenseAttention, LanguageModel, ModelConfig
 
 HEADS = NSAConfig(
     num_heads=4, num_kv_heads=2, head_dim=8, compress_block=8, compress_stride=4, select_block=8,
@@ -351,7 +352,7 @@ def test_a_checkpointed_block_does_not_select_again(monkeypatch, mode, kept):
     """The second selection, that of the recomputation, would come out otherwise; where the lists
     are not kept, gradients follow it without a word, and this test would see it."""
     if not kept:
-        monkeypatch.setattr(language_model, "_save_block_idx", _EVERYTHING_AGAIN)
+        monkeypatch.setattr(recompute, "save_block_idx", _EVERYTHING_AGAIN)
     select, calls = steps.select_impl, []
 
     def fickle(*inputs):

@@ -19,8 +19,9 @@ LAYERS = (
     ("compression", "gates", "selection", "cache"),
     ("backends",),
     ("attention",),
-    ("module",),
+    ("module", "memory"),
     ("",),  # nsa/__init__.py, the public names
+    ("inspection",),
     ("models",),
     ("training",),
     ("testing",),

@@ -27,6 +27,7 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _NAMES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.float32: "*fp32",
     torch.int16: "*i16",
     torch.int32: "*i32",

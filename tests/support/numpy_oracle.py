@@ -176,10 +176,23 @@ def selection_scores_alone(q_THD, k_NKD, config):
             continue
         for h in range(H):
             kv_head = h // group
-            p_cmp = softmax(attention_scale(config) * (k_NKD[visible, kv_head] @ q_THD[t, h]))
+            raw = attention_scale(config) * (k_NKD[visible, kv_head] @ q_THD[t, h])
+            p_cmp = softmax(raw)
+            if config.score_dtype == "fp8":
+                lse = raw.max() + math.log(np.exp(raw - raw.max()).sum())
+                keys = np.array([fp8(k_NKD[i, kv_head]) for i in visible])
+                p_cmp = np.exp(attention_scale(config) * (keys @ fp8(q_THD[t, h])) - lse)
             for p, i in zip(p_cmp, visible, strict=True):
                 score_TKJ[t, kv_head] += p * overlap_NJ[i] / config.compress_stride
     return score_TKJ
+
+
+def fp8(x_D):
+    """x rounded to e4m3, four significant bits and exponents from -6, with one scale."""
+    scale = np.abs(x_D).max() / 448 or 1.0
+    exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(x_D / scale), 1e-30))), -6)
+    step = 2.0 ** (exponent - 3)
+    return np.round(x_D / scale / step) * step * scale
 
 
 def select_blocks_alone(q_THD, k_NKD, config):
@@ -187,21 +200,75 @@ def select_blocks_alone(q_THD, k_NKD, config):
     score_TKJ = selection_scores_alone(q_THD, k_NKD, config)
     block_idx_TKn = np.full((T, config.num_kv_heads, config.num_selected), -1, dtype=np.int32)
     for t in range(T):
+        first = t - t % config.select_share
         for kv_head in range(config.num_kv_heads):
-            chosen = choose(t, score_TKJ[t, kv_head], config)
+            searched = searched_blocks(first, q_THD[first], k_NKD, kv_head, config)
+            chosen = choose(first, score_TKJ[first, kv_head], searched, config)
             block_idx_TKn[t, kv_head, : len(chosen)] = chosen
     return block_idx_TKn
 
 
-def choose(t, score_J, config):
+def choose(t, score_J, searched, config):
     """Ascending numbers of the blocks that the query at `t` reads: forced ones, then the best."""
-    candidates = [j for j in range(len(score_J)) if j * config.select_block <= t]
+    forced = forced_blocks(t, config)
+    most = config.num_selected
+    for end, count in config.select_schedule or ():
+        if t < end:
+            most = count
+            break
+    best_first = sorted(set(searched) - set(forced), key=lambda j: (-score_J[j], j))
+    chosen, mass = list(forced), sum(score_J[j] for j in forced)
+    group = config.num_heads // config.num_kv_heads
+    everything = group * config.compress_block / config.compress_stride
+    for j in best_first[: most - len(forced)]:
+        if config.select_mass not in (None, 1) and mass >= config.select_mass * everything:
+            break
+        chosen.append(j)
+        mass += score_J[j]
+    return sorted(chosen)
+
+
+def candidates_at(t, config):
+    return [j for j in range(t + 1) if j * config.select_block <= t]
+
+
+def forced_blocks(t, config):
+    candidates = candidates_at(t, config)
     initial = candidates[: config.num_initial]
     local = list(reversed(candidates))[: config.num_local]
-    forced = set(initial) | set(local)
-    rest = [j for j in candidates if j not in forced]
-    best_first = sorted(rest, key=lambda j: (-score_J[j], j))
-    return sorted([*forced, *best_first[: config.num_selected - len(forced)]])
+    return sorted(set(initial) | set(local))
+
+
+def searched_blocks(t, q_HD, k_NKD, kv_head, config):
+    """The candidates that are ranked: all, or those of the regions that are searched."""
+    candidates = candidates_at(t, config)
+    if config.select_regions is None:
+        return candidates
+    size, count = config.select_regions
+    group = config.num_heads // config.num_kv_heads
+    scale, heads = attention_scale(config), range(kv_head * group, (kv_head + 1) * group)
+    visible = [
+        i for i in range(len(k_NKD)) if i * config.compress_stride + config.compress_block - 1 <= t
+    ]
+    per_region = size * config.select_block // config.compress_stride
+    score = {}
+    for region in sorted({j // size for j in candidates}):
+        begin = [
+            i
+            for i in visible
+            if i * config.compress_stride // config.select_block // size == region
+        ]
+        is_forced = any(j // size == region for j in forced_blocks(t, config))
+        if is_forced or len(begin) < per_region:
+            continue
+        key_D = sum(k_NKD[i, kv_head] for i in begin) / per_region
+        score[region] = 0.0
+        for h in heads:
+            all_h = [scale * float(k_NKD[i, kv_head] @ q_HD[h]) for i in visible]
+            lse = max(all_h) + math.log(sum(math.exp(x - max(all_h)) for x in all_h))
+            score[region] += math.exp(scale * float(key_D @ q_HD[h]) - lse)
+    best = sorted(score, key=lambda region: (-score[region], region))[:count]
+    return [j for j in candidates if j // size in best or j // size not in score]
 
 
 def selected_attention_alone(q_THD, k_SKD, v_SKV, block_idx_TKn, config):

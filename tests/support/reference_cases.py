@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from nsa.config import NSAConfig
+from nsa.testing.strategies import with_selection_options
 
 
 def phi_shapes(config: NSAConfig, size: int) -> dict[str, tuple[int, ...]]:
@@ -119,6 +120,7 @@ def cases(draw: st.DrawFn, kinds: tuple[str, ...] = ("regular", "packed")) -> Ca
         compression=draw(st.sampled_from(["mlp", "linear", "mean"])),
         rope_theta=None,
     )
+    config = draw(st.just(config) | with_selection_options(config))
     if packed:
         lengths = draw(
             st.lists(st.just(0) | st.integers(1, 30), min_size=1, max_size=5).filter(any)

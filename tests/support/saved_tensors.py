@@ -19,7 +19,20 @@ def saved_in_one_memory(module: nn.Module, x: Tensor, **options: Any) -> list[se
 
     The module is compiled as for Inductor, but for the code; a backward pass runs as well.
     """
-    found: list[set[str]] = []
+    groups = _saved_storages(module, x, **options)
+    names = ({f"{node} ({node.target})" for node in group} for group in groups)
+    return [group for group in names if len(group) > 1]
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes of what a compiled forward saves, its inputs and its output left out."""
+    _, *groups = _saved_storages(module, x)  # the output comes first
+    return sum(group[0].meta["val"].untyped_storage().nbytes() for group in groups)
+
+
+def _saved_storages(module: nn.Module, x: Tensor, **options: Any) -> list[list[torch.fx.Node]]:
+    """What a compiled forward returns, the module's output first, by the memory it stands in."""
+    groups: dict[int | None, list[torch.fx.Node]] = {}
 
     def forward(graph: torch.fx.GraphModule, inputs: object) -> Any:
         def storage(node: torch.fx.Node) -> int | None:
@@ -28,11 +41,9 @@ def saved_in_one_memory(module: nn.Module, x: Tensor, **options: Any) -> list[se
 
         nodes = list(graph.graph.nodes)
         given = {storage(node) for node in nodes if node.op == "placeholder"}
-        groups: dict[int | None, set[str]] = {}
         for node in nodes[-1].args[0]:
             if isinstance(node, torch.fx.Node) and storage(node) not in (*given, None):
-                groups.setdefault(storage(node), set()).add(f"{node} ({node.target})")
-        found.extend(group for group in groups.values() if len(group) > 1)
+                groups.setdefault(storage(node), []).append(node)
         return make_boxed_func(graph.forward)
 
     compiler = aot_autograd(
@@ -43,4 +54,4 @@ def saved_in_one_memory(module: nn.Module, x: Tensor, **options: Any) -> list[se
     torch._dynamo.reset()
     torch.compile(module, backend=compiler, fullgraph=True)(x, **options).sum().backward()
     torch._dynamo.reset()
-    return found
+    return list(groups.values())

@@ -73,3 +73,21 @@ def test_the_help_is_the_docstring_of_the_field():
 def test_a_field_without_a_docstring_is_a_mistake_of_ours():
     with pytest.raises(AssertionError, match=r"Silent\.number has no docstring"):
         parser_of(Silent)
+
+
+@dataclass
+class Pairs:
+    regions: tuple[int, int] | None = None
+    """One pair."""
+    schedule: tuple[tuple[int, int], ...] | None = None
+    """Several."""
+
+
+def test_pairs_of_integers():
+    parser = Parser(prog="x")
+    add_fields(parser, Pairs)
+    given = parser.parse_strictly(["--regions", "8,16", "--schedule", "512:4,2048:8"])
+    assert given.regions == (8, 16)
+    assert given.schedule == ((512, 4), (2048, 8))
+    with pytest.raises(UsageError, match="expected two integers, such as 8,16, got '8;16'"):
+        parser.parse_strictly(["--regions", "8;16"])

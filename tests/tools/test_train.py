@@ -174,7 +174,16 @@ def test_validation_changes_nothing(data):
     assert torch.equal(*losses)
 
 
-@pytest.mark.parametrize("changes", [{"activation_checkpointing": True}, {"precision": "bf16"}])
+def test_runs_from_before_a_setting_can_be_read(data):
+    config = config_of(data)
+    values = config.to_dict()
+    del values["train"]["compile"], values["train"]["recompute"]
+    assert RunConfig.from_dict(values) == config
+
+
+@pytest.mark.parametrize(
+    "changes", [{"activation_checkpointing": True}, {"recompute": True}, {"precision": "bf16"}]
+)
 def test_options_of_a_step(data, changes):
     trainer = Trainer(config_of(data), load_corpus(str(data)))
     values = {**config_of(data).to_dict()["train"], **changes}
@@ -184,6 +193,7 @@ def test_options_of_a_step(data, changes):
         trainer.train_step().loss, other.train_step().loss, rtol=1e-3, atol=0.0
     )
     assert other.model.activation_checkpointing is values["activation_checkpointing"]
+    assert other.model.blocks[0].attention.recompute is values["recompute"]
 
 
 def test_what_was_split_is_printed(tmp_path, capsys):

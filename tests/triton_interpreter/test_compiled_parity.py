@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nsa import NSAConfig, nsa_attention, resolve
+from nsa import NSAConfig, nsa_attention, resolve, select_blocks
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
 # NumPy multiplies in the kernels' place, and says so where 1e30 meets 1e30
@@ -43,15 +43,15 @@ def problem(dtype: torch.dtype = torch.float32, **shape: object) -> Inputs:
     return replace(x, block_idx=random_blocks(x, 4))
 
 
-def attend(x: Inputs) -> torch.Tensor:
-    with torch.no_grad():
+def attend(x: Inputs, *, grad: bool = False) -> torch.Tensor:
+    with torch.set_grad_enabled(grad):
         return nsa_attention(
             x.q,
             x.compressed,
             x.selected,
             x.window,
             x.gates,
-            CONFIG,
+            x.config,
             cu_seqlens=x.cu_seqlens,
             max_seqlen=x.max_seqlen,
             block_idx=x.block_idx,
@@ -88,6 +88,36 @@ def test_parity(dtype: torch.dtype, shape: dict[str, object]) -> None:
         if not row.ok
     ]
     assert faults + selection_faults("compiled", x) == []
+
+
+@pytest.mark.parametrize("shape", [{"length": 33}, {"lengths": (17, 0, 9, 1)}], ids=str)
+def test_selection_under_every_option(shape: dict[str, object]) -> None:
+    config = replace(
+        CONFIG,
+        select_schedule=((12, 2), (20, 3)),
+        select_mass=0.7,
+        select_share=2,
+        select_regions=(1, 2),
+        score_dtype="fp8",
+    )
+    x = make_inputs(config, dtype=torch.bfloat16, surplus="lengths" in shape, **shape)
+    assert selection_faults("compiled", x) == []
+
+
+SHARING = replace(CONFIG, select_share=3)
+
+
+@pytest.mark.parametrize("shape", [{"length": 33}, {"lengths": (17, 0, 9, 1)}], ids=str)
+def test_only_selected_lists_are_taken_for_shared(shape: dict[str, object]) -> None:
+    x = make_inputs(SHARING, surplus="lengths" in shape, **shape)
+    given = attention_parity("compiled", replace(x, block_idx=random_blocks(x, 4)))
+    assert [row.name for row in given if not row.ok] == []
+    lists = select_blocks(x.q, x.compressed.k, SHARING, cu_seqlens=x.cu_seqlens, backend="compiled")
+    found = []
+    for block_idx in (None, lists):
+        out = attend(replace(x, block_idx=block_idx), grad=True)
+        found.append([out, *torch.autograd.grad(out, x.leaves(), x.dout)])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])

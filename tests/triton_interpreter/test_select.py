@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,9 @@ from nsa import NSAConfig, reference
 from nsa.backends.compiled.select.launch import select_forward
 from nsa.backends.compiled.select.tiles import ROWS, SelectTiles, select_tiles, tile_row
 from nsa.backends.compiled.tiling import UNTUNED
-from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.reference.packing import spans
 from nsa.testing import Inputs, make_inputs
-from nsa.testing.parity import _sequence_faults
+from nsa.testing.selection import _sequence_faults
 from nsa.testing.strategies import Case, cases
 from tests.triton_interpreter import triton_fixes
 
@@ -62,29 +62,9 @@ def select(
     """The kernel under the signature of a backend's step, lse from the oracle."""
     if cu_seqlens is None:
         _, lse = reference.compressed_attention(q, k, k, config, q_start=q_start)
-        start = cmp_start = None
     else:
         _, lse = reference.compressed_attention(q, k, k, config, cu_seqlens)
-        tokens = packed_tokens(cu_seqlens, q.shape[1])
-        blocks = packed_blocks(cu_seqlens, k.shape[1], config)
-        start = tokens.seq_start.int()
-        cmp_start = blocks.offsets[tokens.seq_id].int()
-    return select_forward(
-        q,
-        k,
-        lse,
-        start=start,
-        cmp_start=cmp_start,
-        compress_block=config.compress_block,
-        compress_stride=config.compress_stride,
-        select_block=config.select_block,
-        num_selected=config.num_selected,
-        num_initial=config.num_initial,
-        num_local=config.num_local,
-        scale=config.softmax_scale,
-        q_start=q_start,
-        tiles=tiles,
-    )
+    return select_forward(q, k, lse, config, cu_seqlens, q_start=q_start, tiles=tiles, search=SMALL)
 
 
 def faults(inputs: Inputs, chosen: Tensor) -> list[str]:
@@ -217,6 +197,51 @@ def test_packed_with_empty_sequences() -> None:
     q, k = inputs.q.detach(), inputs.compressed.k.detach()
     chosen = select(q, k, CONFIG, inputs.cu_seqlens)
     assert torch.equal(chosen, reference.select_blocks(q, k, CONFIG, inputs.cu_seqlens))
+
+
+OPTIONS = {
+    "schedule": {"select_schedule": ((9, 2), (30, 3))},
+    "mass": {"select_mass": 0.6},
+    "share": {"select_share": 3},
+    "regions": {"select_regions": (2, 1)},
+    "fp8": {"score_dtype": "fp8"},
+}
+OPTIONS["all"] = {name: value for option in OPTIONS.values() for name, value in option.items()}
+
+
+@pytest.mark.parametrize(
+    ("option", "packed"),
+    [
+        pytest.param(
+            *(option, packed),
+            marks=[pytest.mark.slow] if not packed and option in ("regions", "fp8") else [],
+            id=f"{option}-{'packed' if packed else 'regular'}",
+        )
+        for option in OPTIONS
+        for packed in (False, True)
+    ],
+)
+def test_options_equal_the_oracle(option: str, packed: bool) -> None:
+    """From the middle of a sequence, or sequences that are empty, short or end within a share."""
+    config = replace(CONFIG, **OPTIONS[option])
+    if packed:
+        inputs = make_inputs(config, lengths=(2, 0, 40, 13, 5), seed=5, surplus=True)
+    else:
+        inputs = make_inputs(config, length=54, batch=2, seed=5)
+    q, k, first = inputs.q.detach(), inputs.compressed.k.detach(), 0 if packed else 30
+    chosen = select(q[:, first:], k, config, inputs.cu_seqlens, q_start=first)
+    assert torch.equal(chosen, reference.select_blocks(q, k, config, inputs.cu_seqlens)[:, first:])
+
+
+def test_tied_regions_go_to_the_lower_index() -> None:
+    config = replace(CONFIG, num_initial=0, select_regions=(2, 2), compress_block=2)
+    inputs = make_inputs(config, length=80)
+    q, k = torch.zeros_like(inputs.q)[:, 72:], inputs.compressed.k.detach()
+    chosen = select(q, k, config, q_start=72)
+    assert torch.equal(
+        chosen, reference.select_blocks(torch.zeros_like(inputs.q), k, config)[:, 72:]
+    )
+    assert chosen[0, -1, 0].tolist() == [0, 1, 2, 13]
 
 
 def test_no_compressed_block() -> None:

@@ -76,7 +76,7 @@ def starts(inputs: Inputs) -> Tensor | None:
     return tokens.seq_start.int()
 
 
-def run(inputs: Inputs, tiles: SelectedTiles | None = None) -> dict[str, Tensor]:
+def run(inputs: Inputs, tiles: SelectedTiles | None = None, share: int = 1) -> dict[str, Tensor]:
     """Forward and backward on the selected inputs, named as in the accuracy rule."""
     q, config, block_idx = inputs.q.detach(), inputs.config, inputs.block_idx
     assert block_idx is not None
@@ -85,22 +85,21 @@ def run(inputs: Inputs, tiles: SelectedTiles | None = None) -> dict[str, Tensor]
         "start": starts(inputs),
         "select_block": config.select_block,
         "scale": config.softmax_scale,
+        "sequences": None if inputs.cu_seqlens is None else inputs.cu_seqlens.numel() - 1,
+        "share": share,
     }
     forward = None if tiles is None else tiles.forward
     out, lse = selected_forward(q, k, v, block_idx, **common, tiles=forward)
-    sequences = None if inputs.cu_seqlens is None else inputs.cu_seqlens.numel() - 1
-    dq, dk, dv = selected_backward(
-        inputs.dout, q, k, v, out, lse, block_idx, **common, sequences=sequences, tiles=tiles
-    )
+    dq, dk, dv = selected_backward(inputs.dout, q, k, v, out, lse, block_idx, **common, tiles=tiles)
     return {"out": out, "lse.selected": lse, "dq": dq, "dselected.k": dk, "dselected.v": dv}
 
 
-def check(inputs: Inputs, tiles: SelectedTiles | None = None) -> None:
+def check(inputs: Inputs, tiles: SelectedTiles | None = None, share: int = 1) -> None:
     """The accuracy rule, with gates that shut the other branches."""
     gates = torch.zeros_like(inputs.gates)
     gates[..., 1] = 1.0
     want = expected(replace(inputs, gates=gates))
-    for name, x in run(inputs, tiles).items():
+    for name, x in run(inputs, tiles, share).items():
         error = want[name].error(x)
         assert error <= want[name].bound, f"{name}: {error:.2e} > {want[name].bound:.2e}"
         assert x.dtype == (torch.float32 if name == "lse.selected" else inputs.q.dtype)
@@ -157,6 +156,23 @@ def test_any_tiles(tiles: SelectedTiles, lengths: tuple[int, ...] | None) -> Non
     length = 17 if lengths is None else None
     inputs = make_inputs(CONFIG, length=length, lengths=lengths)
     check(listed(inputs, 3, seed=3), tiles)
+
+
+@pytest.mark.parametrize("lengths", [None, (0, 3, 1, 0, 13, 8, 0)])
+@pytest.mark.parametrize(
+    ("share", "tiles"),
+    [(2, None), (6, tiling(3, 16)), (3, tiling(1, 16, with_dq=True)), (8, tiling(4, 16))],
+    ids=str,
+)
+def test_shared_lists(share: int, tiles: SelectedTiles | None, lengths: Any) -> None:
+    """Whole blocks of a step without masks (l' 16), and blocks of fewer keys; one without its own
+    block."""
+    size = 16 if share == 8 else 6
+    config = replace(CONFIG, select_share=share, select_block=size, num_local=int(share != 3))
+    shape: dict[str, Any] = (
+        {"length": 20 + share % 3, "batch": 2} if lengths is None else {"lengths": lengths}
+    )
+    check(listed(make_inputs(config, **shape, seed=share)), tiles, share)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

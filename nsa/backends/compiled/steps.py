@@ -29,15 +29,15 @@ from nsa.backends.protocol import STEPS, Problem
 from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
 from nsa.core.inputs import AttentionInputs
-from nsa.core.packing import block_bounds, packed_blocks, packed_tokens
+from nsa.core.packing import block_bounds, packed_tokens
 from nsa.core.toolchain import cpu_refusal, gpu_refusal
-from nsa.selection.rules import rule_of
 from nsa.settings import Settings, foreign_variable
 
 MAX_HEAD = 256
 INTERPRETED = foreign_variable("TRITON_INTERPRET") == "1"
 """Whether Triton kernels run on the CPU, in Triton's interpreter."""
 _MIN_CAPABILITY = (8, 0)
+_FP8_CAPABILITY = (8, 9)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -57,6 +57,11 @@ def unavailable(problem: Problem, settings: Settings) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _MIN_CAPABILITY:
             return f"compiled needs sm80 or newer, got sm{capability[0]}{capability[1]}"
+        if config.score_dtype == "fp8" and capability < _FP8_CAPABILITY:
+            return (
+                "compiled needs sm89 or newer for score_dtype='fp8', got "
+                f"sm{capability[0]}{capability[1]}: use score_dtype='input'"
+            )
     if problem.dtype not in _DTYPES:
         return f"compiled takes float16, bfloat16 and float32 on a GPU, got {problem.dtype}"
     size = max(config.head_dim, config.dv)
@@ -119,27 +124,7 @@ def select_impl(
     """See :func:`nsa.backends.shared.select_op.select`."""
     from nsa.backends.compiled.select.launch import select_forward
 
-    kernel = {"top_n": select_forward}[rule_of(config).name]
-    start = cmp_start = None
-    if cu_seqlens is not None:
-        token = packed_tokens(cu_seqlens, q.shape[1])
-        start = token.seq_start.to(torch.int32)
-        cmp_start = packed_blocks(cu_seqlens, 0, config).offsets[token.seq_id].to(torch.int32)
-    return kernel(
-        q,
-        k_cmp,
-        lse,
-        start=start,
-        cmp_start=cmp_start,
-        compress_block=config.compress_block,
-        compress_stride=config.compress_stride,
-        select_block=config.select_block,
-        num_selected=rule_of(config).width(longest, config),
-        num_initial=config.num_initial,
-        num_local=config.num_local,
-        scale=config.softmax_scale,
-        q_start=q_start,
-    )
+    return select_forward(q, k_cmp, lse, config, cu_seqlens, q_start=q_start, longest=longest)
 
 
 def selected_attention(
@@ -196,6 +181,7 @@ def gated_attention(
         *seen,
         _sequences(cu_seqlens),
         config.key,
+        config.select_share if inputs.block_idx is None else 1,  # a caller's lists may be any
         gates_in_unit_interval,
     )
     return sum_

@@ -108,8 +108,11 @@ def _forward(
         here = slice(first * K, min(first + plan.tokens, B * T) * K)
         chunk = lists[first : first + plan.tokens]
         tiles = make_tiles(chunk, blocks, first, plan.tile, plan.tiles)
-        partial = _partials(tiles, q_rows[here].to(dtype), k_blocks, v_blocks, plan, scale, G)
-        out[here], lse[here] = _merge(tiles, *partial)
+        rows = q_rows[here].to(dtype)
+        # no name for the partial results: it would keep them while the next chunk makes its own
+        out[here], lse[here] = _merge(
+            tiles, *_partials(tiles, rows, k_blocks, v_blocks, plan, scale, G)
+        )
     return out.view(B, T, H, V), lse.view(B, T, H)
 
 
@@ -146,9 +149,9 @@ def _backward(
         chunk = lists[first : first + plan.tokens]
         tiles = make_tiles(chunk, blocks, first, plan.tile, plan.tiles)
         rows = q_rows[here].to(dtype), dout_rows[here].to(dtype), lse[here], delta[here]
-        partial = _tile_gradients(tiles, *rows, k_blocks, v_blocks, dk, dv, plan, scale)
-        picked = partial.index_select(0, tiles.slot.flatten()).view(*tiles.slot.shape, G * D)
-        dq[here] = picked.sum(1)
+        dq[here] = _merge_gradients(
+            tiles, _tile_gradients(tiles, *rows, k_blocks, v_blocks, dk, dv, plan, scale)
+        )
     return (
         dq.view(B, T, H, D),
         from_blocks(dk[:, : blocks.size], blocks, k).contiguous(),
@@ -239,6 +242,12 @@ def _merge(tiles: Tiles, weighted: Tensor, m_i: Tensor, l_i: Tensor) -> tuple[Te
     out = parts.mul_(weight[..., None]).sum(1)
     out = out.div_(sums.masked_fill(sums == 0, 1.0)[..., None])
     return out, sums.log_().add_(peak[:, 0])
+
+
+def _merge_gradients(tiles: Tiles, partial_dq: Tensor) -> Tensor:
+    """Sums each query's parts of dq: ``[C*K, G*D]``."""
+    picked = partial_dq.index_select(0, tiles.slot.flatten())
+    return picked.view(*tiles.slot.shape, -1).sum(1)
 
 
 def _tile_gradients(

@@ -24,7 +24,8 @@ from nsa.config import NSAConfig
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.core.padding import pad_heads
-from nsa.selection.rules import all_blocks, first_block_only, rule_of, takes_all
+from nsa.selection.rules import all_blocks, first_block_only, takes_all, width
+from nsa.selection.share import first_sharers
 
 
 def compressed_attention(
@@ -106,7 +107,7 @@ def select_impl(
 ) -> Tensor:
     """See :func:`nsa.backends.shared.select_op.select`."""
     B, T = q.shape[:2]
-    N, K, n = k_cmp.shape[1], k_cmp.shape[2], rule_of(config).width(longest, config)
+    N, K, n = k_cmp.shape[1], k_cmp.shape[2], width(longest, config)
     if takes_all(longest, config):
         if cu_seqlens is None:
             position = torch.arange(q_start, q_start + T, device=q.device)
@@ -126,10 +127,14 @@ def select_impl(
     if cu_seqlens is None:
         chosen = chosen[:, shape.lead : shape.lead + T - shape.skipped]
         blind = first_only.expand(B, shape.skipped, K, -1)
-        return torch.cat([blind, chosen], dim=1)
-    assert shape.slots is not None and shape.blind is not None
-    chosen = chosen.index_select(1, shape.slots)
-    return chosen.where(~shape.blind[:, None, None], first_only)
+        chosen = torch.cat([blind, chosen], dim=1)
+    else:
+        assert shape.slots is not None and shape.blind is not None
+        chosen = chosen.index_select(1, shape.slots)
+        chosen = chosen.where(~shape.blind[:, None, None], first_only)
+    if config.select_share == 1:
+        return chosen
+    return chosen.index_select(1, first_sharers(T, config, cu_seqlens, q.device))
 
 
 def selected_attention(

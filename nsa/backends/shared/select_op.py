@@ -17,8 +17,9 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.core import flops
 from nsa.core.operators import config_of, define
+from nsa.errors import ShapeError
 from nsa.registry import TABLE
-from nsa.selection.rules import rule_of
+from nsa.selection.rules import width
 
 
 def _forward(
@@ -46,8 +47,7 @@ def _fake(
     key: str,
     backend: str,
 ) -> Tensor:
-    config = config_of(key)
-    n = rule_of(config).width(longest, config)
+    n = width(longest, config_of(key))
     return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], n, dtype=torch.int32)
 
 
@@ -86,10 +86,20 @@ def select(
             arguments, with ``longest``, which bounds the position past the last query of any
             sequence, in tokens.
         q: ``[B, T, H, D]``; k_cmp: ``[B, N, K, D]``; lse ``[B, T, H]`` of the compressed branch.
+        q_start: a multiple of ``select_share``.
 
     Returns:
         int32 ``[B, T, K, n]``.
+
+    Raises:
+        ShapeError: for another ``q_start``.
     """
+    m = config.select_share
+    if m > 1 and q_start % m:
+        raise ShapeError(
+            f"q_start: expected a multiple of select_share={m}, got {q_start}; begin with the "
+            "first of the queries that share a list"
+        )
     longest = q_start + q.shape[1] if cu_seqlens is None or max_seqlen is None else max_seqlen
     given = (q.detach(), k_cmp.detach(), lse.detach())
     return SELECT_BLOCKS(*given, cu_seqlens, longest, q_start, config.key, backend)

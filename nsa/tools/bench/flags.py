@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from nsa.backends import TABLE
-from nsa.config import NSAConfig
+from nsa.config import PRESETS, NSAConfig
 from nsa.errors import ConfigError, UsageError, show
 from nsa.settings import PROVIDERS
 from nsa.tools.bench.baselines import FLA
@@ -31,7 +31,6 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {**{short(dtype): dtype for dtype in _DTYPES.values()}, **_DTYPES}
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-_PRESETS = ("paper", "small", "tiny")
 _BACKENDS = (*TABLE, FLA)
 _LAYOUT = re.compile(r"(\d{1,6})/(\d{1,6})(?::(\d{1,6})(?:/(\d{1,6}))?)?", re.ASCII)
 _MOST_TOKENS = 2**31 - 1
@@ -95,8 +94,8 @@ def bench_parser() -> Parser:
     add("--heads", metavar="LAYOUTS", help="Hq/Hkv[:Dk[/Dv]] (default: 64/4:128; CPU: 4/2:32)")
     text = f"of {', '.join(_DTYPES)} (default: bf16; CPU: fp32)"
     add_list("--dtypes", _dtype, text, "NAMES")
-    text = f"geometry and heads: {', '.join(_PRESETS)} (CPU: tiny)"
-    add("--preset", type=one_of("--preset", _PRESETS), metavar="NAME", help=text)
+    text = f"geometry and heads: {', '.join(PRESETS)} (CPU: tiny)"
+    add("--preset", type=one_of("--preset", tuple(PRESETS)), metavar="NAME", help=text)
     text = "sequences in a regular batch (default: 1)"
     add("--batch", type=partial(_count, "--batch"), default=1, metavar="B", help=text)
     text = "pack T tokens as N sequences, 1 : 2 : … : N"

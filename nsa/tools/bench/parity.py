@@ -11,7 +11,8 @@ import torch
 from nsa import reference
 from nsa.settings import use_settings
 from nsa.testing.inputs import Inputs
-from nsa.testing.parity import ParityRow, attention_parity, selection_faults
+from nsa.testing.parity import ParityRow, attention_parity
+from nsa.testing.selection import selection_faults
 from nsa.testing.tolerances import expected
 from nsa.tools.bench.baselines import Baseline, Unsupported
 from nsa.tools.bench.cases import DENSE

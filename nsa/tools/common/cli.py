@@ -94,10 +94,19 @@ def one_of(flag: str, known: Sequence[str]) -> Callable[[str], str]:
     return typed
 
 
-_TYPES: dict[type, tuple[Callable[[str], object], str | None]] = {
+def _pair(text: str, sign: str = ",") -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(sign))
+
+
+_TYPES: dict[object, tuple[Callable[[str], object], str | None]] = {
     int: (integer, "N"),
     float: (number, "X"),
     str: (str, None),
+    tuple[int, int]: (_typed(_pair, "two integers, such as 8,16"), "N,N"),
+    tuple[tuple[int, int], ...]: (
+        _typed(lambda text: tuple(_pair(part, ":") for part in text.split(",")), "N:N,N:N,…"),
+        "N:N,…",
+    ),
 }
 """Of a field's type, what argparse parses the flag's value with, and what the help calls it."""
 
@@ -112,9 +121,9 @@ def add_fields(
 ) -> None:
     """Add a flag for each field of a dataclass.
 
-    The field's type says what the flag takes (int, float, str, bool or a Literal, each also with
-    ``| None``), and the docstring below the field is its help. A flag that is not given is left to
-    ``argument_default`` of the parser, whatever the field's default is.
+    The field's type says what the flag takes (int, float, str, bool, a Literal, pairs of ints, each
+    also with ``| None``), and the docstring below the field is its help. A flag that is not given
+    is left to ``argument_default`` of the parser, whatever the field's default is.
 
     Args:
         parser: gets the flags.

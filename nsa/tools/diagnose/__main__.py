@@ -13,9 +13,12 @@ import json
 import sys
 from collections.abc import Sequence
 
+from nsa.errors import UsageError
 from nsa.registry import names
-from nsa.tools.common.cli import Parser, one_of, run
+from nsa.tools.common.cli import Parser, integer, one_of, run
+from nsa.tools.common.machine import collect_machine
 from nsa.tools.diagnose.compile.trials import COMPILERS
+from nsa.tools.diagnose.recommend import DEFAULT_LENGTH, recommend
 from nsa.tools.diagnose.report import collect_diagnosis
 from nsa.tools.diagnose.tables import print_diagnosis
 
@@ -25,6 +28,7 @@ examples:
   NSA_USE_FA2=1 python -m nsa.tools.diagnose --profile
   python -m nsa.tools.diagnose --backend sdpa --json
   python -m nsa.tools.diagnose --compile inductor --backend compiled
+  python -m nsa.tools.diagnose --recommend --length 32768
 """
 
 
@@ -54,8 +58,25 @@ def _main(argv: Sequence[str] | None) -> int:
         f"one graph and no recompiles; takes minutes: {', '.join(COMPILERS)} "
         f"(default: {COMPILERS[0]}; the quickest: eager; the real one: inductor)",
     )
+    text = "print configuration, environment and commands for this machine, to paste into a shell"
+    add("--recommend", action="store_true", help=text)
+    defaults = " and ".join(f"{T} on {device}" for device, T in DEFAULT_LENGTH.items())
+    text = f"with --recommend: tokens of a sequence (default: {defaults})"
+    add("--length", type=integer, metavar="T", help=text)
     add("--json", action="store_true", help="print JSON for programs instead of tables")
     arguments = parser.parse_strictly(argv)
+    if arguments.length is not None and not arguments.recommend:
+        raise UsageError("--length: expected --recommend with it, got none")
+    if arguments.recommend:
+        for flag in ("backend", "profile", "compile"):
+            if getattr(arguments, flag):
+                raise UsageError(f"--recommend: expected no --{flag}, which it does not look at")
+        lines = recommend(collect_machine(), arguments.device, arguments.length)
+        if arguments.json:
+            print(json.dumps([line._asdict() for line in lines], indent=1))
+        else:
+            print(*lines, sep="\n")
+        return 0
     # A library that prints while it is probed must not spoil the JSON.
     with contextlib.redirect_stdout(sys.stderr):
         diagnosis = collect_diagnosis(

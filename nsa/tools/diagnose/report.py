@@ -19,7 +19,8 @@ from nsa.settings import (
     explain_settings,
     use_settings,
 )
-from nsa.testing.parity import attention_parity, selection_faults
+from nsa.testing.parity import attention_parity
+from nsa.testing.selection import selection_faults
 from nsa.tools.common.cli import choose_device
 from nsa.tools.common.failures import failures, one_line
 from nsa.tools.common.machine import Machine, collect_machine

@@ -8,15 +8,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from nsa.errors import ConfigError
-from nsa.models import GenerationConfig, LanguageModel, generate
+from nsa.models import GenerationConfig, generate
 from nsa.tools.common.cli import Parser, add_backend_and_device, add_fields, choose_device, run
-from nsa.training.checkpoint import load_checkpoint
+from nsa.tools.common.models import load_trained
 from nsa.training.data import SEPARATOR
-from nsa.training.memory import require_memory_to_load
-from nsa.training.trainer import config_of, load_model
 
 _EXAMPLES = """\
 examples:
@@ -46,23 +41,12 @@ def _main(argv: Sequence[str] | None) -> int:
     device, backend = choose_device(given.pop("device", "auto")), given.pop("backend", None)
     config = GenerationConfig(**given)
 
-    model, context = _load(path, backend, device)
+    trained = load_trained(path, backend, device)
     text = prompt.encode("utf-8", "surrogateescape")
-    stream = generate(model, SEPARATOR + text, config, context=context, stop=SEPARATOR[0])
+    context = trained.config.train.seq_len
+    stream = generate(trained.model, SEPARATOR + text, config, context=context, stop=SEPARATOR[0])
     _print_stream(text, stream)
     return 0
-
-
-def _load(path: Path, backend: str | None, device: torch.device) -> tuple[LanguageModel, int]:
-    """Load the model of a checkpoint; also returns the length that it was trained on."""
-    checkpoint = load_checkpoint(path, ("model",))
-    config = config_of(checkpoint)
-    if config.model.attention == "dense" and backend is not None:
-        raise ConfigError(f"--backend: expected none for a dense model, got {backend!r}")
-    require_memory_to_load(config.model)
-    model = LanguageModel(config.model, backend=backend, device=device)
-    load_model(model, checkpoint)
-    return model.eval(), config.train.seq_len
 
 
 def _print_stream(prompt: bytes, stream: Iterator[int]) -> None:

@@ -53,7 +53,8 @@ def train_parser() -> Parser:
     )
     model = parser.add_argument_group("model")
     add_fields(model, ModelConfig, leave_out=("nsa", "vocab_size", "tied_embeddings", "norm_eps"))
-    add_fields(model, NSAConfig, leave_out=("value_dim", "scale", "independent_kv", "rope_theta"))
+    hidden = ("value_dim", "scale", "independent_kv", "rope_theta")
+    add_fields(model, NSAConfig, leave_out=hidden)
     return parser
 
 

@@ -41,6 +41,8 @@ ODD = replace(
     select_block=6,
     window=7,
 )
+SHARED = replace(SMALL, select_share=4, select_schedule=((99, 3),))
+OPTIONS = replace(SHARED, select_mass=0.8, select_regions=(1, 2), score_dtype="fp8")
 SHAPES: tuple[dict[str, Any], ...] = (
     {"length": 1},
     {"length": 333, "batch": 2},
@@ -56,6 +58,9 @@ def problems() -> Iterator[Inputs]:
         (WIDE, torch.bfloat16),
         (APART, torch.bfloat16),
         (ODD, torch.float16),
+        (SHARED, torch.bfloat16),
+        (OPTIONS, torch.bfloat16),
+        (OPTIONS, torch.float32),
     )
     for config, dtype in kinds:
         for shape in SHAPES:

@@ -11,8 +11,11 @@ import torch
 
 from nsa import BackendUnavailable, NSAConfig, NSAttention, nsa_attention, resolve
 from nsa.backends import dispatch
+from nsa.backends.compiled import steps as compiled
+from nsa.backends.protocol import Problem
 from nsa.core import compile as core_compile
 from nsa.core import toolchain
+from nsa.settings import current_settings
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 
 CONFIG = NSAConfig(
@@ -154,6 +157,22 @@ def test_what_a_cpu_leaves_to_sdpa_is_said() -> None:
     assert "selected on sdpa: on a CPU" in resolution.reason
 
 
+@pytest.mark.parametrize(("capability", "refused"), [((8, 6), True), ((8, 9), False)])
+def test_fp8_scores_need_a_gpu_that_has_fp8(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: bool
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = replace(CONFIG, score_dtype="fp8")
+    device = torch.device("cuda")
+    problem = Problem(config, device, torch.bfloat16, 64, packed=False, needs_grad=True)
+    reason = compiled.unavailable(problem, current_settings())
+    expected = (
+        "compiled needs sm89 or newer for score_dtype='fp8', got sm86: use score_dtype='input'"
+    )
+    assert reason == (expected if refused else None)
+
+
 def test_the_schemas_need_no_triton() -> None:
     code = (
         "import sys, torch; sys.modules['triton'] = None\n"  # an import of it would raise
@@ -165,7 +184,9 @@ def test_the_schemas_need_no_triton() -> None:
     assert "nsa.window_attention.default nsa.selected_attention.default" in done.stdout
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["off, on", "on, off"])
+@pytest.mark.parametrize(
+    "first", [pytest.param(False, marks=pytest.mark.slow), True], ids=["off, on", "on, off"]
+)
 def test_a_graph_is_not_used_under_another_autocast(
     monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from nsa import NSAConfig
 from nsa.backends.compiled.selected.tiles import dq_dtype
 from tests.support.kernel_code import Code, compile_launch, kernel_modules, recorded
 
@@ -44,6 +46,7 @@ SPILLING = {
     ("nsa_window_bwd_dkv", "small"): (64, 8),
     ("nsa_window_bwd_dkv", "paper"): (224, 48),  # untuned
     ("nsa_selected_bwd_dq", "paper"): (112, 4),  # untuned; no loop spills
+    ("nsa_selected_bwd_dq", "paper, shared"): (128, 28),  # untuned
 }
 """What else some kernels may spill, since they were faster so on an H100, or since nobody has tuned
 the shape."""
@@ -59,16 +62,21 @@ STEPS = (
     "compressed",
     "compressed backward",
     "select",
+    "select, fp8",
+    "select, every option",
     "selected",
     "selected backward",
+    "selected, shared lists",
     "gated",
     "gated backward",
     "gated backward, any gates",
 )
+OPTIONS, SHARED = STEPS[5:7], STEPS[9]
 SLOW = {
-    "paper": (*STEPS[2:4], *STEPS[7:]),  # the kernels of the other steps, with other flags
+    # the kernels of the other steps, with other flags
+    "paper": (*STEPS[2:4], *OPTIONS, *STEPS[9:]),
     "wide": STEPS[-1:],
-    "small": STEPS[-1:],
+    "small": (*OPTIONS, SHARED, *STEPS[-1:]),
 }
 MAX_ARGUMENTS = 30
 """Of a kernel, compile-time constants apart; a tuple counts as one."""
@@ -100,8 +108,15 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
     of_all = (gated.Branches(out, out, out), gated.Branches(lse, lse, lse), lists, layout)
     dtype = dq_dtype(q.dtype, D)
     chosen = {"start": None, "select_block": 64, "scale": scale}
-    geometry = {"compress_block": 32, "compress_stride": 16, "select_block": 64}
-    counts = {"num_selected": 16, "num_initial": 1, "num_local": 2}
+    config = NSAConfig(num_heads=H, num_kv_heads=K, head_dim=D, value_dim=V)
+    optional = replace(
+        config,
+        select_schedule=((1024, 8),),
+        select_mass=0.8,
+        select_share=4,
+        select_regions=(4, 16),
+        score_dtype="fp8",
+    )
     band = {"window": 512, "start": None, "scale": scale}
     steps: dict[str, Callable[[], object]] = {
         "window": lambda: window.window_forward(q, k, v, **band),
@@ -112,12 +127,18 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
         "compressed backward": lambda: window.window_backward(
             dout, q, k_cmp, v_cmp, out, lse, **{**band, "window": N}, blocks=blocks
         ),
-        "select": lambda: select.select_forward(
-            q, k_cmp, lse, start=None, cmp_start=None, scale=scale, **geometry, **counts
+        "select": lambda: select.select_forward(q, k_cmp, lse, config),
+        "select, fp8": lambda: select.select_forward(
+            q, k_cmp, lse, replace(config, score_dtype="fp8")
         ),
+        "select, every option": lambda: select.select_forward(q, k_cmp, lse, optional),
         "selected": lambda: selected.selected_forward(q, k, v, lists, **chosen),
         "selected backward": lambda: selected.selected_backward(
             dout, q, k, v, out, lse, lists, **chosen
+        ),
+        "selected, shared lists": lambda: (
+            selected.selected_forward(q, k, v, lists, **chosen, share=4),
+            selected.selected_dq(dout, q, k, v, lse, lists, **chosen, out=out, share=4),
         ),
         "gated": lambda: gated.gated_forward(q, ks, vs, gates, out, lists, layout),
         "gated backward": lambda: gated.gated_backward(
@@ -143,7 +164,8 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
 )
 def test_code_for_an_h100(shape: str, step: str) -> None:
     for code in launch(SHAPES[shape], step):
-        spilled, in_loops = SPILLING.get((code.kernel, shape), (SPILL_BYTES, SPILLS_IN_LOOPS))
+        key = code.kernel, f"{shape}, shared" if step == SHARED else shape
+        spilled, in_loops = SPILLING.get(key, (SPILL_BYTES, SPILLS_IN_LOOPS))
         assert code.kernel.startswith("nsa_"), code
         assert code.shared <= SHARED_BYTES, code
         assert code.spilled <= spilled, code

@@ -47,6 +47,8 @@ class Layout(NamedTuple):
     """Packed: int32 ``[T]``, the first compressed block of each token's sequence."""
     sequences: int = 1
     """At most so many packed ones."""
+    share: int = 1
+    """So many tokens have one list, as of :func:`selected_forward`."""
 
 
 class Branches(NamedTuple):
@@ -89,6 +91,8 @@ def gated_forward(
         start=start,
         select_block=layout.select_block,
         scale=scale,
+        share=layout.share,
+        sequences=None if start is None else layout.sequences,
     )
     mix = Mix(gates, out_cmp, out_slc, out=torch.empty_like(out_slc))
     out_win, lse_win = window_forward(
@@ -147,7 +151,8 @@ def gated_backward(
         dout, q, k.window, v.window, rows[2], window=layout.window, start=start, scale=scale
     )
     chosen: dict[str, Any] = {"start": start, "select_block": layout.select_block, "scale": scale}
-    tiles = default_tiles(q, v.selected, block_idx, layout.select_block)
+    chosen |= {"share": layout.share, "sequences": None if start is None else layout.sequences}
+    tiles = default_tiles(q, v.selected, block_idx, layout.select_block, layout.share)
     if not tiles.dkv.with_dq:
         lse_slc, delta, weight = rows[1]
         of_rows: dict[str, Any] = {"delta": delta, "weight": weight, "dq": dq}
@@ -161,7 +166,6 @@ def gated_backward(
         rows[1].delta,
         block_idx,
         **chosen,
-        sequences=None if start is None else layout.sequences,
         weight=rows[1].weight,
         dq=dq if tiles.dkv.with_dq else None,
         tiles=tiles.dkv,

@@ -28,6 +28,7 @@ def _layout(
     seen_until: Tensor | None,
     sequences: int,
     key: str,
+    share: int,
 ) -> Any:
     from nsa.backends.compiled.gated.launch import Layout
     from nsa.backends.compiled.window.bounds import Blocks
@@ -36,7 +37,8 @@ def _layout(
     block, stride = config.compress_block, config.compress_stride
     blocks = Blocks(block, stride, seq_start, seen_from, seen_until)
     size, scale = block_size(tokens, config, least=LARGE_BLOCK), config.softmax_scale
-    return Layout(blocks, size, config.window, scale, seq_start, cmp_seq_start, sequences)
+    rest = (seq_start, cmp_seq_start, sequences, share)
+    return Layout(blocks, size, config.window, scale, *rest)
 
 
 def _forward(q: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -92,7 +94,7 @@ _INPUTS = (
 )
 _CALL = (
     "Tensor block_idx, Tensor? seq_start, Tensor? cmp_seq_start, Tensor? seen_from, "
-    "Tensor? seen_until, SymInt sequences, str config, bool gates_in_unit_interval"
+    "Tensor? seen_until, SymInt sequences, str config, int share, bool gates_in_unit_interval"
 )
 _TENSORS = 15
 """Inputs up to and with seen_until."""
@@ -131,7 +133,7 @@ gated_attention = define(
     count=flops.of_forward(_two, "v_win"),
 )
 """``(q, k and v of every branch, gates, out and lse of the compressed branch, block_idx, the four
-of :func:`nsa.core.packing.block_bounds` or None, the number of packed sequences, config, whether
-every gate is in 0…1) -> sum, out of the selected branch and of the window, their lse``. The
-gradient of ``out_cmp`` is part of that of q, k_cmp and v_cmp. See
-:mod:`nsa.backends.compiled.gated.launch`."""
+of :func:`nsa.core.packing.block_bounds` or None, the number of packed sequences, config, how many
+tokens have one list (:func:`nsa.backends.compiled.selected.launch.selected_forward`), whether every
+gate is in 0…1) -> sum, out of the selected branch and of the window, their lse``. The gradient of
+``out_cmp`` is part of that of q, k_cmp and v_cmp. See :mod:`nsa.backends.compiled.gated.launch`."""

@@ -1,7 +1,7 @@
 """Selection in one kernel: scores (paper Eq. 8-10) and the n best blocks of every query, streamed.
 
-B batch, T query tokens, N compressed blocks, J selection blocks, H query heads, K key/value heads,
-G heads per group, D key size, n blocks selected; C is a
+B batch, T query tokens, L leading ones, N compressed blocks, J selection blocks, H query heads,
+K key/value heads, G heads per group, D key size, n blocks selected; C is a
 :class:`~nsa.backends.compiled.select.tiles.Constants`.
 
 A program takes a few tokens of one key/value head, all G heads of them as rows of one tile, and
@@ -12,9 +12,11 @@ with the keys ``j*R + m`` of BLOCK_N blocks j, so that the overlap map needs no 
 columns, and every block is summed by the same operations in the same order (equal scores must stay
 equal).
 
-The best blocks so far are int64 keys, score bits above, inverted index below: the largest keys are
-the best blocks, ties to the lower index. Forced blocks are in the list before the loop starts, and
-queries that may select all their candidates skip the scores altogether.
+Forced blocks are in the list (:mod:`.topn`) before the loop starts, and queries that may select all
+their candidates skip the scores altogether, unless the score itself says how many they are.
+
+With C.REGION the "blocks" are regions (:mod:`.regions`), each with one key; none is forced, and
+those that are searched in any case are not ranked.
 """
 
 from __future__ import annotations
@@ -22,48 +24,70 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa.backends.compiled.common import LOG2_E
-
-NO_BLOCK = tl.constexpr(2**31 - 1)
-FORCED = tl.constexpr(0x7FFFFFFF << 32)  # above the bits of every float, infinity included
-INFINITY_BITS = tl.constexpr(0x7F800000)
+from nsa.backends.compiled.select.scores import (
+    leading_tokens,
+    lists_after,
+    load_keys,
+    load_queries,
+    probabilities,
+    products,
+    round_queries,
+    sum_heads,
+)
+from nsa.backends.compiled.select.topn import (
+    add_scores,
+    forced_blocks,
+    least_bits,
+    limit_mass,
+    make_list,
+    most_blocks,
+    store_lists,
+)
 
 
 @triton.jit
-def _sum_heads(x, C: tl.constexpr):
-    """``[TOKENS * BLOCK_GROUP, BLOCK_N]`` -> ``[TOKENS, BLOCK_N]``."""
-    return tl.sum(tl.reshape(x, (C.TOKENS, C.BLOCK_GROUP, C.BLOCK_N)), axis=1)
+def last_region(
+    position,
+    SELECT_BLOCK: tl.constexpr,
+    LATE: tl.constexpr,
+    REGION: tl.constexpr,
+    NUM_LOCAL: tl.constexpr,
+):
+    """The last region that is ranked, −1 if none is: no local block, all its keys are seen.
 
-
-@triton.jit
-def _merge(topn, keys, SLOTS: tl.constexpr):
-    """The largest keys of both, ascending; topn is ascending, both ``[TOKENS, ...]``."""
-    # an ascending list against a descending one: the pairwise maxima are the largest of both, and
-    # they rise and fall once, which is what the last step of a bitonic sort puts in order
-    return tl.bitonic_merge(tl.maximum(topn, tl.topk(keys, SLOTS)))
+    LATE is l - d: so many tokens after a region its last compressed block ends.
+    """
+    before_local = tl.maximum(position // SELECT_BLOCK - (NUM_LOCAL - 1), 0) // REGION
+    whole = tl.maximum(position + 1 - LATE, 0) // (REGION * SELECT_BLOCK)
+    return tl.minimum(before_local, whole) - 1
 
 
 @triton.jit
 def _add_scored(
     topn,
+    forced_mass,
     q,
     lse,
-    in_sequence,
+    scores,
     position,
     q_block,
-    selects_all,
+    last_ranked,
+    in_sequence,
     k_ptr,
+    k_scale_ptr,
     cmp_seq_start,
     k_strides,
     N,
+    KV_HEADS,
     scale,
     C: tl.constexpr,
 ):
-    """Merges the scored blocks of one sequence into ``topn`` int64 ``[TOKENS, SLOTS]``.
+    """Merges the scored blocks of one sequence into ``topn`` int64 ``[TOKENS, SLOTS]``, and with
+    C.ENOUGH adds the forced ones' scores to ``forced_mass`` fp32 ``[TOKENS]``.
 
-    q ``[BLOCK_M, BLOCK_D]``; lse fp32 ``[BLOCK_M]``; in_sequence, position, q_block, selects_all
-    ``[TOKENS]``: whether the token belongs to this sequence, its position, its block, whether it
-    selects all its candidates.
+    q ``[BLOCK_M, BLOCK_D]``; lse fp32 ``[BLOCK_M]``; scores, position, q_block, last_ranked,
+    in_sequence ``[TOKENS]``: whether the token needs scores, its position, its block, the last
+    block that is ranked, whether the token belongs to this sequence.
     """
     BLOCK_M: tl.constexpr = C.TOKENS * C.BLOCK_GROUP
     RATIO: tl.constexpr = C.SELECT_BLOCK // C.COMPRESS_STRIDE
@@ -71,47 +95,40 @@ def _add_scored(
     # rows of other sequences compute for nothing: a token's scores do not mix with another's
     per_row = tl.broadcast_to(position[:, None], (C.TOKENS, C.BLOCK_GROUP))
     row_position = tl.reshape(per_row, (BLOCK_M,))
-    lse_log2 = lse * LOG2_E
-    ranks = in_sequence & (selects_all == 0)
-    last_block = tl.max(tl.where(ranks, q_block - C.NUM_LOCAL, -1), 0)
+    ranks = in_sequence & scores
+    last_scored = last_ranked
+    if C.ENOUGH is not None:
+        last_scored = q_block
+    last_block = tl.max(tl.where(ranks, last_scored, -1), 0)
     seen_by_all = tl.min(tl.where(in_sequence, position, 2147483647), 0)
 
     column = tl.arange(0, C.BLOCK_N)
-    d = tl.arange(0, C.BLOCK_D)
     own_part = tl.full((BLOCK_M, C.BLOCK_N), 0.0, tl.float32)
     next_part = tl.full((C.TOKENS, C.BLOCK_N), 0.0, tl.float32)
     carry = tl.full((C.TOKENS,), 0.0, tl.float32)
-    least = (tl.min(topn, 1) >> 32).to(tl.int32)
+    least = least_bits(topn)
     # one loop over blocks and steps, so that loads are fetched ahead across blocks
     for step in range((last_block + C.BLOCK_N) // C.BLOCK_N * RATIO):
         j0 = step // RATIO * C.BLOCK_N
         m = step % RATIO
         i = (j0 + column) * RATIO + m
-        k = tl.load(
-            k_ptr
-            + (cmp_seq_start + i)[:, None].to(tl.int64) * k_strides[1]
-            + d[None, :] * k_strides[3],
-            mask=(cmp_seq_start + i < N)[:, None] & (d < C.D)[None, :],
-            other=0.0,
-        )
-        if C.IEEE:
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        else:
-            s = tl.dot(q, tl.trans(k))
+        row = cmp_seq_start + i
+        k, k_scale = load_keys(k_ptr, k_scale_ptr, k_strides, row, row < N, KV_HEADS, C)
+        s = products(q, k, k_scale, scale, C)
         newest = (j0 + C.BLOCK_N - 1) * RATIO + m
         if newest * C.COMPRESS_STRIDE + C.COMPRESS_BLOCK - 1 > seen_by_all:
             last_token = i * C.COMPRESS_STRIDE + C.COMPRESS_BLOCK - 1
             s = tl.where(last_token[None, :] <= row_position[:, None], s, float("-inf"))
-        p = tl.exp(s - lse[:, None]) if C.IEEE else tl.exp2(s * scale - lse_log2[:, None])
+        p = probabilities(s, scale, lse, C)
         # compressed block j*R + m begins m strides into selection block j and is SPAN strides long
         own_part += p * (tl.minimum(m + SPAN, RATIO) - m)
         if SPAN > 1:
             beyond = m + SPAN - RATIO
             if beyond > 0:
-                part = _sum_heads(p, C)
+                part = sum_heads(p, C)
                 next_part += part * beyond
         if m == RATIO - 1:
-            score = _sum_heads(own_part, C)
+            score = sum_heads(own_part, C)
             own_part = tl.full((BLOCK_M, C.BLOCK_N), 0.0, tl.float32)
             if SPAN > 1:
                 left = tl.broadcast_to(tl.maximum(column - 1, 0)[None, :], (C.TOKENS, C.BLOCK_N))
@@ -120,38 +137,34 @@ def _add_scored(
                 carry = tl.sum(tl.where(column[None, :] == C.BLOCK_N - 1, next_part, 0.0), 1)
                 next_part = tl.full((C.TOKENS, C.BLOCK_N), 0.0, tl.float32)
             j = j0 + column
-            # not a number would sort as an enormous score or as no block at all
-            bits = tl.minimum(tl.maximum(score.to(tl.int32, bitcast=True), 0), INFINITY_BITS)
-            before_local = j[None, :] <= (q_block - C.NUM_LOCAL)[:, None]
-            ranked = before_local & (j >= C.NUM_INITIAL)[None, :]
-            bits = tl.where(ranked & ranks[:, None], bits, -1)
-            # an equal score gets in by its lower index alone, and these are higher than all before
-            better = (bits > least[:, None]).to(tl.int32)
-            if tl.max(tl.max(better, 1), 0) > 0:
-                inverted = tl.broadcast_to((j ^ NO_BLOCK)[None, :], (C.TOKENS, C.BLOCK_N))
-                keys = tl.where(bits < 0, -1, (bits.to(tl.int64) << 32) | inverted.to(tl.int64))
-                topn = _merge(topn, keys, C.SLOTS)
-                least = (tl.min(topn, 1) >> 32).to(tl.int32)
-    return topn
+            ranked = (j[None, :] <= last_ranked[:, None]) & (j >= C.NUM_INITIAL)[None, :]
+            if C.ENOUGH is not None:
+                forced = (j[None, :] <= q_block[:, None]) & (ranked == 0) & ranks[:, None]
+                forced_mass += tl.sum(tl.where(forced, score, 0.0), 1)
+            topn, least = add_scores(topn, least, score, ranked & ranks[:, None], j, C)
+    return topn, forced_mass
 
 
-@triton.jit(do_not_specialize=["T", "N", "num_tiles", "q_start"])
+@triton.jit(do_not_specialize=["T", "L", "N", "num_tiles", "q_start"])
 def nsa_select_topn(
     q_ptr,
-    k_ptr,
     lse_ptr,
-    block_idx_ptr,  # [B, T, K, n], contiguous; written
+    k_ptr,
+    k_scale_ptr,  # [B, N, K], contiguous, with FP8
+    leader_ptr,  # [L + 1], the last is T, with PACKED and SHARE > 1
     seq_start_ptr,  # [T], with PACKED, as is the next
     cmp_seq_start_ptr,
     q_strides,
-    k_strides,
     lse_strides,
+    k_strides,
     T,
+    L,
     N,
     KV_HEADS,
-    num_tiles,
     q_start,
-    scale,  # without C.IEEE: times log2(e)
+    scale,  # without IEEE: times log2(e)
+    num_tiles,
+    block_idx_ptr,  # [B, T, K, n], with REGION [B, L, K, n]; contiguous; written
     C: tl.constexpr,
 ):
     # the last tiles have the most to do and go first
@@ -161,28 +174,16 @@ def nsa_select_topn(
     b = (pid % heads // KV_HEADS).to(tl.int64)
     kv_head = (pid % heads % KV_HEADS).to(tl.int64)
 
-    row = tl.arange(0, C.TOKENS * C.BLOCK_GROUP)
-    d = tl.arange(0, C.BLOCK_D)
-    row_t = tile * C.TOKENS + row // C.BLOCK_GROUP
-    row_h = row % C.BLOCK_GROUP
-    row_mask = (row_t < T) & (row_h < C.G)
-    head = kv_head * C.G + row_h
-    q = tl.load(
-        q_ptr
-        + b * q_strides[0]
-        + row_t[:, None].to(tl.int64) * q_strides[1]
-        + head[:, None] * q_strides[2]
-        + d[None, :] * q_strides[3],
-        mask=row_mask[:, None] & (d < C.D)[None, :],
-        other=0.0,
-    )
-    lse_row = b * lse_strides[0] + row_t.to(tl.int64) * lse_strides[1] + head * lse_strides[2]
-    lse = tl.load(lse_ptr + lse_row, mask=row_mask, other=float("inf"))
-    # exp(-inf): nothing for the rows that fill up a group, nor for a query that sees no block
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    row = tile * C.TOKENS + tl.arange(0, C.TOKENS * C.BLOCK_GROUP) // C.BLOCK_GROUP
+    row_t = leading_tokens(leader_ptr, row, L, C)
+    q, lse = load_queries(q_ptr, lse_ptr, q_strides, lse_strides, b, kv_head, row_t, T, C)
+    q, scale = round_queries(q, scale, C)
     k_ptr += b * k_strides[0] + kv_head * k_strides[2]
+    if C.FP8:
+        k_scale_ptr += b * N * KV_HEADS + kv_head
 
-    t = tile * C.TOKENS + tl.arange(0, C.TOKENS)
+    leader = tile * C.TOKENS + tl.arange(0, C.TOKENS)
+    t = leading_tokens(leader_ptr, leader, L, C)
     mask = t < T
     if C.PACKED:
         seq_start = tl.load(seq_start_ptr + t, mask=mask, other=0)
@@ -190,41 +191,52 @@ def nsa_select_topn(
     else:
         position = t + q_start
     q_block = position // C.SELECT_BLOCK
-    selects_all = q_block < C.NUM_SELECTED
-
+    most = most_blocks(position, C)
     slot = tl.arange(0, C.SLOTS)
-    local = q_block[:, None] - (C.NUM_LOCAL - 1) + (slot - C.NUM_INITIAL)[None, :]
-    forced = tl.where((slot < C.NUM_INITIAL)[None, :], slot[None, :], local)
-    block = tl.where(selects_all[:, None], slot[None, :], forced)
-    known = tl.where(selects_all, q_block + 1, C.NUM_INITIAL + C.NUM_LOCAL)
-    # SLOTS - n slots are occupied by a "block" that outranks all others and is written as -1
-    block = tl.where((slot < C.NUM_SELECTED)[None, :], block, NO_BLOCK)
-    occupied = (slot[None, :] < known[:, None]) | (slot >= C.NUM_SELECTED)[None, :]
-    topn = (block ^ NO_BLOCK).to(tl.int64) | FORCED
-    topn = tl.sort(tl.where(occupied, topn, -1))
+    if C.REGION > 0:
+        LATE: tl.constexpr = C.COMPRESS_BLOCK - C.COMPRESS_STRIDE
+        last_ranked = last_region(position, C.SELECT_BLOCK // C.REGION, LATE, C.REGION, C.NUM_LOCAL)
+        count = last_ranked - (C.NUM_INITIAL - 1)
+        scores = count > most
+        block = tl.broadcast_to((C.NUM_INITIAL + slot)[None, :], (C.TOKENS, C.SLOTS))
+        occupied = (slot[None, :] < count[:, None]) & (scores == 0)[:, None]
+    else:
+        last_ranked = q_block - C.NUM_LOCAL
+        selects_all = q_block < most
+        if C.ENOUGH is not None:
+            selects_all = q_block < 0
+        block, occupied = forced_blocks(slot, q_block, selects_all, C)
+        scores = selects_all == 0
+    topn = make_list(slot, block, occupied, most)
 
+    forced_mass = tl.full((C.TOKENS,), 0.0, tl.float32)
     if C.PACKED:
         first = tile * C.TOKENS
-        end = tl.minimum(first + C.TOKENS, T)
+        end = first + tl.sum(mask.to(tl.int32), 0)
         while first < end:
-            in_sequence = mask & (seq_start == tl.load(seq_start_ptr + first))
-            cmp_seq_start = tl.load(cmp_seq_start_ptr + first)
-            topn = _add_scored(
-                *(topn, q, lse, in_sequence, position, q_block, selects_all),
-                *(k_ptr, cmp_seq_start, k_strides, N, scale),
+            first_t = leading_tokens(leader_ptr, first, L, C)
+            in_sequence = mask & (seq_start == tl.load(seq_start_ptr + first_t))
+            cmp_seq_start = tl.load(cmp_seq_start_ptr + first_t)
+            topn, forced_mass = _add_scored(
+                *(topn, forced_mass, q, lse, scores, position, q_block, last_ranked, in_sequence),
+                *(k_ptr, k_scale_ptr, cmp_seq_start, k_strides, N, KV_HEADS, scale),
                 C,
             )
             first += tl.sum(in_sequence.to(tl.int32), 0)
     else:
-        topn = _add_scored(
-            *(topn, q, lse, mask, position, q_block, selects_all),
-            *(k_ptr, 0, k_strides, N, scale),
+        topn, forced_mass = _add_scored(
+            *(topn, forced_mass, q, lse, scores, position, q_block, last_ranked, mask),
+            *(k_ptr, k_scale_ptr, 0, k_strides, N, KV_HEADS, scale),
             C,
         )
 
-    index = (topn & 0xFFFFFFFF).to(tl.int32) ^ NO_BLOCK
-    index = tl.sort(tl.where(topn < 0, NO_BLOCK, index))
-    row_ptr = block_idx_ptr + ((b * T + t.to(tl.int64)) * KV_HEADS + kv_head) * C.NUM_SELECTED
-    index = tl.where(index == NO_BLOCK, -1, index)
-    out_mask = mask[:, None] & (slot < C.NUM_SELECTED)[None, :]
-    tl.store(row_ptr[:, None] + slot[None, :], index, mask=out_mask)
+    if C.ENOUGH is not None:
+        topn = limit_mass(topn, forced_mass, C)
+    row_step = KV_HEADS * C.NUM_SELECTED
+    if C.REGION > 0:
+        out = (b * L + leader.to(tl.int64)) * row_step
+        store_lists(block_idx_ptr + out + kv_head * C.NUM_SELECTED, 0, mask, topn, slot, 1, C)
+    else:
+        count = lists_after(leader_ptr, leader, t, T, L, C)
+        out = (b * T + t.to(tl.int64)) * row_step + kv_head * C.NUM_SELECTED
+        store_lists(block_idx_ptr + out, row_step, count, topn, slot, C.SHARE, C)

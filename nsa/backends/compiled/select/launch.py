@@ -1,6 +1,10 @@
-"""Selection (paper Eq. 8-12): the launch of :func:`.kernel.nsa_select_topn`."""
+"""Selection (paper Eq. 8-12): the launches of :func:`.kernel.nsa_select_topn`, and with regions of
+:func:`.regions.nsa_select_in_regions`."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -8,26 +12,59 @@ from torch import Tensor
 
 from nsa.backends.compiled.common import LOG2E, positive
 from nsa.backends.compiled.select.kernel import nsa_select_topn
-from nsa.backends.compiled.select.tiles import Constants, SelectTiles, select_tiles
+from nsa.backends.compiled.select.regions import nsa_select_in_regions
+from nsa.backends.compiled.select.tiles import Constants, SelectTiles, search_tiles, select_tiles
 from nsa.backends.compiled.tiling import launch_options, next_power_of_2, padded
+from nsa.config import NSAConfig
+from nsa.core.packing import packed_blocks, packed_tokens
+from nsa.selection.fp8 import quantize
+from nsa.selection.regions import region_keys
+from nsa.selection.rules import least_mass, width
+from nsa.selection.share import leading_tokens
+
+
+class Queries(NamedTuple):
+    """The rows of a launch."""
+
+    q: Tensor
+    lse: Tensor
+    scale: float
+    q_start: int
+    leaders: int
+    """Tokens that lead, L; packed: at most so many."""
+    leader: Tensor | None
+    """Packed, with ``select_share``: int32 ``[L + 1]``, those tokens, then T."""
+    start: Tensor | None
+    """Packed: int32 ``[T]``, the first token of each token's sequence."""
+    seq_id: Tensor | None
+    """Packed: int64 ``[T]``."""
+
+
+class Keys(NamedTuple):
+    """The keys of a launch: of compressed blocks, or of regions."""
+
+    k: Tensor
+    offsets: Tensor | None
+    """Packed: int64 ``[n_seq + 1]``, the first row of each sequence."""
+    scale: Tensor | None = None
+    """fp32 ``[B, N, K]``, of e4m3 keys."""
+
+
+_FP8_HEAD = 32
+"""A matrix product of e4m3 takes at least so many elements of a head."""
 
 
 def select_forward(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None = None,
     *,
-    start: Tensor | None,
-    cmp_start: Tensor | None,
-    compress_block: int,
-    compress_stride: int,
-    select_block: int,
-    num_selected: int,
-    num_initial: int,
-    num_local: int,
-    scale: float,
     q_start: int = 0,
+    longest: int | None = None,
     tiles: SelectTiles | None = None,
+    search: SelectTiles | None = None,
 ) -> Tensor:
     """The blocks each query selects; nothing of size T x N or T x J is stored.
 
@@ -37,58 +74,161 @@ def select_forward(
             no query sees are read at most, never used.
         lse: fp32 ``[B, T, H]``, natural log, of the compressed branch; −inf where a query sees
             no block.
-        start: None for a fixed-length batch; packed (B = 1): int32 ``[T]``, the first token of
-            each token's sequence.
-        cmp_start: packed: int32 ``[T]``, the row in k_cmp of that sequence's first block.
-        compress_block, compress_stride, select_block: l, d and l' in tokens; d divides both
-            others, l <= l'.
-        num_selected, num_initial, num_local: n, and the blocks always selected at the start of
-            the sequence and up to the query's own; together at most n.
-        q_start: position of q's first row in its sequence; 0 when packed.
-        tiles: overrides :func:`select_tiles`.
+        config: the geometry and the options of selection.
+        cu_seqlens: None for a fixed-length batch; packed (B = 1): int32 ``[n_seq + 1]``.
+        q_start: position of q's first row in its sequence, a multiple of ``select_share``; 0 when
+            packed.
+        longest: bounds the position past the last query of any sequence; None: ``q_start + T``.
+        tiles, search: override :func:`select_tiles` and :func:`search_tiles`.
 
     Returns:
         int32 ``[B, T, K, n]``, strictly ascending, then −1; numbers count from the start of the
         query's own sequence.
     """
-    B, T, H, D = q.shape
-    N, K = k_cmp.shape[1], k_cmp.shape[2]
-    G, n = H // K, num_selected
+    B, T = q.shape[:2]
+    longest = q_start + T if longest is None else longest
+    K, n = k_cmp.shape[2], width(longest, config)
     block_idx = torch.empty(B, T, K, n, dtype=torch.int32, device=q.device)
     if block_idx.numel() == 0:
         return block_idx
-    q, scale, _ = positive(q, scale)
+    q, scale, _ = positive(q, config.softmax_scale)
+    queries = _queries(q, lse, scale, config, cu_seqlens, q_start)
+    offsets = None if cu_seqlens is None else packed_blocks(cu_seqlens, 0, config).offsets
+    keys = Keys(k_cmp, offsets)
+    C = _constants(q, K, n, config, packed=cu_seqlens is not None)
+    of_regions = None
+    if config.select_regions is not None:
+        of_regions = Keys(*region_keys(k_cmp, config, cu_seqlens))
+    if config.score_dtype == "fp8":
+        k, scales = quantize(k_cmp)
+        keys = keys._replace(k=k, scale=scales.contiguous())
+    with torch.cuda.device_of(q):
+        if of_regions is None:
+            _launch_topn(queries, keys, block_idx, C, tiles)
+        else:
+            shape = B, queries.leaders, K, C.NUM_REGIONS
+            regions = torch.empty(shape, dtype=torch.int32, device=q.device)
+            _launch_topn(queries, of_regions, regions, _of_regions(C), tiles)
+            _launch_search(queries, keys, regions, block_idx, C, search)
+    return block_idx
+
+
+def _launch_topn(
+    queries: Queries, keys: Keys, lists: Tensor, C: Constants, tiles: SelectTiles | None
+) -> None:
     if tiles is None:
-        tiles = select_tiles(q.dtype, G, D, n, triton.cdiv(q_start + T, select_block))
-    block_group = next_power_of_2(G)
-    C = Constants(
+        blocks = triton.cdiv(queries.q_start + queries.q.shape[1], C.SELECT_BLOCK)
+        sizes = C.G, C.D, C.NUM_SELECTED, blocks
+        tiles = select_tiles(queries.q.dtype, *sizes, fp8=C.FP8)
+    assert tiles.blocks >= C.SLOTS, f"expected at least {C.SLOTS} blocks, got {tiles.blocks}"
+    C = replace(C, TOKENS=max(1, tiles.rows // C.BLOCK_GROUP), BLOCK_N=max(16, tiles.blocks))
+    num_tiles = triton.cdiv(queries.leaders, C.TOKENS)
+    grid = (num_tiles * keys.k.shape[0] * keys.k.shape[2],)
+    nsa_select_topn[grid](
+        *_arguments(queries, keys, C),
+        *(num_tiles, lists),
+        C=C,
+        **launch_options(tiles.num_warps, tiles.num_stages, tiles.maxnreg),
+    )
+
+
+def _launch_search(
+    queries: Queries,
+    keys: Keys,
+    regions: Tensor,
+    block_idx: Tensor,
+    C: Constants,
+    tiles: SelectTiles | None,
+) -> None:
+    if tiles is None:
+        tiles = search_tiles(queries.q.dtype, C.NUM_SELECTED)
+    assert tiles.blocks >= C.SLOTS, f"expected at least {C.SLOTS} blocks, got {tiles.blocks}"
+    C = replace(C, TOKENS=1, BLOCK_GROUP=max(16, C.BLOCK_GROUP), BLOCK_N=max(16, tiles.blocks))
+    nsa_select_in_regions[(regions.shape[:3].numel(),)](
+        *_arguments(queries, keys, C),
+        *(regions, block_idx),
+        C=C,
+        **launch_options(tiles.num_warps, tiles.num_stages, tiles.maxnreg),
+    )
+
+
+def _arguments(queries: Queries, keys: Keys, C: Constants) -> tuple[Any, ...]:
+    """What both kernels begin with."""
+    q, lse, k = queries.q, queries.lse, keys.k
+    cmp_start = None
+    if keys.offsets is not None:
+        cmp_start = keys.offsets[queries.seq_id].to(torch.int32)
+    scale = queries.scale if C.IEEE else queries.scale * LOG2E
+    return (
+        *(q, lse, k, keys.scale, queries.leader, queries.start, cmp_start),
+        *(x.stride() for x in (q, lse, k)),
+        *(q.shape[1], queries.leaders, k.shape[1], k.shape[2], queries.q_start, scale),
+    )
+
+
+def _queries(
+    q: Tensor,
+    lse: Tensor,
+    scale: float,
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    q_start: int,
+) -> Queries:
+    T = q.shape[1]
+    leaders = triton.cdiv(T, config.select_share)
+    if cu_seqlens is None:
+        return Queries(q, lse, scale, q_start, leaders, None, None, None)
+    token, leader = packed_tokens(cu_seqlens, T), None
+    if config.select_share > 1:
+        leader = leading_tokens(T, config, cu_seqlens).to(torch.int32)
+        leaders = leader.shape[0] - 1
+    start = token.seq_start.to(torch.int32)
+    return Queries(q, lse, scale, q_start, leaders, leader, start, token.seq_id)
+
+
+def _constants(q: Tensor, K: int, n: int, config: NSAConfig, *, packed: bool) -> Constants:
+    """Those of the exact pass, but for its tiles."""
+    G, D = q.shape[2] // K, q.shape[3]
+    r, count = config.select_regions or (0, 0)
+    ieee, fp8 = q.dtype == torch.float32, config.score_dtype == "fp8"
+    return Constants(
         G=G,
         D=D,
-        COMPRESS_BLOCK=compress_block,
-        COMPRESS_STRIDE=compress_stride,
-        SELECT_BLOCK=select_block,
+        COMPRESS_BLOCK=config.compress_block,
+        COMPRESS_STRIDE=config.compress_stride,
+        SELECT_BLOCK=config.select_block,
         NUM_SELECTED=n,
-        NUM_INITIAL=num_initial,
-        NUM_LOCAL=num_local,
-        PACKED=start is not None,
-        IEEE=q.dtype == torch.float32,
-        TOKENS=max(1, tiles.rows // block_group),
-        BLOCK_GROUP=block_group,
-        BLOCK_N=max(16, tiles.blocks),
-        BLOCK_D=padded(D),
+        NUM_INITIAL=config.num_initial,
+        NUM_LOCAL=config.num_local,
+        PACKED=packed,
+        IEEE=ieee,
+        TOKENS=1,
+        BLOCK_GROUP=next_power_of_2(G),
+        BLOCK_N=16,
+        BLOCK_D=max(_FP8_HEAD, padded(D)) if fp8 else padded(D),
         SLOTS=max(2, next_power_of_2(n)),
+        SHARE=config.select_share,
+        SCHEDULE=tuple(reversed(config.select_schedule or ())),
+        ENOUGH=least_mass(config),
+        FP8=fp8,
+        REGION=r,
+        NUM_REGIONS=count,
     )
-    assert tiles.blocks >= C.SLOTS, f"expected at least {C.SLOTS} blocks, got {tiles.blocks}"
-    assert (start is None) == (cmp_start is None)
-    num_tiles = triton.cdiv(T, C.TOKENS)
-    with torch.cuda.device_of(q):
-        nsa_select_topn[(num_tiles * B * K,)](
-            *(q, k_cmp, lse, block_idx),
-            block_idx if start is None else start,  # not read
-            block_idx if cmp_start is None else cmp_start,
-            *(x.stride() for x in (q, k_cmp, lse)),
-            *(T, N, K, num_tiles, q_start, scale if C.IEEE else scale * LOG2E),
-            C=C,
-            **launch_options(tiles.num_warps, tiles.num_stages, tiles.maxnreg),
-        )
-    return block_idx
+
+
+def _of_regions(C: Constants) -> Constants:
+    """Those of the pass that ranks regions, one key each, which is seen late."""
+    size = C.REGION * C.SELECT_BLOCK
+    return replace(
+        C,
+        COMPRESS_BLOCK=size + C.COMPRESS_BLOCK - C.COMPRESS_STRIDE,
+        COMPRESS_STRIDE=size,
+        SELECT_BLOCK=size,
+        NUM_SELECTED=C.NUM_REGIONS,
+        NUM_INITIAL=triton.cdiv(C.NUM_INITIAL, C.REGION),
+        BLOCK_D=padded(C.D),
+        SLOTS=max(2, next_power_of_2(C.NUM_REGIONS)),
+        SCHEDULE=(),
+        ENOUGH=None,
+        FP8=False,
+    )

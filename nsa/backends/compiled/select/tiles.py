@@ -46,6 +46,13 @@ ROWS = (LARGE_GROUP, SMALL_GROUP, LARGE_HEAD, FP32)
 """A shape without a row of its own gets one of these four by :func:`tile_row`'s rule."""
 
 
+# Untuned from here on. The scales of e4m3 keys take registers: three smaller programs, no spills.
+FP8_LARGE_GROUP = SelectTiles(64, 64, 4, 3, maxnreg=168)
+# Of :mod:`.regions`: one token in a program.
+SEARCH = SelectTiles(16, 32, 2, 3)
+SEARCH_FP32 = SelectTiles(16, 32, 4, 2)
+
+
 def tile_row(dtype: torch.dtype, D: int, G: int) -> Row:
     """The row of this shape, else the nearest by dtype, head size and group, as untuned."""
     fp32 = dtype == torch.float32
@@ -58,13 +65,28 @@ def tile_row(dtype: torch.dtype, D: int, G: int) -> Row:
 
 
 def select_tiles(
-    dtype: torch.dtype, group: int, key_size: int, num_selected: int, num_blocks: int
+    dtype: torch.dtype,
+    group: int,
+    key_size: int,
+    num_selected: int,
+    num_blocks: int,
+    *,
+    fp8: bool = False,
 ) -> SelectTiles:
-    """Tiles for sm_90: dtype of q, G, D, n, and at least as many blocks as a sequence has."""
+    """Tiles for sm_90: dtype of q, G, D, n, at least as many blocks as a sequence has, and whether
+    scores are of e4m3."""
     tiles = tile_row(dtype, key_size, group).tiles
+    if fp8 and tiles == LARGE_GROUP.tiles:
+        tiles = FP8_LARGE_GROUP
     least = max(16, next_power_of_2(num_selected))
     most = max(least, next_power_of_2(num_blocks))
     return replace(tiles, blocks=min(most, max(tiles.blocks, least)))
+
+
+def search_tiles(dtype: torch.dtype, num_selected: int) -> SelectTiles:
+    """Tiles of :mod:`.regions`, whose rows are the heads of one group."""
+    blocks = max(32, next_power_of_2(num_selected))
+    return replace(SEARCH_FP32 if dtype == torch.float32 else SEARCH, blocks=blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +113,20 @@ class Constants:
     BLOCK_D: int
     SLOTS: int
     """n, padded to a power of two."""
+    SHARE: int = 1
+    """Tokens that read one list, m."""
+    SCHEDULE: tuple[tuple[int, int], ...] = ()
+    """``select_schedule``, the last pair first."""
+    ENOUGH: float | None = None
+    """The score at which a list ends; None: nowhere."""
+    FP8: bool = False
+    """Whether k is e4m3 with a scale for each row, and q to be rounded likewise."""
+    REGION: int = 0
+    """Blocks of a region, r; 0: no regions."""
+    NUM_REGIONS: int = 0
+    """Regions that are chosen, k."""
+
+    @property
+    def SCORES_EARLY(self) -> bool:
+        """Whether queries with fewer candidates than forced blocks are scored, too."""
+        return self.ENOUGH is not None or self.REGION > 0

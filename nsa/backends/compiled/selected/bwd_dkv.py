@@ -20,6 +20,9 @@ import triton.language as tl
 
 from nsa.backends.compiled.common import LOG2_E, tile_mask
 
+FAR = tl.constexpr(2**31 - 1)
+"""Past every token."""
+
 
 @triton.jit
 def _add_queries(
@@ -33,7 +36,7 @@ def _add_queries(
     dout_ptr,
     row_ptrs,  # lse, delta and weight
     dq_ptr,
-    tokens_ptr,
+    token_ptrs,  # of the pairs; with SHARE > 1 the first of each, and the end or None
     first_token,
     head,
     first_row,
@@ -48,10 +51,13 @@ def _add_queries(
     WEIGHTED: tl.constexpr,
     SCALE_DS: tl.constexpr,
     MASKED: tl.constexpr,
+    SHARE: tl.constexpr,
     INT64: tl.constexpr,
     C: tl.constexpr,
 ):
     """What pairs ``begin … end - 1`` add to dk, dv and dq; without MASKED they see every key.
+
+    With SHARE > 1 an entry of the index stands for so many pairs, its tokens being consecutive.
 
     With SCALE_DS ds is scaled before it is rounded, which costs nothing; dk and dq are not, after.
     """
@@ -62,7 +68,15 @@ def _add_queries(
     # What is the same in every step is cheap to compute again; kept, it spills (sm_90).
     for pair in tl.range(begin, end, C.TOKENS, disable_licm=True):
         # Rows past the end are the last token's again, with probability 0.
-        bt = tl.load(tokens_ptr + tl.minimum(pair + slot, end - 1))
+        mask = (slot < C.TOKENS) & (pair + slot < end)
+        at = tl.minimum(pair + slot, end - 1)
+        bt = tl.load(token_ptrs[0] + at // SHARE)
+        if SHARE > 1:
+            bt += at % SHARE
+        if token_ptrs[1] is not None:
+            last = tl.load(token_ptrs[1] + at // SHARE) - 1
+            mask = mask & (bt <= last)
+            bt = tl.minimum(bt, last)
         row = bt * num_heads + head
         q_row = bt * q_strides[1] + head * q_strides[2]
         dout_row = bt * dout_strides[1] + head * dout_strides[2]
@@ -75,7 +89,6 @@ def _add_queries(
         dout_tile_ptr = dout_ptr + (dout_row[:, None] + e[None, :])
         q = tl.load(q_tile_ptr, mask=(d < C.D)[None, :], other=0.0)
         dout = tl.load(dout_tile_ptr, mask=(e < C.V)[None, :], other=0.0)
-        mask = (slot < C.TOKENS) & (pair + slot < end)
         lse_log2 = tl.load(row_ptrs[0] + row, mask=mask, other=float("inf")) * LOG2_E
         delta = tl.load(row_ptrs[1] + row)
         s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
@@ -122,7 +135,7 @@ def nsa_selected_bwd_dkv(
     dk_ptr,  # fp32 [B, S, K, D], contiguous; added to
     dv_ptr,  # fp32 [B, S, K, V], contiguous; added to
     dq_ptr,  # fp32 [B, T, H, D], contiguous; added to with WITH_DQ
-    index_ptrs,  # block ids, tokens, offsets and chunks of :class:`.inverse_index.InverseIndex`
+    index_ptrs,  # block ids, offsets, chunks, tokens and their ends of :class:`.InverseIndex`
     q_strides,
     k_strides,
     v_strides,
@@ -139,10 +152,11 @@ def nsa_selected_bwd_dkv(
     WITH_DQ: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SCALE_DS: tl.constexpr,
+    SHARE: tl.constexpr,
     INT64: tl.constexpr,
     C: tl.constexpr,
 ):
-    block_ids_ptr, tokens_ptr, offsets_ptr, num_chunks_ptr = index_ptrs
+    block_ids_ptr, offsets_ptr, num_chunks_ptr, tokens_ptr, ends_ptr = index_ptrs
     part = (tl.program_id(0) % C.PARTS) * C.BLOCK_N
     row = tl.arange(0, C.BLOCK_M)
     n = tl.arange(0, C.BLOCK_N)
@@ -153,6 +167,8 @@ def nsa_selected_bwd_dkv(
         begin = tl.load(offsets_ptr + chunk)
         end = tl.load(offsets_ptr + chunk + 1)
         block_id = tl.load(block_ids_ptr + begin).to(tl.int64)
+        begin *= SHARE
+        end *= SHARE
         first_row = (block_id % num_blocks).to(tl.int32) * BLOCK_PITCH + part
         b_head = (block_id // num_blocks).to(tl.int32)
         kv_head = b_head % KV_HEADS
@@ -178,17 +194,19 @@ def nsa_selected_bwd_dkv(
         middle = end
         if C.SELECT_BLOCK % C.BLOCK_N == 0:
             pair = begin + tl.arange(0, MASKED_PREFIX)
-            t = tl.load(tokens_ptr + pair, mask=pair < end, other=2147483647) - b * T
+            t = tl.load(tokens_ptr + pair // SHARE, mask=pair < end, other=FAR) - b * T
+            if SHARE > 1:
+                t += pair % SHARE
             inside = (pair < end) & (t + q_start < first_row + C.BLOCK_N - 1)
             middle = begin + tl.cdiv(tl.sum(inside.to(tl.int32), 0), C.TOKENS) * C.TOKENS
             middle = tl.minimum(middle, end)
         for phase in tl.static_range(2):  # with masks, without
             dk, dv = _add_queries(
                 *(dk, dv, begin if phase == 0 else middle, middle if phase == 0 else end, k, v),
-                *(q_ptr, dout_ptr, row_ptrs, dq_ptr, tokens_ptr),
+                *(q_ptr, dout_ptr, row_ptrs, dq_ptr, (tokens_ptr, ends_ptr)),
                 *(b * T, head, first_row, part, q_strides, dout_strides, q_start),
                 *(KV_HEADS * C.G, scale_log2, scale),
-                *(WITH_DQ, WEIGHTED, SCALE_DS, phase == 0, INT64, C),
+                *(WITH_DQ, WEIGHTED, SCALE_DS, phase == 0, SHARE, INT64, C),
             )
 
         # A key past the end of its block is another block's, or nobody's; p and ds of it are 0.

@@ -11,11 +11,60 @@ import triton.language as tl
 
 from nsa.backends.compiled.common import LOG2_E, tile_mask
 from nsa.backends.compiled.selected.query_tile import (
+    block_step,
     load_keys,
     load_queries,
     locate_tile,
-    union_step,
+    phase_steps,
 )
+
+
+@triton.jit
+def _add_keys(
+    acc,
+    begin,
+    end,
+    q,
+    dout,
+    lse_log2,
+    delta,
+    weight_ptr,  # of each row
+    mask,
+    k_ptr,  # of the head, as is the next
+    v_ptr,
+    k_offsets,
+    v_offsets,
+    k_stride,
+    v_stride,
+    blocks,
+    bit,
+    last_row,
+    S,
+    scale_log2,
+    MASKED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    C: tl.constexpr,
+):
+    """What steps ``begin … end - 1`` add to dq, but for the scale."""
+    d = tl.arange(0, C.BLOCK_D)
+    e = tl.arange(0, C.BLOCK_DV)
+    # Keeping what is the same in every step would spill it where C.D is large.
+    for step in tl.range(begin, end, disable_licm=True):
+        first_row, exists, visible = block_step(step, blocks, bit, last_row, S, MASKED, C)
+        k = load_keys(k_ptr, k_offsets, k_stride, first_row, exists, d, C.D, C.BLOCK_D)
+        v = load_keys(v_ptr, v_offsets, v_stride, first_row, exists, e, C.V, C.BLOCK_DV)
+        s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
+        dp = tl.dot(dout, tl.trans(v), input_precision=C.PRECISION)
+        # No probability is above 1; where scores are so large that rounding the lse says
+        # otherwise, this keeps the gradient finite, as it does where an unseen score overflowed:
+        # the minimum of no number and 0 is 0.
+        p = tl.exp2(tl.minimum(s * scale_log2 - lse_log2[:, None], 0.0))
+        if WEIGHTED:
+            p *= tl.load(weight_ptr, mask=mask, other=0.0)[:, None]
+        # The mask comes before the product: selecting 16-bit results takes twice the instructions.
+        ds = p * tl.where(visible, dp - delta[:, None], 0.0)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=C.PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["T", "num_tiles", "S", "q_start"])
@@ -29,7 +78,7 @@ def nsa_selected_bwd_dq(
     delta_ptr,  # [B, T, H], contiguous; written, with ACCUMULATE read
     weight_ptr,  # [B, T, H], contiguous: of each row's probabilities, with WEIGHTED
     dq_ptr,  # [B, T, H, D], contiguous; written, with ACCUMULATE added to
-    union_ptrs,  # first rows, masks and counts of :class:`.union.TileUnions`
+    union_ptrs,  # of :func:`.query_tile.locate_tile`
     q_strides,
     k_strides,
     v_strides,
@@ -45,7 +94,7 @@ def nsa_selected_bwd_dq(
     WEIGHTED: tl.constexpr,
     C: tl.constexpr,
 ):
-    b, kv_head, union, token, head, bit, mask = locate_tile(T, num_tiles, KV_HEADS, C)
+    b, kv_head, token, head, bit, mask, blocks = locate_tile(T, num_tiles, KV_HEADS, union_ptrs, C)
     n = tl.arange(0, C.BLOCK_N)
     d = tl.arange(0, C.BLOCK_D)
     e = tl.arange(0, C.BLOCK_DV)
@@ -66,29 +115,14 @@ def nsa_selected_bwd_dq(
     k_offsets = n[:, None] * k_strides[1] + d[None, :]
     v_offsets = n[:, None] * v_strides[1] + e[None, :]
 
-    first_rows_ptr = union_ptrs[0] + union * (C.TOKENS * C.WIDTH)
-    masks_ptr = union_ptrs[1] + union * (C.TOKENS * C.WIDTH)
-    count = tl.load(union_ptrs[2] + union)
-
     acc = tl.full([C.BLOCK_M, C.BLOCK_D], 0.0, tl.float32)
-    # Keeping what is the same in every step would spill it where C.D is large.
-    for step in tl.range(0, count * C.PARTS, disable_licm=True):
-        first_row, exists, visible = union_step(
-            step, first_rows_ptr, masks_ptr, bit, last_row, S, C
+    for phase in tl.static_range(0 if C.SHARED else 1, 2):
+        begin, end = phase_steps(phase, blocks[2], C)
+        acc = _add_keys(
+            *(acc, begin, end, q, dout, lse_log2, delta, weight_ptr + row, mask),
+            *(k_ptr, v_ptr, k_offsets, v_offsets, k_strides[1], v_strides[1]),
+            *(blocks, bit, last_row, S, scale_log2, phase == 1, WEIGHTED, C),
         )
-        k = load_keys(k_ptr, k_offsets, k_strides[1], first_row, exists, d, C.D, C.BLOCK_D)
-        v = load_keys(v_ptr, v_offsets, v_strides[1], first_row, exists, e, C.V, C.BLOCK_DV)
-        s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
-        dp = tl.dot(dout, tl.trans(v), input_precision=C.PRECISION)
-        # No probability is above 1; where scores are so large that rounding the lse says
-        # otherwise, this keeps the gradient finite, as it does where an unseen score overflowed:
-        # the minimum of no number and 0 is 0.
-        p = tl.exp2(tl.minimum(s * scale_log2 - lse_log2[:, None], 0.0))
-        if WEIGHTED:
-            p *= tl.load(weight_ptr + row, mask=mask, other=0.0)[:, None]
-        # The mask comes before the product: selecting 16-bit results takes twice the instructions.
-        ds = p * tl.where(visible, dp - delta[:, None], 0.0)
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=C.PRECISION)
 
     acc = acc * scale
     tile_ptr = dq_ptr + row[:, None] * C.D + d[None, :]

@@ -14,11 +14,54 @@ import triton.language as tl
 
 from nsa.backends.compiled.common import LN_2, tile_mask
 from nsa.backends.compiled.selected.query_tile import (
+    block_step,
     load_keys,
     load_queries,
     locate_tile,
-    union_step,
+    phase_steps,
 )
+
+
+@triton.jit
+def _attend(
+    m_i,
+    l_i,
+    acc,
+    begin,
+    end,
+    q,
+    k_ptr,  # of the head, as is the next
+    v_ptr,
+    k_offsets,
+    v_offsets,
+    k_stride,
+    v_stride,
+    blocks,
+    bit,
+    last_row,
+    S,
+    scale_log2,
+    MASKED: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Steps ``begin … end - 1`` of the online softmax."""
+    d = tl.arange(0, C.BLOCK_D)
+    e = tl.arange(0, C.BLOCK_DV)
+    for step in range(begin, end):
+        first_row, exists, visible = block_step(step, blocks, bit, last_row, S, MASKED, C)
+        k = load_keys(k_ptr, k_offsets, k_stride, first_row, exists, d, C.D, C.BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
+        s = tl.where(visible, s * scale_log2, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - m_safe[:, None])
+        alpha = tl.exp2(m_i - m_safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v = load_keys(v_ptr, v_offsets, v_stride, first_row, exists, e, C.V, C.BLOCK_DV)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=C.PRECISION)
+        m_i = m_new
+    return m_i, l_i, acc
 
 
 @triton.jit(do_not_specialize=["T", "num_tiles", "S", "q_start"])
@@ -28,7 +71,7 @@ def nsa_selected_fwd(
     v_ptr,
     out_ptr,  # [B, T, H, V], contiguous
     lse_ptr,  # [B, T, H], contiguous
-    union_ptrs,  # first rows, masks and counts of :class:`.union.TileUnions`
+    union_ptrs,  # of :func:`.query_tile.locate_tile`
     q_strides,
     k_strides,
     v_strides,
@@ -40,7 +83,7 @@ def nsa_selected_fwd(
     scale_log2,
     C: tl.constexpr,
 ):
-    b, kv_head, union, token, head, bit, mask = locate_tile(T, num_tiles, KV_HEADS, C)
+    b, kv_head, token, head, bit, mask, blocks = locate_tile(T, num_tiles, KV_HEADS, union_ptrs, C)
     n = tl.arange(0, C.BLOCK_N)
     d = tl.arange(0, C.BLOCK_D)
     e = tl.arange(0, C.BLOCK_DV)
@@ -51,29 +94,16 @@ def nsa_selected_fwd(
     k_offsets = n[:, None] * k_strides[1] + d[None, :]
     v_offsets = n[:, None] * v_strides[1] + e[None, :]
 
-    first_rows_ptr = union_ptrs[0] + union * (C.TOKENS * C.WIDTH)
-    masks_ptr = union_ptrs[1] + union * (C.TOKENS * C.WIDTH)
-    count = tl.load(union_ptrs[2] + union)
-
     m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.full([C.BLOCK_M], 0.0, tl.float32)
     acc = tl.full([C.BLOCK_M, C.BLOCK_DV], 0.0, tl.float32)
-    for step in range(count * C.PARTS):
-        first_row, exists, visible = union_step(
-            step, first_rows_ptr, masks_ptr, bit, last_row, S, C
+    for phase in tl.static_range(0 if C.SHARED else 1, 2):
+        begin, end = phase_steps(phase, blocks[2], C)
+        m_i, l_i, acc = _attend(
+            *(m_i, l_i, acc, begin, end, q, k_ptr, v_ptr, k_offsets, v_offsets),
+            *(k_strides[1], v_strides[1], blocks, bit, last_row, S, scale_log2),
+            *(phase == 1, C),
         )
-        k = load_keys(k_ptr, k_offsets, k_strides[1], first_row, exists, d, C.D, C.BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
-        s = tl.where(visible, s * scale_log2, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m_i - m_safe)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        v = load_keys(v_ptr, v_offsets, v_strides[1], first_row, exists, e, C.V, C.BLOCK_DV)
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=C.PRECISION)
-        m_i = m_new
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)

@@ -39,6 +39,10 @@ class InverseIndex(NamedTuple):
     """Of one batch row and head, as far as ``block_ids`` counts them."""
     block_pitch: int
     """Key rows from one to the next: l' in a fixed-length batch, 1 in a packed one."""
+    share: int = 1
+    """Consecutive tokens at most that an entry stands for (:func:`.shared.shared_index`)."""
+    ends: Tensor | None = None
+    """int32 ``[P + 1]``, past the last of them; None: they are ``share`` everywhere."""
 
 
 @triton.jit(do_not_specialize=["T", "pairs", "key_rows", "q_start", "num_blocks", "nowhere"])

@@ -18,7 +18,9 @@ from nsa.backends.compiled.selected.bwd_dkv import nsa_selected_bwd_dkv
 from nsa.backends.compiled.selected.bwd_dq import nsa_selected_bwd_dq
 from nsa.backends.compiled.selected.fwd import nsa_selected_fwd
 from nsa.backends.compiled.selected.inverse_index import InverseIndex, inverse_index
+from nsa.backends.compiled.selected.shared import shared_index, shared_lists
 from nsa.backends.compiled.selected.tiles import (
+    Constants,
     KeyTiles,
     QueryTiles,
     SelectedTiles,
@@ -39,6 +41,8 @@ def selected_forward(
     select_block: int,
     scale: float,
     q_start: int = 0,
+    share: int = 1,
+    sequences: int | None = None,
     tiles: QueryTiles | None = None,
     unions: TileUnions | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +58,13 @@ def selected_forward(
         select_block: l', in tokens.
         scale: of the scores.
         q_start: position of q's first row; 0 when packed.
-        tiles: of the launch; None takes :func:`default_tiles`.
+        share: so many tokens, from the start of each sequence on, have one list, and each list has
+            only blocks up to the query's own, as ``select_share`` makes them; q_start is a multiple
+            of it.
+        sequences: at most so many packed sequences (``cu_seqlens.numel() - 1``); without it, many
+            programs may start for nothing.
+        tiles: of the launch; None takes :func:`default_tiles`. With ``share``, their tokens divide
+            it.
         unions: made by :func:`tile_unions` for as many tokens a tile as ``tiles`` has, or None.
 
     Returns:
@@ -67,17 +77,19 @@ def selected_forward(
     lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
-    tiles = tiles or default_tiles(q, v, block_idx, select_block).forward
+    tiles = tiles or default_tiles(q, v, block_idx, select_block, share).forward
     q, k, v = map(rows_contiguous, (q, k, v))
     where: dict[str, Any] = {"start": start, "select_block": select_block, "q_start": q_start}
     with torch.cuda.device_of(q):
-        unions = unions or tile_unions(block_idx, tokens=tiles.tokens, key_rows=S, **where)
-        nsa_selected_fwd[(unions.counts.numel(),)](
+        blocks, num_tiles = _blocks_of_tiles(
+            block_idx, unions, tiles, key_rows=S, share=share, sequences=sequences, **where
+        )
+        nsa_selected_fwd[(B * num_tiles * K,)](
             *(q, k, v, out, lse),
-            unions[1:],
+            blocks,
             *(x.stride() for x in (q, k, v)),
-            *(T, unions.counts.shape[1], S, q_start, K, scale * LOG2E),
-            C=constants(q, v, block_idx, select_block, tiles),
+            *(T, num_tiles, S, q_start, K, scale * LOG2E),
+            C=_query_constants(q, v, block_idx, select_block, tiles, start, share),
             **launch_options(tiles.num_warps, tiles.num_stages),
         )
     return out, lse
@@ -99,6 +111,8 @@ def selected_dq(
     delta: Tensor | None = None,
     weight: Tensor | None = None,
     dq: Tensor | None = None,
+    share: int = 1,
+    sequences: int | None = None,
     tiles: QueryTiles | None = None,
     unions: TileUnions | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -106,8 +120,8 @@ def selected_dq(
 
     Args:
         dout: ``[B, T, H, V]``, the gradient of out.
-        q, k, v, block_idx, start, select_block, scale, q_start, tiles, unions: as of
-            :func:`selected_forward`.
+        q, k, v, block_idx, start, select_block, scale, q_start, share, sequences, tiles, unions: as
+            of :func:`selected_forward`.
         out, lse: as it returned.
         delta: ``[B, T, H]``, fp32, contiguous, the sum of ``dout * out``.
         weight: ``[B, T, H]``, fp32, contiguous, of each row's probabilities; None for 1.
@@ -126,20 +140,22 @@ def selected_dq(
     assert delta is not None, "expected out, or delta and dq"
     if delta.numel() == 0:
         return dq, delta
-    tiles = tiles or default_tiles(q, v, block_idx, select_block).dq
+    tiles = tiles or default_tiles(q, v, block_idx, select_block, share).dq
     q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
     where: dict[str, Any] = {"start": start, "select_block": select_block, "q_start": q_start}
     with torch.cuda.device_of(q):
-        unions = unions or tile_unions(block_idx, tokens=tiles.tokens, key_rows=S, **where)
-        nsa_selected_bwd_dq[(unions.counts.numel(),)](
+        blocks, num_tiles = _blocks_of_tiles(
+            block_idx, unions, tiles, key_rows=S, share=share, sequences=sequences, **where
+        )
+        nsa_selected_bwd_dq[(q.shape[0] * num_tiles * K,)](
             *(q, k, v, dout, dq if out is None else out, lse.contiguous(), delta),
             *(delta if weight is None else weight, dq),
-            unions[1:],
+            blocks,
             *(x.stride() for x in (q, k, v, dout)),
-            *(T, unions.counts.shape[1], S, q_start, K, scale * LOG2E, scale),
+            *(T, num_tiles, S, q_start, K, scale * LOG2E, scale),
             ACCUMULATE=accumulate,
             WEIGHTED=weight is not None,
-            C=constants(q, v, block_idx, select_block, tiles),
+            C=_query_constants(q, v, block_idx, select_block, tiles, start, share),
             **launch_options(tiles.num_warps, tiles.num_stages),
         )
     return dq, delta
@@ -158,6 +174,7 @@ def selected_dkv(
     select_block: int,
     scale: float,
     q_start: int = 0,
+    share: int = 1,
     sequences: int | None = None,
     weight: Tensor | None = None,
     dq: Tensor | None = None,
@@ -167,8 +184,8 @@ def selected_dkv(
     """The gradients of k and v, and of q where the tiles say so.
 
     Args:
-        dout, q, k, v, lse, delta, block_idx, start, select_block, scale, q_start, weight: as of
-            :func:`selected_dq`.
+        dout, q, k, v, lse, delta, block_idx, start, select_block, scale, q_start, share, weight: as
+            of :func:`selected_dq`.
         sequences: at most so many packed sequences (``cu_seqlens.numel() - 1``); without it, many
             programs start for nothing.
         dq: ``[B, T, H, D]``, fp32, contiguous: what q's gradient is added to with
@@ -182,21 +199,23 @@ def selected_dkv(
     T, S, K = q.shape[1], k.shape[1], k.shape[2]
     dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=q.device)
-    tiles = tiles or default_tiles(q, v, block_idx, select_block).dkv
+    tiles = tiles or default_tiles(q, v, block_idx, select_block, share).dkv
     assert not tiles.with_dq or (dq is not None and dq.dtype == torch.float32)
     if not (q.numel() and k.numel() and block_idx.numel()):
         return dk, dv
     q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
-    where: dict[str, Any] = {"start": start, "select_block": select_block, "q_start": q_start}
+    where: dict[str, Any] = {"start": start, "select_block": select_block, "sequences": sequences}
+    where |= {"key_rows": S, "chunk": tiles.chunk}
     with torch.cuda.device_of(q):
-        index = index or inverse_index(
-            block_idx, key_rows=S, chunk=tiles.chunk, sequences=sequences, **where
-        )
+        if share > 1:
+            index = index or shared_index(block_idx, share=share, **where)
+        else:
+            index = index or inverse_index(block_idx, q_start=q_start, **where)
         nsa_selected_bwd_dkv[(index.max_chunks * triton.cdiv(select_block, tiles.block_n),)](
             *(q, k, v, dout),
             (lse.contiguous(), delta.contiguous(), delta if weight is None else weight),
             *(dk, dv, dk if dq is None else dq),
-            (index.block_ids, index.tokens, index.offsets, index.num_chunks),
+            (index.block_ids, index.offsets, index.num_chunks, index.tokens, index.ends),
             *(x.stride() for x in (q, k, v, dout)),
             *(T, S, q_start, K, index.num_blocks, scale * LOG2E, scale),
             BLOCK_PITCH=index.block_pitch,
@@ -204,6 +223,7 @@ def selected_dkv(
             WITH_DQ=tiles.with_dq,
             WEIGHTED=weight is not None,
             SCALE_DS=q.dtype != torch.float16,
+            SHARE=index.share,
             INT64=max(q.numel(), _row_extent(q), _row_extent(dout)) >= 2**31,
             C=constants(q, v, block_idx, select_block, tiles),
             **launch_options(tiles.num_warps, tiles.num_stages, tiles.maxnreg),
@@ -224,6 +244,7 @@ def selected_backward(
     select_block: int,
     scale: float,
     q_start: int = 0,
+    share: int = 1,
     sequences: int | None = None,
     tiles: SelectedTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,9 +255,9 @@ def selected_backward(
     dk and dv, and dq where the tiles say so, are summed by atomic adds in fp32, so that their last
     bits may differ between runs.
     """
-    tiles = tiles or default_tiles(q, v, block_idx, select_block)
+    tiles = tiles or default_tiles(q, v, block_idx, select_block, share)
     call: dict[str, Any] = {"start": start, "select_block": select_block}
-    call |= {"scale": scale, "q_start": q_start}
+    call |= {"scale": scale, "q_start": q_start, "share": share, "sequences": sequences}
     dout = rows_contiguous(dout)
     summed = None
     if tiles.dkv.with_dq:
@@ -244,9 +265,42 @@ def selected_backward(
         delta = bwd_preprocess(dout, out)
     else:
         dq, delta = selected_dq(dout, q, k, v, lse, block_idx, **call, out=out, tiles=tiles.dq)
-    call |= {"sequences": sequences, "dq": summed, "tiles": tiles.dkv}
+    call |= {"dq": summed, "tiles": tiles.dkv}
     dk, dv = selected_dkv(dout, q, k, v, lse, delta, block_idx, **call)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _blocks_of_tiles(
+    block_idx: Tensor,
+    unions: TileUnions | None,
+    tiles: QueryTiles,
+    *,
+    share: int,
+    sequences: int | None,
+    start: Tensor | None,
+    **where: Any,
+) -> tuple[tuple[Any, ...], int]:
+    """What a kernel over query tiles reads of their blocks, and the number of tiles."""
+    if share > 1:
+        assert unions is None and share % tiles.tokens == 0, (unions, share, tiles)
+        lists = shared_lists(block_idx, tokens=tiles.tokens, start=start, sequences=sequences)
+        return lists[1:], lists.tiles
+    unions = unions or tile_unions(block_idx, tokens=tiles.tokens, start=start, **where)
+    return unions[1:], unions.counts.shape[1]
+
+
+def _query_constants(
+    q: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    select_block: int,
+    tiles: QueryTiles,
+    start: Tensor | None,
+    share: int,
+) -> Constants:
+    shared = share > 1
+    packed = shared and start is not None
+    return constants(q, v, block_idx, select_block, tiles, shared=shared, packed=packed)
 
 
 def _row_extent(x: Tensor) -> int:

@@ -157,9 +157,18 @@ def has_union(tokens: int, width: int) -> bool:
 
 
 def tiles_for(
-    D: int, V: int, G: int, *, width: int, select_block: int, dtype: torch.dtype, length: int
+    D: int,
+    V: int,
+    G: int,
+    *,
+    width: int,
+    select_block: int,
+    dtype: torch.dtype,
+    length: int,
+    share: int = 1,
 ) -> SelectedTiles:
-    """Tiles for an H100: head sizes, group, n, l', and T (only a small one matters).
+    """Tiles for an H100: head sizes, group, n, l', T (only a small one matters), and how many
+    tokens have one list: those of a query tile then divide it.
 
     The row of the shape, with no more tokens than there are, no more keys than a block has, and
     less of everything until it fits in shared memory.
@@ -169,6 +178,9 @@ def tiles_for(
     keys = padded(select_block)
     length = max(1, length)
     tokens = min(tokens_per_tile(G, row.rows, width), length)
+    if share > 1:
+        most = tokens_per_tile(G, row.rows)
+        tokens = max(m for m in range(1, share + 1) if share % m == 0 and m <= most)
     fp32_warps = 8 if wide >= 256 else 4
 
     def query_tiles(n: int, stages: int, row_size: int) -> QueryTiles:
@@ -215,12 +227,15 @@ def tiles_for(
     )
 
 
-def default_tiles(q: Tensor, v: Tensor, block_idx: Tensor, select_block: int) -> SelectedTiles:
+def default_tiles(
+    q: Tensor, v: Tensor, block_idx: Tensor, select_block: int, share: int = 1
+) -> SelectedTiles:
     """:func:`tiles_for` q ``[B, T, H, D]``, v ``[B, S, K, V]``, block_idx ``[B, T, K, n]``."""
     T, H, D = q.shape[1:]
     K, V = v.shape[2:]
     n = block_idx.shape[3]
-    return tiles_for(D, V, H // K, width=n, select_block=select_block, dtype=q.dtype, length=T)
+    sizes = {"width": n, "select_block": select_block, "length": T, "share": share}
+    return tiles_for(D, V, H // K, dtype=q.dtype, **sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +258,23 @@ class Constants:
     """Steps of BLOCK_N keys of a block."""
     PRECISION: str
     """Of products of fp32; no effect on 16 bits."""
+    SLOTS: int
+    """n, padded to a power of two."""
+    SHARED: bool
+    """Whether all tokens of a query tile have one list."""
+    PACKED: bool
+    """With SHARED: whether sequences are packed."""
 
 
 def constants(
-    q: Tensor, v: Tensor, block_idx: Tensor, select_block: int, tiles: QueryTiles
+    q: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    select_block: int,
+    tiles: QueryTiles,
+    *,
+    shared: bool = False,
+    packed: bool = False,
 ) -> Constants:
     """Those of q ``[B, T, H, D]``, v ``[B, S, K, V]``, block_idx ``[B, T, K, n]``."""
     D, V, G = q.shape[3], v.shape[3], q.shape[2] // v.shape[2]
@@ -263,4 +291,7 @@ def constants(
         BLOCK_DV=padded(V),
         PARTS=-(-select_block // tiles.block_n),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        SLOTS=next_power_of_2(block_idx.shape[3]),
+        SHARED=shared,
+        PACKED=packed,
     )

@@ -1,0 +1,23 @@
+"""Selection scores from e4m3 (``score_dtype="fp8"``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX = 448.0
+"""The largest number of e4m3."""
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as e4m3, and its scale for each row of the last dimension, fp32."""
+    largest = x.abs().amax(-1, keepdim=True).float() / MAX
+    scale = largest.masked_fill(largest == 0, 1.0)
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale[..., 0]
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """x rounded to e4m3 with one scale per row of the last dimension, in fp32 (fp64 for fp64)."""
+    rounded, scale = quantize(x)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return rounded.to(wide) * scale[..., None].to(wide)
