@@ -84,7 +84,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo '$(request)' > $(STAMP)
 
 .PHONY: mutants
-mutants: env  ## mutation testing: does a test notice every small change? An hour on two cores
+mutants: env  ## mutation testing: does a test notice every small change? Not for the impatient
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[mutants]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 

@@ -1,6 +1,6 @@
 """Does a test turn red for every small change of the code? Mutation testing with mutmut.
 
-    python -m tests.mutants                  # everything; on two cores within an hour
+    python -m tests.mutants                  # everything
     python -m tests.mutants 'nsa.module.*'   # the mutants that a pattern names
     mutmut show NAME                         # afterwards: one mutant's diff
 

@@ -290,7 +290,8 @@ def test_the_steps_are_told_what_the_layer_knows(
         layer = make_layer()
     case = problem(LENGTHS)
     layer(case.x, cu_seqlens=case.cu_seqlens, max_seqlen=30)
-    assert told == [(30, {"gates_in_unit_interval": unit, "nvtx": unit})]
+    options = {"gates_in_unit_interval": unit, "nvtx": unit, "probes": None}
+    assert told == [(30, options)]
 
 
 def test_a_projection_that_decides_its_dtype_is_planned_for(
