@@ -108,7 +108,7 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
     of_all = (gated.Branches(out, out, out), gated.Branches(lse, lse, lse), lists, layout)
     dtype = dq_dtype(q.dtype, D)
     chosen = {"start": None, "select_block": 64, "scale": scale}
-    config = NSAConfig(num_heads=H, num_kv_heads=K, head_dim=D, value_dim=V)
+    config = NSAConfig(num_heads=H, num_kv_heads=K, head_dim=D, value_dim=V, rope_theta=None)
     optional = replace(
         config,
         select_schedule=((1024, 8),),
