@@ -152,12 +152,14 @@ class Problem:
         return dict(zip(names, (out.detach(), lse, *grads), strict=True))
 
 
-def hold(found: dict[str, Tensor], truth: dict[str, Tensor], label: str) -> None:
+def hold(
+    found: dict[str, Tensor], truth: dict[str, Tensor], label: str, dtype: torch.dtype
+) -> None:
     """Stops the program where a tensor is away from the truth by more than its dtype explains."""
     for name, x in found.items():
         want = truth[name]
         error = ((x.float() - want).norm() / want.norm()).item()
-        limit = 1e-5 if x.dtype == torch.float32 and name != "lse" else 1e-2
+        limit = 1e-5 if dtype == torch.float32 else 1e-2  # sums of bf16 products may be fp32
         if not error < limit:
             raise SystemExit(f"{label}: {name} is off by {error:.1e}, expected below {limit:.0e}")
 
@@ -251,7 +253,12 @@ def check_everything(args: argparse.Namespace, default: SelectedTiles) -> None:
         small = Problem(CHECKED_TOKENS, args, lengths)
         truth = small.truth()
         found = dict(zip(("dq", "dk", "dv"), small.backward(), strict=True))
-        hold({"out": small.out, "lse": small.lse, **found}, truth, f"lengths {lengths}")
+        hold(
+            {"out": small.out, "lse": small.lse, **found},
+            truth,
+            f"lengths {lengths}",
+            small.q.dtype,
+        )
         torch.cuda.set_sync_debug_mode("error")
         try:
             small.forward(None)
@@ -266,7 +273,7 @@ def check_everything(args: argparse.Namespace, default: SelectedTiles) -> None:
             x.fill_(float("nan"))
         graph.replay()
         found = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
-        hold(found, truth, f"graph, lengths {lengths}")
+        hold(found, truth, f"graph, lengths {lengths}", small.q.dtype)
     print("checked: regular, packed, no sync, CUDA graph", flush=True)
 
 
@@ -328,7 +335,10 @@ def main() -> None:
             unions = None if args.select_share > 1 else big.unions(tiles.tokens)()
             ms = attempt(
                 lambda: hold(
-                    dict(zip(("out", "lse"), small.forward(tiles), strict=True)), truth, str(tiles)
+                    dict(zip(("out", "lse"), small.forward(tiles), strict=True)),
+                    truth,
+                    str(tiles),
+                    small.q.dtype,
                 ),
                 lambda: median_ms(partial(big.forward, tiles, unions=unions)),
             )
@@ -337,7 +347,7 @@ def main() -> None:
         for tiles in variants(query_variants(G, n, default.dq, args.select_share)):
             unions = None if args.select_share > 1 else big.unions(tiles.tokens)()
             ms = attempt(
-                lambda: hold({"dq": small.dq(tiles)[0]}, truth, str(tiles)),
+                lambda: hold({"dq": small.dq(tiles)[0]}, truth, str(tiles), small.q.dtype),
                 lambda: median_ms(partial(big.dq, tiles, unions=unions)),
             )
             report("dq", tiles, ms, unit * (2 * D + V))
@@ -346,7 +356,10 @@ def main() -> None:
             index = big.index(tiles.chunk)()
             ms = attempt(
                 lambda: hold(
-                    dict(zip(("dk", "dv"), small.dkv(tiles), strict=True)), truth, str(tiles)
+                    dict(zip(("dk", "dv"), small.dkv(tiles), strict=True)),
+                    truth,
+                    str(tiles),
+                    small.q.dtype,
                 ),
                 lambda: median_ms(partial(big.dkv, tiles, index=index)),
             )

@@ -4,10 +4,13 @@
     python benchmarks/selection_options.py -o exact share4 -t 65536
     python benchmarks/selection_options.py -o fp8 regions4x16 -t 65536 --tiles
     python benchmarks/selection_options.py -o regions4x16 -t 65536 --kernels
+    python benchmarks/selection_options.py -o exact share4 --whole
 
 bf16, B 1, Hq 64, Hkv 4, D 128, l 32, d 16, l' 64, n 16, random data; the compressed branch's lse is
 computed once and not timed. Medians in milliseconds. "in common" is the share of the exact list's
-blocks that the option lists too, over the last queries: of random data, so a floor.
+blocks that the option lists too, over the last queries: of random data, so a floor. With
+``--whole``, also the call with all branches, forward / forward and backward, and its peak of memory
+over the inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.testing import do_bench
 
-from nsa import NSAConfig
+from nsa import KV, NSAConfig, nsa_attention
 from nsa.backends import load
 from nsa.backends.compiled.select.launch import select_forward
 from nsa.backends.compiled.select.tiles import SelectTiles
@@ -106,6 +109,39 @@ def print_kernels(call: Callable[..., Tensor]) -> None:
         print(f"    {event.device_time_total / 1e3:8.3f} ms {event.count:3d} x {event.key[:80]}")
 
 
+def print_whole(length: int, config: NSAConfig) -> None:
+    """Times and peak of ``nsa_attention``."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        made = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        return made.requires_grad_()
+
+    q = normal(1, length, config.num_heads, config.head_dim)
+    N = config.num_compressed(length)
+    shapes = [(1, rows, config.num_kv_heads, config.head_dim) for rows in (N, length, length)]
+    branches = [KV(normal(*shape), normal(*shape)) for shape in shapes]
+    gates = normal(1, length, config.num_heads, 3).detach().sigmoid().requires_grad_()
+    leaves = [q, gates, *(x for kv in branches for x in kv)]
+    dout = torch.randn_like(q)
+
+    def forward() -> Tensor:
+        return nsa_attention(q, *branches, gates, config, backend="compiled")
+
+    def both() -> None:
+        torch.autograd.grad(forward(), leaves, dout)
+
+    for _ in range(3):
+        both()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    forward_ms, both_ms = median(forward), median(both)
+    print(f"    whole call {forward_ms:.2f} / {both_ms:.2f} ms, peak {peak:.2f} GiB", flush=True)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -113,6 +149,7 @@ def main() -> None:
     parser.add_argument("-t", "--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--tiles", action="store_true", help="also times tilings of each option")
     parser.add_argument("--kernels", action="store_true", help="also the time of each kernel")
+    parser.add_argument("--whole", action="store_true", help="also the call with all branches")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     for length in args.lengths:
@@ -132,6 +169,9 @@ def main() -> None:
                 f"  {name:20s} {ms:8.3f} ms  {exact_ms / ms:5.2f}x  in common {common:.1%}",
                 flush=True,
             )
+            if args.whole:
+                with torch.enable_grad():
+                    print_whole(length, config)
             if args.kernels:
                 print_kernels(call)
             if args.tiles:

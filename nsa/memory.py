@@ -110,7 +110,7 @@ def layer_memory(
     phases = (_sdpa_phases if backend == "sdpa" else _compiled_phases)(s, full)
     if recompute:
         kept = tuple(_kept_with_recompute(s, kept, backend))
-        phases = _phases_with_recompute(s, phases, sum(tensor.bytes for tensor in kept))
+        phases = _phases_with_recompute(s, phases, sum(tensor.bytes for tensor in kept), backend)
     weight = 4 if autocast else s.e
     return LayerMemory(parameters=num_parameters(config, dim) * weight, kept=kept, phases=phases)
 
@@ -262,7 +262,9 @@ def _kept_with_recompute(s: _Shapes, every: tuple[Kept, ...], backend: str) -> I
         yield _out(s, "sum")
 
 
-def _phases_with_recompute(s: _Shapes, phases: Mapping[str, int], saved: int) -> dict[str, int]:
+def _phases_with_recompute(
+    s: _Shapes, phases: Mapping[str, int], saved: int, backend: str
+) -> dict[str, int]:
     """The backward pass has all that is kept otherwise, too, when it comes to this layer."""
     tokens = s.kv * s.e if s.config.independent_kv else 0
     outputs = 3 * (s.out * s.e + s.statistics * s.wide)
@@ -271,7 +273,8 @@ def _phases_with_recompute(s: _Shapes, phases: Mapping[str, int], saved: int) ->
         weight = s.dim * s.config.num_heads * s.config.dv * s.e
         given = s.result + s.out * s.e + weight
         found["backward, forward again"] = phases["forward, selected"] + given
-    return {"forward": saved + outputs + 4 * s.out * s.wide, **found}
+    summing = 4 * s.out * s.wide if backend == "sdpa" else s.out * s.e  # one kernel on compiled
+    return {"forward": saved + outputs + summing, **found}
 
 
 def _kept_by_sdpa(s: _Shapes) -> Iterator[Kept]:
