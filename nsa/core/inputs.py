@@ -50,6 +50,36 @@ class AttentionInputs(NamedTuple):
         return (self.q, *self.compressed, *self.selected, *self.window, self.gates)
 
 
+class DecodeInputs(NamedTuple):
+    """The tensors of one step of decode: a few new queries of every sequence and its cache.
+
+    The step's own keys and values are in the cache already. Sequences have lengths of their own.
+
+    B sequences, S new tokens of each, N compressed blocks that there is room for, P pages of L
+    tokens, M pages that a sequence may have, R rows of a ring, H query heads, K key/value heads,
+    D key size, V value size.
+    """
+
+    q: Tensor
+    """``[B, S, H, D]``, after RoPE."""
+    position: Tensor
+    """int32 ``[B]``: of each sequence's first query in that sequence; the others follow it."""
+    gates: Tensor
+    """``[B, S, H, 3]``, activated."""
+    compressed: KV
+    """k ``[B, N, K, D]``, v ``[B, N, K, V]``; blocks that a query does not see mean nothing."""
+    selected: KV
+    """k ``[P, L, K, D]``, v ``[P, L, K, V]``: pages of L tokens, a multiple of ``select_block``."""
+    page_table: Tensor
+    """int32 ``[B, M]``: token t of sequence b is row ``t % L`` of page ``page_table[b, t // L]``;
+    entries past a sequence's end mean nothing."""
+    window: KV
+    """k ``[B, R, K, D]``, v ``[B, R, K, V]``: token t is row ``t % R``, R at least
+    ``config.window + S - 1``."""
+    block_idx: Tensor | None = None
+    """int32 ``[B, S, K, n]``, ascending, then −1; None: selected here."""
+
+
 class Probe(Protocol):
     """Watches the calls of a layer, or steps into them; see :mod:`nsa.inspection`."""
 
