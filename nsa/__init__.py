@@ -2,9 +2,11 @@
 
 from nsa.attention import nsa_attention, select_blocks
 from nsa.backends import Resolution, resolve
+from nsa.cache import NSACache
 from nsa.config import KV, NSAConfig
 from nsa.errors import (
     BackendUnavailable,
+    CacheError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -20,9 +22,11 @@ __version__ = "0.1.0"
 __all__ = [
     "KV",
     "BackendUnavailable",
+    "CacheError",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "NSACache",
     "NSAConfig",
     "NSAError",
     "NSAttention",

@@ -31,6 +31,11 @@ class BackendUnavailable(NSAError):
     """A backend requested by name cannot run this problem; nothing else was run instead."""
 
 
+class CacheError(NSAError):
+    """A cache that cannot do what is asked of it: another configuration, dtype, device or batch, no
+    room, or a sequence that is not there. It is as it was before."""
+
+
 class CheckpointError(NSAError):
     """A checkpoint that is damaged, truncated, or belongs to another configuration."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from nsa.attention import run
 from nsa.backends.dispatch import Resolution, plan
 from nsa.backends.protocol import Problem
 from nsa.backends.shared.recompute import in_a_graph, recompute
+from nsa.cache import LayerCache
+from nsa.cached_attention import Projected, attend, check_cache
 from nsa.compression import PHI, Compress, compress_both
 from nsa.config import KV, MOST, NSAConfig
 from nsa.core import validate
@@ -26,23 +27,10 @@ from nsa.core.inputs import BRANCHES, AttentionInputs, Probe
 from nsa.core.linear import project
 from nsa.core.packing import packed_tokens
 from nsa.core.rope import apply_rope
-from nsa.errors import is_int, require
+from nsa.errors import ShapeError, is_int, require
 from nsa.gates import GATES
 from nsa.registry import TABLE
 from nsa.settings import current_settings
-
-
-class _Projected(NamedTuple):
-    """What the branches of one call read."""
-
-    q: Tensor
-    """``[B, T, H, D]``"""
-    tokens: KV
-    """What φ compresses: k ``[B, T, K, D]``, v ``[B, T, K, V]``, as of the other two."""
-    selected: KV
-    window: KV
-    gates: Tensor
-    """``[B, T, H, 3]``, activated."""
 
 
 class NSAttention(nn.Module):
@@ -126,7 +114,13 @@ class NSAttention(nn.Module):
         return f"dim={self.dim}, backend={self.backend!r}, {self.config}"
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: LayerCache | None = None,
+        counts: list[int] | None = None,
     ) -> Tensor:
         """Attends within each sequence.
 
@@ -134,11 +128,16 @@ class NSAttention(nn.Module):
             x: ``[B, T, dim]``, or ``[1, total, dim]`` packed.
             cu_seqlens: int32 ``[n_seq + 1]`` for packed input, on x's device.
             max_seqlen: an upper bound of the packed lengths, in tokens.
+            cache: this layer's of an :class:`nsa.NSACache`, for a regular batch without gradients:
+                x are the next tokens of its sequences, which are added to it.
+            counts: with a cache, how many of the T tokens, from the left, each sequence has; None:
+                all. Rows of the output past them mean nothing.
 
         Returns:
             ``[B, T, dim]``.
 
         Raises:
+            CacheError: a cache that does not fit, or has no room.
             ShapeError: inputs that do not fit.
             DataError: values that are not finite (``NSA_CHECK=1`` only).
             BackendUnavailable: the backend requested cannot run this.
@@ -150,6 +149,10 @@ class NSAttention(nn.Module):
         if check:
             validate.check_finite({"x": x})
         dtype = autocast_dtype(x.device) or x.dtype
+        if cache is not None or counts is not None:
+            if cu_seqlens is not None:
+                raise ShapeError("cu_seqlens: expected None with a cache, whose rows are sequences")
+            return self._attend_cached(x, check_cache(cache, x, self.config), counts)
         chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
         if TABLE[chosen.backend].compiles_glue and not torch.compiler.is_compiling():
             with in_a_graph() if self.recompute else nullcontext():
@@ -175,7 +178,10 @@ class NSAttention(nn.Module):
         max_seqlen: int | None,
     ) -> Tensor:
         """Projections, branches and gates, of checked input and expected ``dtype`` of queries."""
-        projected = self._project(x, cu_seqlens)
+        positions = None
+        if cu_seqlens is not None and self.config.rope_theta is not None:
+            positions = packed_tokens(cu_seqlens, x.shape[1]).position
+        projected = self._project(x, positions)
         if projected.q.dtype != dtype:  # a projection that decides itself, a quantised one, say
             chosen = self._plan_for(x, projected.q.dtype, cu_seqlens, max_seqlen)
         self._resolution = chosen
@@ -186,23 +192,33 @@ class NSAttention(nn.Module):
             out = branches(*projected, cu_seqlens, max_seqlen)
         return self.o_proj(out.flatten(2))
 
-    def _project(self, x: Tensor, cu_seqlens: Tensor | None) -> _Projected:
-        """Apply the projections, RoPE and the activation of the gates.
+    def _attend_cached(self, x: Tensor, layer: LayerCache, counts: list[int] | None) -> Tensor:
+        """The same of the next tokens of a cache's sequences."""
+        positions = layer.cache.position[:, None] + torch.arange(x.shape[1], device=x.device)
+        projected = self._project(x, positions)
+        q = projected.q
+        longest = layer.cache.max_length
+        problem = Problem(self.config, q.device, q.dtype, longest, packed=False, needs_grad=False)
+        chosen = plan(problem, self.backend, self.settings).decoding()
+        self._resolution = chosen
+        phi = partial(compress_both, self.compress_k, self.compress_v)
+        out = attend(layer, projected, counts, chosen, phi)
+        return self.o_proj(out.flatten(2))
+
+    def _project(self, x: Tensor, positions: Tensor | None) -> Projected:
+        """Apply the projections, RoPE at ``positions`` and the activation of the gates.
 
         The product of all projections dies here: what is kept of it are copies.
         """
         config = self.config
         projected = project(x, self._projections())
-        positions = None
-        if cu_seqlens is not None and config.rope_theta is not None:
-            positions = packed_tokens(cu_seqlens, x.shape[1]).position
         q = projected["q"].unflatten(-1, (config.num_heads, config.head_dim))
         q = self._rotate(q, positions)
         tokens, selected, window = self._keys_and_values(projected, positions, q.dtype)
         logits = projected["gate"].unflatten(-1, (config.num_heads, len(BRANCHES)))
         if logits.dtype != torch.float32:
             logits = logits.to(q.dtype)
-        return _Projected(q, tokens, selected, window, GATES[config.gate].activate(logits))
+        return Projected(q, tokens, selected, window, GATES[config.gate].activate(logits))
 
     def _branches(
         self,
@@ -278,7 +294,7 @@ class NSAttention(nn.Module):
         return KV(self._rotate(k, positions), v)
 
     def _rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """RoPE at ``positions`` ``[T]``; None counts from 0."""
+        """RoPE at ``positions``, ``[T]`` or ``[B, T]``; None counts from 0."""
         theta = self.config.rope_theta
         return x.contiguous() if theta is None else apply_rope(x, theta, positions)
 

@@ -25,6 +25,8 @@ class Row:
     """Whether it takes packed sequences (``cu_seqlens``)."""
     selects: bool = True
     """Whether it has a ``select_blocks`` of its own; else the best ranked row with one selects."""
+    decodes: bool = False
+    """Whether it has a ``decode_attention``, for a step of a few tokens on a cache."""
     compiles_glue: bool = False
     """Whether what stands between its kernels is compiled when it is called outside a trace."""
     fa2: bool = False
@@ -42,6 +44,7 @@ TABLE: dict[str, Row] = {
         module="nsa.backends.sdpa.steps",
         summary="pure PyTorch, vectorised and chunked, memory linear in T",
         rank=3,
+        decodes=True,
     ),
     "fa2-dense": Row(
         module="nsa.backends.fa2.dense",

@@ -21,7 +21,7 @@ import torch
 
 from nsa import registry
 from nsa.backends.fa2 import providers as fa2_providers
-from nsa.backends.protocol import STEPS, Backend, Gated, Problem
+from nsa.backends.protocol import STEPS, Backend, Decoder, Gated, Problem
 from nsa.config import NSAConfig
 from nsa.core.validate import as_device, check_config
 from nsa.errors import BackendUnavailable, SettingsError, is_int, require, require_known
@@ -62,6 +62,20 @@ class Resolution(NamedTuple):
             return None
         backend = BOUND[keys.pop()]
         return cast(Gated, backend) if hasattr(backend, "gated_attention") else None
+
+    def decoding(self) -> Resolution:
+        """The same for a step of decode: ``sdpa`` runs what FA-2 has no kernel for."""
+        if TABLE[self.backend].decodes or self.backend == "reference":
+            return self
+        reason = f"{self.reason}; decode on sdpa: {self.backend} has none"
+        return self._replace(reason=reason)
+
+    def decoder(self) -> Decoder | None:
+        """What runs a step of decode; None: the steps, on keys and values gathered from the
+        cache."""
+        if self.backend == "reference":
+            return None
+        return cast(Decoder, load(self.backend if TABLE[self.backend].decodes else "sdpa"))
 
 
 BOUND: dict[str, Backend] = {}

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.core.inputs import AttentionInputs
+from nsa.core.inputs import AttentionInputs, DecodeInputs
 
 STEPS = ("compressed", "select", "selected", "window")
 """The names under which ``Resolution.per_branch`` lists what runs each step."""
@@ -131,4 +131,13 @@ class Gated(Protocol):
         back through that branch is this function's to compute. ``gates_in_unit_interval``: every
         gate is in 0…1.
         """
+        ...
+
+
+class Decoder(Protocol):
+    """What a backend with ``decodes`` in its row has besides."""
+
+    def decode_attention(self, inputs: DecodeInputs, config: NSAConfig) -> tuple[Tensor, Tensor]:
+        """One step of decode -> (the gated sum ``[B, S, H, V]`` in q's dtype, int32
+        ``[B, S, K, n]``, the lists that were read). Nothing is read back from the device."""
         ...

@@ -19,8 +19,8 @@ def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None) -> Tens
         x: ``[B, T, H, D]``, D even, any float dtype; the rotation is computed in fp32 (fp64 for
             fp64) and rounded once.
         theta: the base of the frequencies.
-        positions: integer ``[T]``, the position of each token in its own sequence; None counts
-            from 0.
+        positions: integer ``[T]``, the position of each token in its own sequence, or ``[B, T]``;
+            None counts from 0.
 
     Returns:
         ``[B, T, H, D]`` in x's dtype.
@@ -28,8 +28,8 @@ def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None) -> Tens
     dtype = accumulation_dtype(x)
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)
-    cos_TD, sin_TD = rope_table(positions, x.shape[-1], theta, dtype)
-    cos_T1D, sin_T1D = cos_TD[:, None], sin_TD[:, None]
+    tables = rope_table(positions.flatten(), x.shape[-1], theta, dtype)
+    cos_T1D, sin_T1D = (table.view(*positions.shape, 1, -1) for table in tables)
     low, high = x.to(dtype).chunk(2, dim=-1)
     rotated = torch.cat([low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D], dim=-1)
     return rotated.to(x.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from nsa.backends import Resolution
 from nsa.backends.shared.recompute import in_a_graph, recompute
+from nsa.cache import LayerCache, NSACache
 from nsa.core.compile import static_floats
 from nsa.core.validate import check_factory, check_tensor
-from nsa.errors import ConfigError, ShapeError, require
+from nsa.errors import CacheError, ConfigError, ShapeError, require, show
 from nsa.models.config import ModelConfig
 from nsa.models.dense import DenseAttention
 from nsa.module import NSAttention
@@ -67,10 +68,12 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps, **factory)
         self.mlp = SwiGLU(config.dim, config.hidden_dim, **factory)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
-        """Map ``[B, T, dim]`` to ``[B, T, dim]``."""
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, **cached: Any
+    ) -> Tensor:
+        """Map ``[B, T, dim]`` to ``[B, T, dim]``; ``cached`` is what attention takes of a cache."""
         normed = self.attention_norm(x)
-        x = x + self.attention(normed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        x = x + self.attention(normed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **cached)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -195,7 +198,14 @@ class LanguageModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
-        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: NSACache | None = None,
+        counts: list[int] | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Score every possible next token after each token.
 
@@ -204,9 +214,14 @@ class LanguageModel(nn.Module):
             cu_seqlens: int32 ``[n_seq + 1]`` when ``tokens`` is ``[1, total]`` of sequences packed
                 end to end; None for a regular batch.
             max_seqlen: length of the longest packed sequence; None means ``total``.
+            cache: holds the tokens before these, and takes these; see :class:`nsa.NSACache`. It is
+                for regular batches, under ``torch.no_grad()``.
+            counts: with a cache, how many of the T tokens, from the left, each sequence has; None:
+                all. Logits past them mean nothing.
+            last_only: score what follows the last token of each sequence alone.
 
         Returns:
-            Logits ``[B, T, C]``.
+            Logits ``[B, T, C]``, or ``[B, 1, C]``.
 
         Raises:
             ShapeError: for tokens of another shape or dtype, and for packed input to a dense model.
@@ -223,13 +238,30 @@ class LanguageModel(nn.Module):
             raise ShapeError(f"tokens: expected values in 0 … {ids - 1}, got others") from None
         checkpointing = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         selects = self.config.attention == "nsa"
-        for block in self.blocks:
-            if checkpointing:
+        layers = self._layers_of(cache)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            if layer is not None:
+                x = block(x, cu_seqlens, max_seqlen, cache=layer, counts=counts)
+            elif checkpointing:
                 x = recompute(block, x, cu_seqlens, max_seqlen, selects=selects)
             else:
                 x = block(x, cu_seqlens, max_seqlen)
         weight = self.embedding.weight if self.head is None else self.head.weight
+        if last_only:
+            x = _last(x, counts)
         return F.linear(self.norm(x), weight)
+
+    def _layers_of(self, cache: NSACache | None) -> Sequence[LayerCache | None]:
+        """One for each block."""
+        if cache is None:
+            return [None] * len(self.blocks)
+        if not isinstance(cache, NSACache) or len(cache.layers) != len(self.blocks):
+            got = f"one of {len(cache.layers)}" if isinstance(cache, NSACache) else show(cache)
+            raise CacheError(
+                f"cache: expected an NSACache of {len(self.blocks)} layers, as the model has, got "
+                f"{got}"
+            )
+        return cache.layers
 
     def loss(
         self,
@@ -265,6 +297,14 @@ class LanguageModel(nn.Module):
             raise ShapeError(
                 f"targets: expected values in 0 … {ids - 1}, or -100, got others"
             ) from None
+
+
+def _last(x: Tensor, counts: list[int] | None) -> Tensor:
+    """``[B, 1, dim]``: of each sequence's last token."""
+    if counts is None:
+        return x[:, -1:]
+    last = torch.tensor(counts, device=x.device).sub_(1).clamp_min_(0)
+    return x[torch.arange(len(counts), device=x.device), last][:, None]
 
 
 def _name(dtype: torch.dtype) -> str:

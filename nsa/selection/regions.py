@@ -51,7 +51,7 @@ def searched_blocks(scores: Tensor, position: Tensor, J: int, config: NSAConfig)
     Args:
         scores: ``[X, C, d, W]``, not negative; what stands in a region that the query does not see
             whole is not read.
-        position: int64 ``[C, d]``, of each query in its sequence.
+        position: int64 ``[C, d]`` or ``[X, C, d]``, of each query in its sequence.
 
     Returns:
         bool ``[X, C, d, J]``.

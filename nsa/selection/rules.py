@@ -64,7 +64,7 @@ def choose(
 
     Args:
         scores: ``[X, C, d, J]``, not negative.
-        position: int64 ``[C, d]``, of each query in its sequence.
+        position: int64 ``[C, d]`` or ``[X, C, d]``, of each query in its sequence.
         n: what :func:`width` said.
         searched: bool ``[X, C, d, J]``, the candidates that are ranked; None: all.
 

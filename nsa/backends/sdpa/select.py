@@ -78,12 +78,12 @@ def top_blocks(
         searched = None
         if config.select_regions is not None:
             exact = log_p_here if q_exact is q_rows else log_p(q_exact, k_exact)
-            regions = _region_scores(exact.view(B * K, C, d, M // d, S), first, J, config)
+            regions = region_scores(exact.view(B * K, C, d, M // d, S), first, J, config)
             searched = searched_blocks(regions, position, J, config)
         p = log_p_here.exp_().view(B * K, C, M, S).masked_fill_(chunk.hidden, 0.0)
         p = p.view(B * K, C, d, M // d, S).sum(3)
         if first is None:
-            scores = _scores_regular(p, J, config)
+            scores = scores_regular(p, J, config)
         else:
             scores = _scores_packed(p, first, J, config)
         chosen = choose(scores, position, n, config, searched)
@@ -91,7 +91,7 @@ def top_blocks(
     return result.view(B, K, R * d, n).transpose(1, 2)
 
 
-def _scores_regular(p: Tensor, J: int, config: NSAConfig) -> Tensor:
+def scores_regular(p: Tensor, J: int, config: NSAConfig) -> Tensor:
     """Scores of blocks 0 … J-1 (Eq. 9), p ``[B*K, C, d, S]`` beginning at compressed block 0."""
     first, weights = overlap_weights(config)
     ratio = config.select_block // config.compress_stride
@@ -122,7 +122,7 @@ def _scores_packed(p: Tensor, first: Tensor, J: int, config: NSAConfig) -> Tenso
     return scores
 
 
-def _region_scores(log_p: Tensor, first: Tensor | None, J: int, config: NSAConfig) -> Tensor:
+def region_scores(log_p: Tensor, first: Tensor | None, J: int, config: NSAConfig) -> Tensor:
     """``[B*K, C, d, W]``: a region's key is a mean, and so is its logarithm of p.
 
     log_p ``[B*K, C, d, G, S]``; first: see :func:`_first_columns`, None for column 0.

@@ -4,7 +4,8 @@
   fused kernel where there is one (``fused_causal``), else, and when packed, to the sliding window;
 - select: chunks of folded rows, scores mapped and ranked on the fly (``select``);
 - selected: queries sorted by block into equal tiles (``shared/block_tiles``, ``selected``);
-- window: chunks of rows over a sliding window of keys (``window``).
+- window: chunks of rows over a sliding window of keys (``window``);
+- a step of decode: plain products over the cache (``decode``).
 
 The step signature is the one of :mod:`nsa.backends.protocol`.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa.backends.sdpa.decode import decode_attention
 from nsa.backends.sdpa.fused_causal import causal_attention, has_kernel
 from nsa.backends.sdpa.select import top_blocks
 from nsa.backends.sdpa.selected import EVEN, tiled_attention
@@ -26,6 +28,15 @@ from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.core.padding import pad_heads
 from nsa.selection.rules import all_blocks, first_block_only, takes_all, width
 from nsa.selection.share import first_sharers
+
+__all__ = [
+    "compressed_attention",
+    "decode_attention",
+    "select_blocks",
+    "select_impl",
+    "selected_attention",
+    "window_attention",
+]
 
 
 def compressed_attention(

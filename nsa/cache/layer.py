@@ -1,0 +1,220 @@
+"""What one layer keeps of every sequence: rings, compressed blocks and pages.
+
+The window's keys and values, and the tokens that φ has yet to read, stand in rings: token t in row
+``t % R``. Both reach back further than a step needs, so that a few tokens can be taken back.
+
+B sequences, S new tokens of each, N compressed blocks, P pages of L tokens, R rows of a ring, K
+key/value heads, D key size, V value size, n listed blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nsa.config import KV, NSAConfig
+from nsa.core.inputs import DecodeInputs
+
+if TYPE_CHECKING:
+    from nsa.cache.cache import NSACache
+
+Compressor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""φ of keys and of values: ``[B, T, K, D]`` and ``[B, T, K, V]`` -> as many blocks as are whole."""
+
+
+class LayerCache:
+    """The tensors of one layer. :class:`nsa.NSACache` makes and moves them; ``NSAttention`` takes
+    one as ``cache=``.
+
+    Args:
+        cache: what it belongs to: geometry, lengths and pages.
+        number: which of its layers it is.
+    """
+
+    def __init__(self, cache: NSACache, number: int) -> None:
+        self.cache, self.number = cache, number
+        config, B, K = cache.config, cache.batch_size, cache.config.num_kv_heads
+
+        def zeros(*shape: int) -> KV:
+            def of_size(size: int) -> Tensor:
+                return torch.zeros(*shape, K, size, dtype=cache.dtype, device=cache.device)
+
+            return KV(of_size(config.head_dim), of_size(config.dv))
+
+        self.compressed = zeros(B, cache.blocks + 1)
+        """k ``[B, N + 1, K, D]``, v ``[B, N + 1, K, V]``; the last row takes what is nobody's."""
+        self.window = zeros(B, cache.window_rows)
+        """``[B, R, K, D]`` and ``[B, R, K, V]``"""
+        self.tail = zeros(B, cache.tail_rows)
+        """The same, of the tokens that φ reads."""
+        self.pages = zeros(cache.pages.count + 1, cache.pages.size)
+        """``[P + 1, L, K, D]`` and ``[P + 1, L, K, V]``; the last page is nobody's."""
+        groups = cache.list_rows
+        self.lists = torch.full(
+            (B, groups, K, config.num_selected), -1, dtype=torch.int32, device=cache.device
+        )
+        """With ``select_share``: the list of each group of queries, in a ring of groups."""
+        self.listed: Tensor | None = None
+        """int32 ``[B, S, K, n]``, what the last step read."""
+
+    @property
+    def config(self) -> NSAConfig:
+        """The layer's."""
+        return self.cache.config
+
+    def by_sequence(self) -> list[Tensor]:
+        """The tensors that have a row for every sequence."""
+        return [*self.compressed, *self.window, *self.tail, self.lists]
+
+    def replace(self, tensors: Sequence[Tensor], pages: KV) -> None:
+        """Put others in the place of :meth:`by_sequence` and of the pages."""
+        ck, cv, wk, wv, tk, tv, self.lists = tensors
+        self.compressed, self.window, self.tail, self.pages = (
+            KV(ck, cv),
+            KV(wk, wv),
+            KV(tk, tv),
+            pages,
+        )
+
+    # One step: as many new tokens for every sequence, whatever their lengths
+
+    def write_step(self, tokens: KV, selected: KV, window: KV, compress: Compressor) -> None:
+        """Put a step's keys and values ``[B, S, K, …]`` where they belong, and compress the blocks
+        that it completes. The device's positions are read on the device alone."""
+        cache, config = self.cache, self.config
+        B, S = selected.k.shape[:2]
+        t_BS = cache.position.long()[:, None] + torch.arange(S, device=cache.device)
+        row_B1 = torch.arange(B, device=cache.device)[:, None]
+        for ring, new in ((self.window, window), (self.tail, tokens)):
+            slot_BS = t_BS % ring.k.shape[1]
+            for kept, x in zip(ring, new, strict=True):
+                kept[row_B1, slot_BS] = x
+        L = cache.pages.size
+        place = (t_BS // L).clamp_max(cache.pages.table.shape[1] - 1)
+        page_BS = cache.pages.table.long().gather(1, place)
+        for pool, x in zip(self.pages, selected, strict=True):
+            pool[page_BS, t_BS % L] = x
+        if not cache.completes_blocks(S):
+            return
+        before = _whole_blocks(t_BS[:, 0], config)
+        after = _whole_blocks(t_BS[:, -1] + 1, config)
+        most = -(-S // config.compress_stride)
+        block = before[:, None] + torch.arange(most, device=cache.device)
+        t = torch.arange(config.compress_block, device=cache.device)
+        t = block[..., None] * config.compress_stride + t
+        blocks = [kept[row_B1[..., None], t % kept.shape[1]].flatten(0, 1) for kept in self.tail]
+        made = compress(*blocks)
+        there = block.where(block < after[:, None], self.compressed.k.shape[1] - 1)
+        for kept, x in zip(self.compressed, made, strict=True):
+            kept[row_B1, there] = x.view(B, most, *x.shape[2:]).to(kept.dtype)
+
+    def inputs(self, q: Tensor, gates: Tensor) -> DecodeInputs:
+        """What a step reads; :meth:`write_step` has been. As far as lengths are known on the host,
+        nothing longer than the longest sequence is handed on."""
+        cache = self.cache
+        blocks, pages = cache.reach(q.shape[1])
+        return DecodeInputs(
+            q,
+            cache.position,
+            gates,
+            KV(*(x[:, :blocks] for x in self.compressed)),
+            self.pages,
+            cache.pages.table[:, :pages],
+            self.window,
+            list_before=self.list_before() if self.config.select_share > 1 else None,
+        )
+
+    def list_before(self) -> Tensor:
+        """int32 ``[B, K, n]``, the list of the group that each sequence's next query stands in."""
+        group = self.cache.position.long() // self.config.select_share % self.lists.shape[1]
+        return self.lists[torch.arange(len(group), device=group.device), group]
+
+    def keep_lists(self, block_idx: Tensor) -> None:
+        """With ``select_share``, remember the lists of the groups that a step's queries stand in;
+        block_idx ``[B, S, K, n]``."""
+        m = self.config.select_share
+        if m == 1:
+            return
+        B, S, K, n = block_idx.shape
+        t_BS = self.cache.position.long()[:, None] + torch.arange(S, device=block_idx.device)
+        row_B1 = torch.arange(B, device=block_idx.device)[:, None]
+        self.lists[row_B1, t_BS // m % self.lists.shape[1], :, :n] = block_idx
+
+    # A chunk: any number of new tokens, for sequences of one length
+
+    def earlier_window(self, rows: Sequence[int], start: int) -> KV:
+        """The window's tokens before position ``start`` that its query still sees, in order."""
+        first = max(0, start - self.config.window + 1)
+        return _from_ring(self.window, rows, first, start)
+
+    def write_chunk(
+        self,
+        rows: Sequence[int],
+        start: int,
+        tokens: KV,
+        selected: KV,
+        window: KV,
+        compress: Compressor,
+    ) -> None:
+        """Put the keys and values ``[len(rows), C, K, …]`` of tokens from ``start`` on where they
+        belong, and compress the blocks that are whole now."""
+        config, device = self.config, self.cache.device
+        row = torch.tensor(rows, device=device)[:, None]
+        end = start + selected.k.shape[1]
+        done = config.num_compressed(start)
+        whole = config.num_compressed(end)
+        if whole > done:
+            first = done * config.compress_stride
+            early = _from_ring(self.tail, rows, first, start) if first < start else None
+            skipped = max(0, first - start)
+            made = compress(
+                *(
+                    new[:, skipped:] if early is None else torch.cat([early[i], new], 1)
+                    for i, new in enumerate(tokens)
+                )
+            )
+            for kept, new in zip(self.compressed, made, strict=True):
+                kept[rows, done:whole] = new.to(kept.dtype)
+        for ring, new_kv in ((self.window, window), (self.tail, tokens)):
+            R = ring.k.shape[1]
+            t = torch.arange(max(start, end - R), end, device=device)
+            for kept, new in zip(ring, new_kv, strict=True):
+                kept[row, t % R] = new[:, t[0] - start :]
+        L = self.cache.pages.size
+        t = torch.arange(start, end, device=device)
+        page = self.cache.pages.table[rows].long()[:, t // L]
+        for pool, new in zip(self.pages, selected, strict=True):
+            pool[page, t % L] = new
+
+    def compressed_until(self, rows: Sequence[int], end: int) -> KV:
+        """The blocks that are whole in the first ``end`` tokens."""
+        N = self.config.num_compressed(end)
+        if list(rows) == list(range(self.cache.batch_size)):
+            return KV(*(x[:, :N] for x in self.compressed))
+        return KV(*(x[rows, :N] for x in self.compressed))
+
+    def selected_until(self, rows: Sequence[int], end: int) -> KV:
+        """The first ``end`` tokens of the selected branch, from the pages: a view where every
+        sequence has pages of its own, else a copy."""
+        pages, all_rows = self.cache.pages, list(range(self.cache.batch_size))
+        if pages.fixed and list(rows) == all_rows:
+            B, M = pages.table.shape
+            return KV(*(x[: B * M].unflatten(0, (B, M)).flatten(1, 2)[:, :end] for x in self.pages))
+        count = -(-end // pages.size)
+        table = pages.table[rows, :count].long()
+        return KV(*(x[table].flatten(1, 2)[:, :end] for x in self.pages))
+
+
+def _whole_blocks(length: Tensor, config: NSAConfig) -> Tensor:
+    """Compressed blocks of sequences of so many tokens."""
+    last = length - config.compress_block
+    return (last.div(config.compress_stride, rounding_mode="floor") + 1).clamp_min(0)
+
+
+def _from_ring(ring: KV, rows: Sequence[int], first: int, end: int) -> KV:
+    t = torch.arange(first, end, device=ring.k.device)
+    row = torch.tensor(rows, device=t.device)[:, None]
+    return KV(*(x[row, t % x.shape[1]] for x in ring))
