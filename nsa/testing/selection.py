@@ -38,6 +38,11 @@ def selection_faults(backend: str, inputs: Inputs) -> list[str]:
         max_seqlen=inputs.max_seqlen,
         backend=backend,
     )
+    return list_faults(chosen, inputs)
+
+
+def list_faults(chosen: Tensor, inputs: Inputs) -> list[str]:
+    """The same of lists ``[B, T, K, n]``, wherever they come from."""
     q, k = inputs.q.detach(), inputs.compressed.k.detach()
     B, T = q.shape[:2]
     expected_shape = (B, T, inputs.config.num_kv_heads, inputs.config.num_selected)

@@ -19,6 +19,7 @@ LAYERS = (
     ("compression", "gates", "selection", "cache"),
     ("backends",),
     ("attention",),
+    ("cached_attention",),
     ("module", "memory"),
     ("",),  # nsa/__init__.py, the public names
     ("inspection",),

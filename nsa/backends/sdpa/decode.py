@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa.backends.sdpa.select import region_scores, scores_regular
-from nsa.config import NSAConfig
+from nsa.config import KV, NSAConfig
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.geometry import num_select_blocks
 from nsa.core.inputs import DecodeInputs
@@ -20,7 +20,37 @@ from nsa.selection.rules import choose, width
 
 
 def decode_attention(inputs: DecodeInputs, config: NSAConfig) -> tuple[Tensor, Tensor]:
-    """The gated sum of the branches, and the lists; see :class:`nsa.backends.protocol.Decoder`."""
+    """The gated sum of the branches, and the lists; see :class:`nsa.backends.protocol.Decoder`.
+
+    On a CPU sequences go one by one: the bits of a product depend on how many are made at once.
+    """
+    B = inputs.q.shape[0]
+    if inputs.q.device.type != "cpu" or B == 1:
+        return _decode(inputs, config)
+    outs, lists = zip(*(_decode(_sequence(inputs, b), config) for b in range(B)), strict=True)
+    return torch.cat(outs), torch.cat(lists)
+
+
+def _sequence(inputs: DecodeInputs, b: int) -> DecodeInputs:
+    def row(x: Tensor) -> Tensor:
+        return x[b : b + 1]
+
+    def given(x: Tensor | None) -> Tensor | None:
+        return None if x is None else row(x)
+
+    return inputs._replace(
+        q=row(inputs.q),
+        position=row(inputs.position),
+        gates=row(inputs.gates),
+        compressed=KV(*map(row, inputs.compressed)),
+        page_table=row(inputs.page_table),
+        window=KV(*map(row, inputs.window)),
+        block_idx=given(inputs.block_idx),
+        list_before=given(inputs.list_before),
+    )
+
+
+def _decode(inputs: DecodeInputs, config: NSAConfig) -> tuple[Tensor, Tensor]:
     q = inputs.q
     B, S, H, D = q.shape
     K, wide = config.num_kv_heads, accumulation_dtype(q)
