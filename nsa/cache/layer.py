@@ -167,15 +167,9 @@ class LayerCache:
         done = config.num_compressed(start)
         whole = config.num_compressed(end)
         if whole > done:
-            first = done * config.compress_stride
-            early = _from_ring(self.tail, rows, first, start) if first < start else None
-            skipped = max(0, first - start)
-            made = compress(
-                *(
-                    new[:, skipped:] if early is None else torch.cat([early[i], new], 1)
-                    for i, new in enumerate(tokens)
-                )
-            )
+            first = done * config.compress_stride  # at most start: blocks overlap or touch
+            early = _from_ring(self.tail, rows, first, start)
+            made = compress(*(torch.cat(pair, 1) for pair in zip(early, tokens, strict=True)))
             for kept, new in zip(self.compressed, made, strict=True):
                 kept[rows, done:whole] = new.to(kept.dtype)
         for ring, new_kv in ((self.window, window), (self.tail, tokens)):

@@ -157,6 +157,9 @@ def test_crop_beyond_what_rings_hold() -> None:
     cache.crop(56)
     cache.crop([0, 56])
     assert cache.lengths == [0, 56]
+    call(cache, x(2, 1))
+    with pytest.raises(CacheError, match=r"sequence 1: expected at least 48 tokens to stay"):
+        cache.crop([0, 47])
 
 
 def test_a_call_that_failed_between_layers() -> None:
