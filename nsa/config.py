@@ -279,7 +279,7 @@ PRESETS: Mapping[str, Preset] = {
         "sequences of about 2,048 tokens: long blocks, a short window, small groups",
     ),
     "long": Preset(
-        {"select_share": 4, "select_regions": (8, 16)},
+        {"select_share": 4, "select_regions": (4, 16)},
         _GPU,
         "65,536 tokens and more: four queries share a list, of the best regions' blocks",
     ),

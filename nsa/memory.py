@@ -1,7 +1,7 @@
 """Bytes of one :class:`nsa.NSAttention`: parameters, what it keeps for backward, and the peak.
 
 Formulas in the shapes, for regular batches; docs/memory.md derives them, and
-``tests/memory/`` holds the measured peak to them within 10%::
+``tests/api/test_memory.py`` holds the measured peak to them within 10%::
 
     layer_memory(config, dim, batch=1, length=8192, dtype=torch.bfloat16, backend="compiled").peak
 
@@ -41,7 +41,7 @@ _PROGRAMS = 1024
 _ROWS = 64
 """Query rows of a tile there."""
 _INDEX_BYTES = 28
-"""Of the inverse index and of the sort that makes it, for each query and listed block."""
+"""Of the inverse index and of the sort that makes it, for each list and listed block."""
 
 
 class Kept(NamedTuple):
@@ -405,7 +405,7 @@ def _compiled_call_phases(s: _Shapes, saved: int) -> dict[str, int]:
     dq = s.q * dq_dtype(s.dtype, D).itemsize
     rows = (6 * 4 + 3 * e) * s.statistics  # statistics of every row, gradients of the gates
     compressed = s.B * s.N * K * (D + c.dv)
-    index = s.B * s.T * K * c.num_selected * _INDEX_BYTES
+    index = s.B * -(-s.T // c.select_share) * K * c.num_selected * _INDEX_BYTES
     backward = saved + dq + rows + compressed * e
     return {
         "forward": saved,

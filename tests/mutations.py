@@ -167,6 +167,8 @@ MUTATIONS = (
     folder("leftovers of who still writes", "files.py", "(here and not _is_running(int(match[2])))", "here", "files"),
     folder("a configuration that is lost", "run.py", "if not os.path.lexists(path):", "if False:", "run_folder"),
     Mutation("flops: D and V exchanged", "nsa/core/flops.py", "3 * D + 2 * V", "2 * D + 3 * V", FLOPS),
+    Mutation("memory: shared lists indexed for each query", "nsa/memory.py", "-(-s.T // c.select_share)", "s.T", ("tests/api/test_memory.py",)),
+    Mutation("flops: sdpa shares the search", "nsa/backends/shared/select_op.py", 'if x["backend"] == "sdpa":', 'if x["backend"] == "":', FLOPS),
     Mutation("flops: the first position forgotten", "nsa/core/flops.py", 'compressed_pairs(T, block, stride, x.get("q_start", 0))', "compressed_pairs(T, block, stride)", FLOPS),
     Mutation("flops: the gated backward without a branch", "nsa/backends/compiled/gated/op.py", "return _two(x) + flops.compressed(x)", "return _two(x)", FLOPS),
     Mutation("flops: counters that count already", "nsa/core/flops.py", "mode.counter.flop_registry.setdefault(packet,", "dict().setdefault(packet,", FLOPS),

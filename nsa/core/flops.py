@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,14 +58,69 @@ def window_pairs(T: int, window: int, first: int = 0) -> int:
     return until(first + T) - until(first)
 
 
-def compressed_pairs(T: int, block: int, stride: int, first: int = 0) -> int:
-    """The same for compressed blocks: one is seen once it has ended."""
+def compressed_pairs(T: int, block: int, stride: int, first: int = 0, every: int = 1) -> int:
+    """The same for compressed blocks: one is seen once it has ended. Of queries at multiples of
+    ``every`` alone."""
 
     def until(t: int) -> int:
-        N = (t - block) // stride + 1 if t >= block else 0
-        return N * (t - block + 1) - stride * N * (N - 1) // 2
+        N = _num_ended(t, block, stride)
+        if every == 1:
+            return N * (t - block + 1) - stride * N * (N - 1) // 2
+        return sum(-(-t // every) - -(-(i * stride + block - 1) // every) for i in range(N))
 
     return until(first + T) - until(first)
+
+
+def _num_ended(t: int, block: int, stride: int) -> int:
+    return (t - block) // stride + 1 if t >= block else 0
+
+
+def search_pairs(config: NSAConfig, T: int, first: int = 0) -> int:
+    """Pairs that a selection of no more than it needs multiplies: the first of the queries that
+    share a list, and compressed blocks; with ``select_regions`` first regions, then the compressed
+    blocks of those searched, once for each selection block that they overlap."""
+    block, stride, m = config.compress_block, config.compress_stride, config.select_share
+    if config.select_regions is None:
+        return compressed_pairs(T, block, stride, first, m)
+    size = config.select_regions[0] * config.select_block
+    ranking = compressed_pairs(T, size + block - stride, size, first, m)
+    return ranking + _searched_until(config.key, first + T) - _searched_until(config.key, first)
+
+
+@lru_cache
+def _searched_until(key: str, t: int) -> int:
+    """The second part, of the queries before position t."""
+    config = NSAConfig.from_key(key)
+    assert config.select_regions is not None
+    r, k = config.select_regions
+    l, d, m = config.compress_block, config.compress_stride, config.select_share  # noqa: E741
+    ratio, span = config.select_block // d, l // d
+    initial = -(-config.num_initial // r)
+
+    def seen(blocks: range, visible: int) -> int:
+        """Keys of some selection blocks; whole ones and a few that are not yet over."""
+        whole = range(blocks.start, max(blocks.start, min(blocks.stop, visible // ratio)))
+        rest = (visible - j * ratio for j in range(whole.stop, blocks.stop))
+        keys = len(whole) * (ratio + span - 1) + sum(max(0, x + span - 1) for x in rest)
+        return max(0, keys - (span - 1)) if 0 in blocks else keys
+
+    def at(position: int) -> int:
+        own, visible = position // config.select_block, _num_ended(position + 1, l, d)
+        before_local = max(0, own - config.num_local + 1) // r
+        ranked_until = min(before_local, max(0, position + 1 - l + d) // (r * config.select_block))
+        chosen = max(0, min(k, ranked_until - initial)) * r * (ratio + span - 1)
+        old = range(min(initial * r, own + 1))
+        young = range(max(initial, ranked_until) * r, own + 1)
+        return chosen + seen(old, visible) + seen(young, visible)
+
+    # once k regions are chosen, each further region of queries costs the same
+    period = r * config.select_block
+    settled = (initial + k + config.num_local + 2) * period
+    if t <= settled + period:
+        return sum(map(at, range(0, t, m)))
+    periods, rest = divmod(t - settled, period)
+    one = sum(map(at, range(settled, settled + period, m)))
+    return _searched_until(key, settled + rest) + periods * one
 
 
 def selected_pairs(T: int, block: int, n: int, first: int = 0) -> int:

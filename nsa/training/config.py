@@ -168,6 +168,11 @@ class RunConfig:
         every = self.train.log_attention_every
         allowed = every is None or self.model.attention != "dense"
         require(allowed, "--log-attention-every", "none with --attention dense", every)
+        nsa, length = self.model.nsa, self.train.seq_len
+        if nsa.select_regions is not None:  # a query must see all of a region that it ranks
+            tokens = nsa.select_regions[0] * nsa.select_block
+            limit = f"regions of at most --seq-len={length} tokens"
+            require(tokens <= length, "--select-regions", limit, tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

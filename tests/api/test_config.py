@@ -119,6 +119,51 @@ def test_no_block_needs_to_be_forced():
         ),
         ({"rope_theta": "x"}, "rope_theta: expected a finite number > 0, or None, got 'x'"),
         ({"head_dim": 7}, "head_dim: expected even under RoPE (or rope_theta=None), got 7"),
+        ({"select_share": 48}, "select_share: expected a divisor of select_block=64, got 48"),
+        ({"select_share": 128}, "select_share: expected a divisor of select_block=64, got 128"),
+        *(
+            (
+                {"select_schedule": schedule},
+                f"select_schedule: expected {expected}, got {schedule!r}",
+            )
+            for schedule, expected in (
+                (((512, 2),), "at least num_initial + num_local=3 blocks everywhere"),
+                (((512, 17),), "at most num_selected=16 blocks everywhere"),
+                (((512, 4), (512, 8)), "ascending positions"),
+                (((2048, 4), (512, 8)), "ascending positions"),
+                *(
+                    (schedule, "pairs of ints >= 1, (position, blocks), or None")
+                    for schedule in (
+                        (),
+                        (512, 4),
+                        ((0, 4),),
+                        ((512, 4.0),),
+                        ((512, 4, 5),),
+                        "512:4",
+                    )
+                ),
+            )
+        ),
+        *(
+            (
+                {"select_mass": mass},
+                f"select_mass: expected a number in (0, 1], or None, got {mass!r}",
+            )
+            for mass in (0, 0.0, -0.5, 1.5, float("nan"), "0.5", True)
+        ),
+        *(
+            (
+                {"select_regions": regions},
+                "select_regions: expected two ints >= 1, (blocks, regions), or None, "
+                f"got {regions!r}",
+            )
+            for regions in ((0, 4), (4, 0), (4,), (4, 2, 1), (4.0, 2), 4, "4,2")
+        ),
+        (
+            {"score_dtype": "fp4"},
+            "score_dtype: expected one of the known names, got 'fp4'; "
+            "did you mean 'fp8'? (known: input, fp8)",
+        ),
     ],
 )
 def test_a_broken_rule_is_named(changes, message):

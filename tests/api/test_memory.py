@@ -93,6 +93,20 @@ def test_whole_calls_that_an_h100_ran() -> None:
         assert abs(peak - row["peak_bytes"]) <= 0.1 * row["peak_bytes"], (row["length"], peak)
 
 
+@pytest.mark.parametrize(
+    ("share", "length", "gib"),
+    [
+        *((1, 65536, 5.73), (4, 65536, 5.65), (16, 65536, 5.62)),
+        *((1, 262144, 22.91), (4, 262144, 22.59), (16, 262144, 22.47)),
+    ],
+)
+def test_calls_on_shared_lists_that_an_h100_ran(share: int, length: int, gib: float) -> None:
+    """The peaks of docs/measurements.md: lists that queries share are indexed once."""
+    config = NSAConfig(select_share=share)
+    peak = attention_peak(config, batch=1, length=length, dtype=torch.bfloat16) / 2**30
+    assert 0.985 <= peak / gib <= 0.995, peak
+
+
 def test_a_backend_without_formulas() -> None:
     with pytest.raises(ConfigError, match="backend: expected one of the known names, got 'fa2'"):
         layer_memory(HEADS, DIM, batch=1, length=64, dtype=torch.float32, backend="fa2")

@@ -19,11 +19,13 @@ from nsa import NSAConfig, nsa_attention
 from nsa.backends.compiled import ops
 from nsa.backends.compiled.gated.op import gated_attention
 from nsa.backends.sdpa.steps import window_attention
+from nsa.backends.shared.select_op import select
 from nsa.core.flops import (
     backward_flops,
     branch_pairs,
     compressed_pairs,
     forward_flops,
+    search_pairs,
     selected_pairs,
     window_pairs,
 )
@@ -285,6 +287,60 @@ def test_products_counted_by_hand():
     """Ten pairs, D 3, V 5: q·k and p·v; then q·k, dQ and dK, and dO·v and dV."""
     assert forward_flops(10, 3, 5) == 10 * (6 + 10)
     assert backward_flops(10, 3, 5) == 10 * (3 * 6 + 2 * 10)
+
+
+def search_by_hand(config, T):
+    """Pairs that a selection multiplies, query by query and block by block."""
+    l, d, size = config.compress_block, config.compress_stride, config.select_block  # noqa: E741
+    r, k = config.select_regions or (1, 0)
+    found = 0
+    for t in range(0, T, config.select_share):
+        ended = [i for i in range(T) if i * d + l - 1 <= t]
+        if config.select_regions is None:
+            found += len(ended)
+            continue
+        blocks = range(t // size + 1)
+        forced = {j for j in blocks if j < config.num_initial or j > blocks[-1] - config.num_local}
+        searched, ranked = set(blocks), []
+        for region in range(len(blocks) // r + 1):
+            of_region = set(range(region * r, region * r + r))
+            whole = (region + 1) * r * size // d - 1 in ended
+            found += whole  # has a key, which is scored
+            if whole and not forced & of_region:
+                ranked.append(of_region)
+                searched -= of_region
+        for of_region in ranked[max(0, len(ranked) - k) :]:
+            searched |= of_region
+        # compressed blocks that begin in a selection block, or reach into it
+        reach = l // d - 1
+        reached = (range(j * size // d - reach, (j + 1) * size // d) for j in searched)
+        found += sum(i in ended for block in reached for i in block)
+    return found
+
+
+@pytest.mark.parametrize("initial", [1, 5])
+@pytest.mark.parametrize("regions", [None, (2, 3), (3, 1)])
+@pytest.mark.parametrize("share", [1, 4, 3])
+def test_a_search_that_options_shorten(share, regions, initial):
+    sizes = {"select_block": 12, "compress_block": 12, "compress_stride": 4, "num_initial": initial}
+    sizes |= {"select_share": share, "select_regions": regions, "num_selected": 8, "num_local": 2}
+    config = dataclasses.replace(CONFIG, **sizes)
+    for T in (0, 1, 30, 100, 600):
+        assert search_pairs(config, T) == search_by_hand(config, T), T
+    first = 36
+    assert search_pairs(config, 564, first) == search_pairs(config, 600) - search_pairs(config, 36)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "sdpa"])
+def test_selection_counts_what_it_does(backend):
+    """``sdpa`` scores everything all the same."""
+    config = scored = dataclasses.replace(CONFIG, select_share=4, select_regions=(2, 3))
+    if backend == "sdpa":
+        scored = CONFIG
+    q, k, lse = meta(B, T, H, D), meta(B, N, K, D), meta(B, T, H)
+    with FlopCounterMode(display=False) as counter:
+        select(backend, q, k, lse, config, None, None, 8)
+    assert counter.get_total_flops() == 2 * D * B * H * search_pairs(scored, T, 8)
 
 
 def test_pairs_of_a_part_of_the_queries():

@@ -254,6 +254,10 @@ def test_an_existing_run_is_not_overwritten(finished, data, capsys):
         (["--device", "meta"], "--device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "cuda:77"], "expected a device of this machine, got 'cuda:77'"),
         (["--attention", "dense", "--backend", "sdpa"], "--backend: expected none with"),
+        (
+            ["--preset", "tiny", "--select-regions", "16,2"],
+            "--select-regions: expected regions of at most --seq-len=256 tokens, got 512",
+        ),
         (["--seq-len", "1000000000"], "at least 1000000001 bytes in the training split"),
         (["--out", "/dev/null"], "/dev/null"),
     ],

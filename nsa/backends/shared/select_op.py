@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -52,11 +53,13 @@ def _fake(
 
 
 def _flops(x: flops.Arguments) -> int:
-    """The scores of the compressed blocks; ranking is not counted."""
-    T = x["q"][1]
+    """The scores of the compressed blocks and of regions; ranking is not counted. ``sdpa`` scores
+    every query and block, and regions from these."""
+    (B, T, H, D), config = x["q"], config_of(x["config"])
+    if x["backend"] == "sdpa":
+        config = replace(config, select_share=1, select_regions=None)
     lengths = [T] if x["cu_seqlens"] is None else flops.longest_first(T, x["longest"])
-    seen = (flops.compressed(x | {"q": (*x["q"][:1], n, *x["q"][2:])}) for n in lengths)
-    return 2 * x["q"][-1] * sum(seen)
+    return 2 * D * B * H * sum(flops.search_pairs(config, n, x["q_start"]) for n in lengths)
 
 
 SELECT_BLOCKS = define(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nsa.core.flops import backward_flops, branch_pairs, forward_flops
+from nsa.core.flops import backward_flops, branch_pairs, forward_flops, search_pairs
 from nsa.tools.bench.cases import WHOLE
 from nsa.tools.common.problems import Trial
 
@@ -35,7 +35,7 @@ def work(branch: str, trial: Trial) -> tuple[Work, Work]:
     H, K, D, V = config.num_heads, config.num_kv_heads, config.head_dim, config.dv
     T, N = sum(lengths), sum(map(config.num_compressed, lengths))
     block_list = _INT32 * T * K * config.num_selected
-    scores = 2 * D * H * branch_pairs("compressed", config, lengths)
+    scores = 2 * D * H * sum(search_pairs(config, length) for length in lengths)
     if branch == "select":  # is given the log-sum-exp
         moved = size * (T * H * D + N * K * D) + block_list + _FP32 * T * H
         return Work(scores, moved), Work(0, 0)

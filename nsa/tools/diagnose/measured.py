@@ -13,7 +13,7 @@ class Gain(NamedTuple):
     """What one setting brought at one length."""
 
     subject: str
-    """``VARIABLE=value``, ``preset NAME``, or a flag of a command."""
+    """``VARIABLE=value``, ``preset NAME``, ``field=value`` of a configuration, or a flag."""
     length: int
     """Tokens of a sequence."""
     gain: str
@@ -26,6 +26,11 @@ _H100 = "H100 80GB"
 _STEP = "tokens/s of dense attention, small model compiled whole"
 _DENSE = "the speed of dense cuDNN forward / with backward, one call of 64/4:128"
 _LAYER = "the speed of the default's n 16, w 512, forward and backward of a layer"
+_CALL = "the default's speed forward / with backward, one call of 64/4:128"
+_ALLOCATOR = (
+    "at most 6% of the memory: with PyTorch's defaults no more than that is reserved and unused, "
+    "and nothing more over 200 steps of 256 to 16,384 tokens"
+)
 _COMPILE = "tokens/s of the same model with nothing compiled"
 
 GAINS = (
@@ -34,6 +39,19 @@ GAINS = (
     Gain("NSA_BACKEND=compiled", 32768, f"2.02× the {_STEP}", _H100, "2026-11-26"),
     Gain("NSA_BACKEND=compiled", 65536, f"2.8× / 3.7× {_DENSE}", _H100, "2026-11-26"),
     Gain("--compile model", 8192, f"1.17× the {_COMPILE}", _H100, "2026-11-25"),
+    *(
+        Gain("select_share=4", length, f"{times} {_CALL}", _H100, "2026-11-26")
+        for length, times in (
+            (8192, "1.6× / 1.3×"),
+            (65536, "1.8× / 1.5×"),
+            (262144, "1.7× / 1.2×"),
+        )
+    ),
+    Gain("preset long", 65536, f"1.7× / 1.5× {_CALL}", _H100, "2026-11-26"),
+    Gain("preset long", 262144, "selection 7× as fast as the default's", _H100, "2026-11-26"),
+    Gain(
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", 16384, _ALLOCATOR, _H100, "2026-11-26"
+    ),
     Gain("preset cpu", 2048, f"1.4× {_LAYER}", "two cores of a Xeon, busy", "2026-11-26"),
     Gain("preset cpu", 4096, f"1.5× {_LAYER}", "two cores of a Xeon, busy", "2026-11-26"),
     *(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from nsa.tools.diagnose.measured import gain_of
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 8192}
 SHORT, LONG = 4096, 65536
 """Up to and from which length the presets "s2048" and "long" are for."""
+WIDTH = 80
+"""Columns that comments keep to; commands are left whole."""
 
 
 class Line(NamedTuple):
@@ -31,7 +34,12 @@ class Line(NamedTuple):
     comment: str
 
     def __str__(self) -> str:
-        return f"{self.command}  # {self.comment}" if self.command else f"# {self.comment}"
+        """The comment beside the command, or above it where that would be too wide."""
+        text = f"{self.command}  # {self.comment}" if self.command else f"# {self.comment}"
+        if len(text) <= WIDTH:
+            return text
+        above = textwrap.wrap(self.comment, WIDTH - 2, break_on_hyphens=False)
+        return "\n".join([*(f"# {line}" for line in above), *([self.command] * bool(self.command))])
 
 
 def recommend(machine: Machine, device_name: str, length: int | None) -> list[Line]:
@@ -69,6 +77,9 @@ def _lines(machine: Machine, device: torch.device, T: int) -> Iterator[Line]:
         what = f'configuration: NSAConfig.preset("{preset}"): {PRESETS[preset].summary}; gain:'
         yield Line("", f"{what} {gain_of(f'preset {preset}', T)}")
     yield Line("", f"l {config.compress_block}, d {config.compress_stride}, {_geometry(config)}")
+    if cuda and config.select_share == 1 and T > SHORT:
+        what = "select_share=4 in it (train --select-share 4): four queries share a list; gain:"
+        yield Line("", f"{what} {gain_of('select_share=4', T)}")
     environment = dict(PRESETS[preset or "small"].environment)
     environment["NSA_BACKEND"] = backend
     if not cuda:
