@@ -15,6 +15,7 @@ from nsa.errors import (
     ShapeError,
 )
 from nsa.module import NSAttention
+from nsa.padding import Padding
 from nsa.settings import Settings, use_settings
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "NSAConfig",
     "NSAError",
     "NSAttention",
+    "Padding",
     "Resolution",
     "Settings",
     "SettingsError",

@@ -29,7 +29,7 @@ def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None) -> Tens
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)
     tables = rope_table(positions.flatten(), x.shape[-1], theta, dtype)
-    cos_T1D, sin_T1D = (table.view(*positions.shape, 1, -1) for table in tables)
+    cos_T1D, sin_T1D = (x.view(*positions.shape, 1, x.shape[-1]) for x in tables)
     low, high = x.to(dtype).chunk(2, dim=-1)
     rotated = torch.cat([low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D], dim=-1)
     return rotated.to(x.dtype)

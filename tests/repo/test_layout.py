@@ -16,7 +16,7 @@ PACKAGE = ROOT / "nsa"
 LAYERS = (
     ("config", "registry", "settings", "errors"),
     ("core",),
-    ("compression", "gates", "selection", "cache"),
+    ("compression", "gates", "selection", "cache", "padding"),
     ("backends",),
     ("attention",),
     ("cached_attention",),
