@@ -14,7 +14,7 @@ from nsa.config import KV, NSAConfig
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.geometry import num_select_blocks
 from nsa.core.inputs import DecodeInputs
-from nsa.selection.fp8 import round_rows
+from nsa.selection.fp8 import dequantize, round_rows
 from nsa.selection.regions import searched_blocks
 from nsa.selection.rules import choose, width
 
@@ -158,10 +158,17 @@ def _selected(
     page = inputs.page_table.long().gather(1, place).view_as(there)
     row = page * per_page + there % per_page
     head = torch.arange(K, device=row.device)[:, None, None]
-    k, v = (
-        x.unflatten(1, (per_page, block)).flatten(0, 1).transpose(1, 2)[row, head].to(wide)
-        for x in inputs.selected
-    )  # [B, K, S, n, l', D]
+
+    def listed(x: Tensor) -> Tensor:  # [P, L, K, …] -> [B, K, S, n, l', …]
+        return x.unflatten(1, (per_page, block)).flatten(0, 1).transpose(1, 2)[row, head]
+
+    if inputs.selected_scale is None:
+        k, v = (listed(x).to(wide) for x in inputs.selected)
+    else:
+        k, v = (
+            dequantize(listed(x.view(torch.uint8)), listed(scale), wide)
+            for x, scale in zip(inputs.selected, inputs.selected_scale, strict=True)
+        )
     token = there[..., None] * block + torch.arange(block, device=row.device)
     hidden = (token > t_BS[:, None, :, None, None]) | (index < 0)[..., None]
     hidden = hidden.flatten(3)[..., None, :]
