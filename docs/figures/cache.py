@@ -24,8 +24,8 @@ def draw() -> str:
         WIDTH,
         HEIGHT,
         "What a cache keeps of one sequence",
-        "Four rows over the same tokens. Compressed: one key for each whole block, and the last few "
-        "tokens that blocks to come will need. Selected: every token, in pages that hold whole "
+        "Four rows over the same tokens. Compressed: one key for each whole block, and the last "
+        "few tokens that blocks to come will need. Selected: every token, in pages that hold whole "
         "blocks. Window: the last w tokens, in a ring.",
     )
     figure.text(LEFT, 32, "What a cache keeps of one sequence", "title")
