@@ -48,9 +48,9 @@ EXPLAINED = Path(__file__).with_suffix(".txt")
 JUDGES = {
     "nsa.reference.unavailable": ("tests/backends/dispatch/",),
     "nsa.reference": ("tests/reference/", "tests/api/test_defaults.py"),
-    "nsa.backends": ("tests/backends/", "tests/core/", "tests/api/"),
+    "nsa.backends": ("tests/backends/", "tests/core/", "tests/api/", "tests/cache/"),
     "nsa.training": ("tests/training/", "tests/tools/"),
-    "nsa": ("tests/api/", "tests/backends/", "tests/core/"),
+    "nsa": ("tests/api/", "tests/backends/", "tests/core/", "tests/cache/"),
 }
 """Whose tests must notice a change there, the first that fits: not whoever happens to run it."""
 STRICT = Arg(keyword=Name("strict"))
