@@ -1,0 +1,117 @@
+"""How the three launches of a step are tiled, and their compile-time constants.
+
+Nothing here depends on the number of sequences: what is summed in which order for a sequence is the
+same alone and in a batch, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from nsa.backends.compiled.tiling import SHARED_BYTES, next_power_of_2, padded
+
+MOST_SPLITS = 64
+"""Of the compressed keys; longer caches have longer splits."""
+MOST_ROWS = 64
+"""Query rows of a program: queries times heads of a group. More take several programs."""
+MERGED = 4096
+"""Elements that a program merges at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyTiles:
+    """A launch that reads keys and values."""
+
+    keys: int
+    """Keys of one program, a multiple of ``block_n``."""
+    block_n: int
+    """Keys of a step, a power of two from 16."""
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTiles:
+    """The launches of a step."""
+
+    compressed: KeyTiles
+    gated: KeyTiles
+    select_blocks: int = 128
+    """Selection blocks that one program ranks, a power of two."""
+    select_warps: int = 4
+
+
+DEFAULT = DecodeTiles(
+    compressed=KeyTiles(keys=512, block_n=64),
+    gated=KeyTiles(keys=512, block_n=64),
+)
+"""fp16 and bf16, heads up to 128."""
+FP32 = DecodeTiles(
+    compressed=KeyTiles(keys=512, block_n=32, num_warps=8, num_stages=2),
+    gated=KeyTiles(keys=512, block_n=32, num_warps=8, num_stages=2),
+)
+
+
+def tiles_for(dtype: torch.dtype, D: int, V: int, *, compressed: int, rows: int) -> DecodeTiles:
+    """Tiles for an H100: dtype and sizes of heads, compressed keys N, query rows of a program."""
+    tiles = FP32 if dtype == torch.float32 else DEFAULT
+    keys = max(tiles.compressed.keys, next_power_of_2(-(-compressed // MOST_SPLITS)))
+    row_bytes = (padded(D) + padded(V)) * dtype.itemsize
+
+    def fitted(launch: KeyTiles) -> KeyTiles:
+        n, stages = launch.block_n, launch.num_stages
+        while (n * stages + rows) * row_bytes > SHARED_BYTES:
+            n, stages = (n, stages - 1) if stages > 1 else (max(16, n // 2), 1)
+            if (n, stages) == (16, 1):
+                break
+        return replace(launch, block_n=n, num_stages=stages)
+
+    return replace(
+        tiles,
+        compressed=replace(fitted(tiles.compressed), keys=keys),
+        gated=fitted(tiles.gated),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Compile-time constants of all three launches; S queries of a sequence."""
+
+    S: int
+    G: int
+    D: int
+    V: int
+    COMPRESS_BLOCK: int
+    COMPRESS_STRIDE: int
+    SELECT_BLOCK: int
+    NUM_SELECTED: int
+    NUM_INITIAL: int
+    NUM_LOCAL: int
+    SCHEDULE: tuple[tuple[int, int], ...]
+    """``select_schedule``, the last pair first."""
+    ENOUGH: float | None
+    """The score at which a list ends; None: nowhere."""
+    SLOTS: int
+    """n, padded to a power of two."""
+    BLOCK_M: int
+    """Query rows of a program of the compressed branch."""
+    BLOCK_GROUP: int
+    """Query rows of a program of one query: G, padded to what a matrix product takes."""
+    BLOCK_D: int
+    BLOCK_DV: int
+    PRECISION: str
+    """Of products of fp32; no effect on 16 bits."""
+    TOKENS: int = 1
+    """Of a list, as :mod:`..select.topn` has it."""
+
+    @property
+    def ROWS(self) -> int:
+        """Query rows of a sequence and key/value head: row s*G + g."""
+        return self.S * self.G
+
+    @property
+    def SCORES_EARLY(self) -> bool:
+        """Whether queries with fewer candidates than forced blocks are scored, too."""
+        return self.ENOUGH is not None
