@@ -264,6 +264,15 @@ def variants(default: DecodeTiles) -> Iterator[tuple[str, DecodeTiles]]:
         yield f"compressed {tiles}", replace(default, compressed=tiles)
     for keys, n, warps, stages in (
         (256, 64, 4, 3),
+        (512, 32, 4, 4),
+        (512, 64, 4, 2),
+        (512, 64, 4, 4),
+        (512, 64, 8, 3),
+    ):
+        tiles = KeyTiles(keys=keys, block_n=n, num_warps=warps, num_stages=stages)
+        yield f"window     {tiles}", replace(default, window=tiles)
+    for keys, n, warps, stages in (
+        (256, 64, 4, 3),
         (1024, 64, 4, 3),
         (128, 64, 4, 2),
         (512, 32, 4, 4),
@@ -273,10 +282,10 @@ def variants(default: DecodeTiles) -> Iterator[tuple[str, DecodeTiles]]:
         (256, 64, 4, 2),
     ):
         tiles = KeyTiles(keys=keys, block_n=n, num_warps=warps, num_stages=stages)
-        yield f"gated      {tiles}", replace(default, gated=tiles)
-    for blocks, warps in ((64, 2), (64, 4), (128, 2), (128, 8), (256, 4), (256, 8)):
-        label = f"select     {blocks} blocks, {warps} warps"
-        yield label, replace(default, select_blocks=blocks, select_warps=warps)
+        yield f"selected   {tiles}", replace(default, selected=tiles)
+    for blocks, programs in ((64, 128), (256, 128), (128, 32), (128, 256), (128, 512)):
+        label = f"select     {blocks} blocks, {programs} programs"
+        yield label, replace(default, select_blocks=blocks, select_programs=programs)
 
 
 def compare_tiles(problem: Problem) -> None:

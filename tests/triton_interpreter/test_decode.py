@@ -28,7 +28,8 @@ triton_fixes.apply()
 
 TILES = DecodeTiles(
     compressed=KeyTiles(keys=16, block_n=16),
-    gated=KeyTiles(keys=12, block_n=16),
+    window=KeyTiles(keys=16, block_n=16),
+    selected=KeyTiles(keys=12, block_n=16),
     select_blocks=8,
 )
 """Several parts of everything, at lengths that the interpreter can bear."""

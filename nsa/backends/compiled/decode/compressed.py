@@ -1,10 +1,14 @@
-"""The compressed branch of a step (paper Eq. 7): partial results, and the scores of all keys.
+"""The compressed branch of a step (paper Eq. 7): partial results, and scores by selection block.
 
 A program takes a run of keys of one sequence and key/value head, for all its query rows at once.
 The first run's programs also zero the counters of the two launches that follow.
 
-B sequences, S queries of each, N compressed blocks, K key/value heads, G heads per group, D key
-size, V value size; C is a :class:`~nsa.backends.compiled.decode.tiles.Constants`.
+The largest score that exponentials are taken over is rounded up to a whole power of two. Then
+whatever is scaled from one to another stays exact, and equal scores stay equal in all runs.
+
+B sequences, S queries of each, N compressed blocks, J selection blocks, K key/value heads, G heads
+per group, D key size, V value size; C is a
+:class:`~nsa.backends.compiled.decode.tiles.Constants`.
 """
 
 from __future__ import annotations
@@ -12,13 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa.backends.compiled.decode.parts import (
-    add_keys,
-    empty_part,
-    load_queries,
-    load_rows,
-    store_part,
-)
+from nsa.backends.compiled.decode.parts import empty_part, load_queries, load_rows, store_part
 
 
 @triton.jit
@@ -28,13 +26,43 @@ def last_visible(position, C: tl.constexpr):
     return tl.where(whole >= 0, whole // C.COMPRESS_STRIDE, -1)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit
+def exp2_over(s, m_safe):
+    """``exp2(s - m)`` for whole numbers m; s −inf gives 0.
+
+    Nothing but an exact factor depends on m: equal s are equal over any m.
+    """
+    whole = tl.where(s == float("-inf"), m_safe, tl.floor(s))
+    return tl.exp2(s - whole) * tl.exp2(whole - m_safe)
+
+
+@triton.jit
+def _store_scores(sums_ptr, p, first_block, row, row_mask, C: tl.constexpr):
+    """Of each selection block: what its keys weigh for itself and for the block after it.
+
+    p ``[BLOCK_M, TILE_BLOCKS * WIDE]``; ``sums_ptr [J, 2, S * G]``.
+    """
+    SPAN: tl.constexpr = C.COMPRESS_BLOCK // C.COMPRESS_STRIDE
+    p = tl.reshape(p, (C.BLOCK_M, C.TILE_BLOCKS, C.WIDE))
+    m = tl.arange(0, C.WIDE)
+    block = first_block + tl.arange(0, C.TILE_BLOCKS)
+    at = block[None, :] * (2 * C.ROWS) + row[:, None]
+    # compressed block j*R + m begins m strides into selection block j and is SPAN strides long
+    own = (tl.minimum(m + SPAN, C.RATIO) - m).to(tl.float32)
+    tl.store(sums_ptr + at, tl.sum(p * own[None, None, :], 2), mask=row_mask[:, None])
+    if SPAN > 1:
+        beyond = tl.maximum(m + SPAN - C.RATIO, 0).to(tl.float32)
+        after = tl.sum(p * beyond[None, None, :], 2)
+        tl.store(sums_ptr + at + C.ROWS, after, mask=row_mask[:, None])
+
+
+@triton.jit(do_not_specialize=["N", "splits", "num_tiles"])
 def nsa_decode_compressed(
     q_ptr,
     position_ptr,  # [B]
     k_ptr,
     v_ptr,
-    scores_ptr,  # [B, K, N, S * G], base 2; None: nobody reads them
+    score_ptrs,  # sums [B, K, J, 2, S * G] over the largest scores [B, K, num_tiles, S * G]
     part_ptrs,  # of parts [B, K, splits]
     counters_ptr,  # [2, B, S, K]
     q_strides,
@@ -42,11 +70,12 @@ def nsa_decode_compressed(
     v_strides,
     N,
     splits,
+    num_tiles,
     KV_HEADS,
     num_rows,  # B * S * K
     scale_log2,
     KEYS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SCORES: tl.constexpr,
     C: tl.constexpr,
 ):
     ROW_TILES: tl.constexpr = (C.ROWS + C.BLOCK_M - 1) // C.BLOCK_M
@@ -75,18 +104,29 @@ def nsa_decode_compressed(
         k_ptr += b * k_strides[0] + kv_head.to(tl.int64) * k_strides[2]
         v_ptr += b * v_strides[0] + kv_head.to(tl.int64) * v_strides[2]
         head_row = b * KV_HEADS + kv_head
-        n = tl.arange(0, BLOCK_N)
+        n = tl.arange(0, C.TILE_BLOCKS * C.WIDE)
         m_i, l_i, acc = empty_part(C.BLOCK_M, C.BLOCK_DV)
-        for first in range(begin, end, BLOCK_N):
+        for first in range(begin, end, C.TILE_BLOCKS * C.RATIO):
             i = first + n
             mask = i < end
+            if C.WIDE != C.RATIO:
+                i = first + n // C.WIDE * C.RATIO + n % C.WIDE
+                mask = (i < end) & (n % C.WIDE < C.RATIO)
             k = load_rows(k_ptr, i.to(tl.int64) * k_strides[1], mask, C.D, C.BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION) * scale_log2
-            if scores_ptr is not None:
-                at = (head_row * N + i)[None, :] * C.ROWS + row[:, None]
-                tl.store(scores_ptr + at, s, mask=mask[None, :] & row_mask[:, None])
             s = tl.where(mask[None, :] & (i[None, :] <= last[:, None]), s, float("-inf"))
+            m_new = tl.maximum(m_i, tl.ceil(tl.max(s, 1)))
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = exp2_over(s, m_safe[:, None])
+            if SCORES:
+                at = head_row * num_tiles + first // (C.TILE_BLOCKS * C.RATIO)
+                tl.store(score_ptrs[1] + at * C.ROWS + row, m_safe, mask=row_mask)
+                sums_ptr = score_ptrs[0] + head_row * num_tiles * (C.TILE_BLOCKS * 2 * C.ROWS)
+                _store_scores(sums_ptr, p, first // C.RATIO, row, row_mask, C)
+            alpha = tl.exp2(m_i - m_safe)
+            l_i = l_i * alpha + tl.sum(p, 1)
             v = load_rows(v_ptr, i.to(tl.int64) * v_strides[1], mask, C.V, C.BLOCK_DV)
-            m_i, l_i, acc = add_keys(m_i, l_i, acc, s, v, C)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=C.PRECISION)
+            m_i = m_new
         part = head_row * splits + split
         store_part(part_ptrs, part, row, row_mask, m_i, l_i, acc, C.ROWS, C.V)

@@ -6,6 +6,8 @@ in a CUDA graph, under which lengths, page tables and lists change in place.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -27,8 +29,8 @@ from nsa.core.inputs import DecodeInputs
 from nsa.errors import BackendUnavailable
 from nsa.selection.rules import least_mass, width
 
-COLUMNS = 32
-"""Of the compressed branch's output that one program sums."""
+MOST_KEYS = 128
+"""Compressed blocks that begin in a selection block, at most."""
 
 
 def decode_attention(
@@ -50,42 +52,57 @@ def decode_attention(
     q, k_cmp = inputs.q, inputs.compressed.k
     B, S, H, _ = q.shape
     N, K, V = k_cmp.shape[1], k_cmp.shape[2], inputs.compressed.v.shape[3]
-    if inputs.block_idx is None:
-        _refuse_options(config)
+    _refuse(inputs, config)
     q, scale, _ = positive(q, config.softmax_scale)
-    C = _constants(q, K, V, inputs, config)
-    tiles = tiles or tiles_for(q.dtype, C.D, V, compressed=N, rows=max(C.BLOCK_M, C.BLOCK_GROUP))
-    inputs = inputs._replace(q=q, block_idx=_contiguous(inputs.block_idx))
+    rows = min(MOST_ROWS, padded(S * (H // K)))
+    tiles = tiles or tiles_for(q.dtype, q.shape[3], V, compressed=N, rows=rows)
+    C = _constants(q, K, V, inputs, config, tiles)
     out = torch.empty(B, S, H, V, dtype=q.dtype, device=q.device)
-    out_cmp = torch.empty(B, S, H, V, dtype=torch.float32, device=q.device)
-    counters = torch.empty(2, B, S, K, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out, q.new_empty(B, S, K, C.NUM_SELECTED, dtype=torch.int32)
+    inputs = inputs._replace(q=q, block_idx=_contiguous(inputs.block_idx))
     with torch.cuda.device_of(q):
-        scores, parts = _compressed(inputs, counters, scale * LOG2E, tiles, C)
-        block_idx = _select(inputs, scores, parts, counters[0], out_cmp, tiles, C)
+        space = _Space.of(inputs, tiles, C)
+        _compressed(inputs, space, scale * LOG2E, tiles, C)
+        block_idx = _select(inputs, space, config.window, scale * LOG2E, tiles, C)
         inputs = inputs._replace(block_idx=block_idx)
-        _gated(inputs, config.window, out_cmp, counters[1], out, scale * LOG2E, tiles, C)
+        _gated(inputs, space, config.window, out, scale * LOG2E, tiles, C)
     return out, block_idx
 
 
-def _refuse_options(config: NSAConfig) -> None:
+def _refuse(inputs: DecodeInputs, config: NSAConfig) -> None:
+    """Raise for what the kernels have no code for."""
     for name, off in (("select_regions", None), ("score_dtype", "input")):
         value = getattr(config, name)
-        if value != off:
+        if value != off and inputs.block_idx is None:
             raise BackendUnavailable(
                 f"compiled decodes with {name}={off!r}, got {value!r}: use backend='sdpa'"
             )
+    ratio = config.select_block // config.compress_stride
+    if ratio > MOST_KEYS:
+        raise BackendUnavailable(
+            f"compiled decodes with select_block / compress_stride up to {MOST_KEYS}, got {ratio}: "
+            "use backend='sdpa'"
+        )
 
 
 def _contiguous(block_idx: Tensor | None) -> Tensor | None:
     return None if block_idx is None else block_idx.contiguous()
 
 
-def _constants(q: Tensor, K: int, V: int, inputs: DecodeInputs, config: NSAConfig) -> Constants:
+def _tokens(inputs: DecodeInputs) -> int:
+    """Tokens that a sequence has room for."""
+    return inputs.page_table.shape[1] * inputs.selected.k.shape[1]
+
+
+def _constants(
+    q: Tensor, K: int, V: int, inputs: DecodeInputs, config: NSAConfig, tiles: DecodeTiles
+) -> Constants:
     S, H, D = q.shape[1:]
-    tokens = inputs.page_table.shape[1] * inputs.selected.k.shape[1]
-    n = width(tokens, config) if inputs.block_idx is None else inputs.block_idx.shape[3]
+    block_idx = inputs.block_idx
+    n = width(_tokens(inputs), config) if block_idx is None else block_idx.shape[3]
+    ratio = config.select_block // config.compress_stride
+    wide = next_power_of_2(ratio)
     return Constants(
         S=S,
         G=H // K,
@@ -99,6 +116,9 @@ def _constants(q: Tensor, K: int, V: int, inputs: DecodeInputs, config: NSAConfi
         NUM_LOCAL=config.num_local,
         SCHEDULE=tuple(reversed(config.select_schedule or ())),
         ENOUGH=least_mass(config),
+        RATIO=ratio,
+        WIDE=wide,
+        TILE_BLOCKS=max(1, tiles.compressed.block_n // wide),
         SLOTS=max(2, next_power_of_2(n)),
         BLOCK_M=min(MOST_ROWS, padded(S * (H // K))),
         BLOCK_GROUP=padded(H // K),
@@ -108,74 +128,125 @@ def _constants(q: Tensor, K: int, V: int, inputs: DecodeInputs, config: NSAConfi
     )
 
 
-def _parts(count: int, rows: int, V: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for ``count`` partial results, as of :mod:`.parts`."""
-    sums = torch.empty(count, rows, V, dtype=torch.float32, device=device)
-    return sums, torch.empty(count, 2, rows, dtype=torch.float32, device=device)
+Parts = tuple[Tensor, Tensor]
+"""Room for partial results, as of :mod:`.parts`."""
 
 
-def _splits(N: int, tiles: DecodeTiles) -> int:
-    return max(1, triton.cdiv(N, tiles.compressed.keys))
+class _Space(NamedTuple):
+    """What the launches of a step hand on; how many parts there are follows from shapes alone."""
+
+    keys: int
+    """Compressed keys of a part."""
+    splits: int
+    tiles: int
+    """Steps over the compressed keys of a head."""
+    window_keys: int
+    """Tokens of a part of the window."""
+    window_parts: int
+    counters: Tensor
+    """int32 ``[2, B, S, K]``"""
+    scores: Parts | None
+    """Of :func:`.compressed.nsa_decode_compressed`; None: the lists are given."""
+    compressed: Parts
+    window: Parts
+    out_cmp: Tensor
+    """fp32 ``[B, S, H, V]``"""
+
+    @classmethod
+    def of(cls, inputs: DecodeInputs, tiles: DecodeTiles, C: Constants) -> _Space:
+        q, (B, N, K) = inputs.q, inputs.compressed.k.shape[:3]
+        step = C.TILE_BLOCKS * C.RATIO
+        keys = step * max(1, tiles.compressed.keys // step)
+        splits = max(1, triton.cdiv(N, keys))
+        window_parts = max(1, triton.cdiv(inputs.window.k.shape[1] - C.S + 1, tiles.window.keys))
+        num_tiles, scores = triton.cdiv(N, step), None
+
+        def room(*size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.float32, device=q.device)
+
+        def parts(count: int, rows: int) -> Parts:
+            return room(count, rows, C.V), room(count, 2, rows)
+
+        if inputs.block_idx is None:
+            sums = room(B, K, num_tiles * C.TILE_BLOCKS, 2, C.ROWS)
+            scores = sums, room(B, K, num_tiles, C.ROWS)
+        return cls(
+            keys=keys,
+            splits=splits,
+            tiles=num_tiles,
+            window_keys=tiles.window.keys,
+            window_parts=window_parts,
+            counters=torch.empty(2, B, C.S, K, dtype=torch.int32, device=q.device),
+            scores=scores,
+            compressed=parts(B * K * splits, C.ROWS),
+            window=parts(B * C.S * K * window_parts, C.G),
+            out_cmp=room(B, C.S, K * C.G, C.V),
+        )
 
 
 def _compressed(
-    inputs: DecodeInputs, counters: Tensor, scale_log2: float, tiles: DecodeTiles, C: Constants
-) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
-    """The scores ``[B, K, N, S * G]`` if a list is made of them, and the partial results."""
+    inputs: DecodeInputs, space: _Space, scale_log2: float, tiles: DecodeTiles, C: Constants
+) -> None:
+    """Writes ``space.scores`` and ``space.compressed``, and zeroes the counters."""
     q, (k, v), launch = inputs.q, inputs.compressed, tiles.compressed
     B, (N, K) = q.shape[0], k.shape[1:3]
     assert k.stride(3) == v.stride(3) == 1
-    splits = _splits(N, tiles)
-    parts = _parts(B * K * splits, C.ROWS, C.V, q.device)
-    scores = None
-    if inputs.block_idx is None:
-        scores = torch.empty(B, K, N, C.ROWS, dtype=torch.float32, device=q.device)
-    nsa_decode_compressed[(B * splits * triton.cdiv(C.ROWS, C.BLOCK_M) * K,)](
-        *(q, inputs.position, k, v, scores, parts, counters),
+    nsa_decode_compressed[(B * space.splits * triton.cdiv(C.ROWS, C.BLOCK_M) * K,)](
+        *(q, inputs.position, k, v, space.scores, space.compressed, space.counters),
         *(x.stride() for x in (q, k, v)),
-        *(N, splits, K, B * C.S * K, scale_log2),
-        KEYS=launch.keys,
-        BLOCK_N=launch.block_n,
+        *(N, space.splits, space.tiles, K, B * C.S * K, scale_log2),
+        KEYS=space.keys,
+        SCORES=space.scores is not None,
         C=C,
         **launch_options(launch.num_warps, launch.num_stages),
     )
-    return scores, parts
 
 
 def _select(
     inputs: DecodeInputs,
-    scores: Tensor | None,
-    parts: tuple[Tensor, Tensor],
-    counters: Tensor,
-    out_cmp: Tensor,
+    space: _Space,
+    window: int,
+    scale_log2: float,
     tiles: DecodeTiles,
     C: Constants,
 ) -> Tensor:
-    """Writes ``out_cmp`` and returns the lists, made here unless given."""
-    B, S, K = counters.shape
-    N, splits = inputs.compressed.k.shape[1], _splits(inputs.compressed.k.shape[1], tiles)
-    block_idx, chunks, keys, mass = inputs.block_idx, 0, None, None
+    """Writes ``space.window`` and ``space.out_cmp``; returns the lists, made here unless given."""
+    q, ring, launch = inputs.q, inputs.window, tiles.window
+    (B, S), K = q.shape[:2], ring.k.shape[2]
+    assert all(x.stride(3) == 1 for x in ring)
+    block_idx, chunks, chunk, keys, mass = inputs.block_idx, 0, 0, None, None
     blocks = max(tiles.select_blocks, C.SLOTS)
+    rows = B * S * K
+    few = triton.cdiv(tiles.select_programs, rows)
     if block_idx is None:
-        tokens = inputs.page_table.shape[1] * inputs.selected.k.shape[1]
-        chunks = max(1, triton.cdiv(tokens, C.SELECT_BLOCK * blocks))
-        keys = torch.empty(B, S, K, chunks, C.SLOTS, dtype=torch.int64, device=out_cmp.device)
+        steps = max(1, triton.cdiv(_tokens(inputs), C.SELECT_BLOCK * blocks))
+        chunk = triton.cdiv(steps, few)
+        chunks = triton.cdiv(steps, chunk)
+        chunk *= blocks
+        keys = torch.empty(rows, chunks, C.SLOTS, dtype=torch.int64, device=q.device)
         if C.ENOUGH is not None:
-            mass = torch.empty(B, S, K, chunks, dtype=torch.float32, device=out_cmp.device)
+            size = rows, chunks * chunk // blocks
+            mass = torch.empty(size, dtype=torch.float32, device=q.device)
         shape = B, S, K, C.NUM_SELECTED
-        block_idx = torch.empty(shape, dtype=torch.int32, device=out_cmp.device)
-    columns = min(COLUMNS, C.BLOCK_DV)
-    programs = chunks + triton.cdiv(C.V, columns)
-    nsa_decode_select[(B * S * programs * K,)](
-        *(inputs.position, scores, parts, keys, mass, counters, out_cmp, block_idx),
-        *(N, splits, K, chunks),
-        KEYS=tiles.compressed.keys,
-        PARTS=next_power_of_2(splits),
-        STEP=_merged(C.BLOCK_GROUP * columns, splits),
+        block_idx = torch.empty(shape, dtype=torch.int32, device=q.device)
+    columns = max(min(16, C.BLOCK_DV), C.BLOCK_DV // next_power_of_2(few))
+    programs = chunks + space.window_parts + triton.cdiv(C.V, columns)
+    nsa_decode_select[(rows * programs,)](
+        *(q, inputs.position, tuple(ring), space.scores, space.compressed, keys, mass),
+        *(space.counters[0], space.out_cmp, space.window, block_idx),
+        *(q.stride(), tuple(x.stride() for x in ring)),
+        *(inputs.compressed.k.shape[1], space.splits, space.tiles, K, rows, chunks, chunk),
+        *(window, ring.k.shape[1], scale_log2),
+        KEYS=space.keys,
+        PARTS=next_power_of_2(space.splits),
+        STEP=_merged(C.BLOCK_GROUP * columns, space.splits),
         BLOCKS=blocks,
         COLUMNS=columns,
+        WINDOW_PARTS=space.window_parts,
+        WINDOW_KEYS=space.window_keys,
+        BLOCK_N=launch.block_n,
         C=C,
-        **launch_options(tiles.select_warps, 1),
+        **launch_options(launch.num_warps, launch.num_stages),
     )
     return block_idx
 
@@ -187,37 +258,32 @@ def _merged(size: int, parts: int) -> int:
 
 def _gated(
     inputs: DecodeInputs,
+    space: _Space,
     window: int,
-    out_cmp: Tensor,
-    counters: Tensor,
     out: Tensor,
     scale_log2: float,
     tiles: DecodeTiles,
     C: Constants,
 ) -> None:
-    q, selected, ring, launch = inputs.q, inputs.selected, inputs.window, tiles.gated
-    B, S, K = counters.shape
-    assert inputs.block_idx is not None
-    assert inputs.page_table.stride(1) == 1
-    assert all(x.stride(3) == 1 for x in (*selected, *ring))
+    q, (k, v), launch, table = inputs.q, inputs.selected, tiles.selected, inputs.page_table
+    rows, K = space.counters[1].numel(), k.shape[2]
+    assert k.stride(3) == v.stride(3) == table.stride(1) == 1
     entries = max(1, next_power_of_2(launch.keys // C.SELECT_BLOCK))
-    selected_parts = triton.cdiv(C.NUM_SELECTED, entries)
-    window_parts = triton.cdiv(min(window, ring.k.shape[1]), entries * C.SELECT_BLOCK)
-    most = next_power_of_2(max(selected_parts, window_parts))
-    programs = selected_parts + window_parts
-    parts = _parts(B * S * K * programs, C.G, C.V, q.device)
-    nsa_decode_gated[(B * S * programs * K,)](
-        *(q, inputs.position, inputs.block_idx, inputs.page_table, tuple(selected), tuple(ring)),
-        *(inputs.gates, out_cmp, parts, counters, out),
-        *(q.stride(), inputs.page_table.stride(0)),
-        *(tuple(x.stride() for x in selected), tuple(x.stride() for x in ring)),
-        *(inputs.gates.stride(), C.NUM_SELECTED, selected.k.shape[1], window, ring.k.shape[1]),
-        *(K, scale_log2),
-        SELECTED_PARTS=selected_parts,
-        WINDOW_PARTS=window_parts,
+    count = triton.cdiv(C.NUM_SELECTED, entries)
+    sums = torch.empty(rows * count, C.G, C.V, dtype=torch.float32, device=q.device)
+    stats = torch.empty(rows * count, 2, C.G, dtype=torch.float32, device=q.device)
+    most = next_power_of_2(max(count, space.window_parts))
+    nsa_decode_gated[(rows * count,)](
+        *(q, inputs.position, inputs.block_idx, table, k, v, inputs.gates),
+        *(space.out_cmp, space.window, (sums, stats), space.counters[1], out),
+        *(q.stride(), table.stride(0), k.stride(), v.stride(), inputs.gates.stride()),
+        *(C.NUM_SELECTED, k.shape[1], window, K, scale_log2),
         SLOTS=C.SLOTS,
-        MERGED=most,
         ENTRIES=entries,
+        PARTS=count,
+        WINDOW_PARTS=space.window_parts,
+        WINDOW_KEYS=space.window_keys,
+        MERGED=most,
         BLOCK_N=min(launch.block_n, padded(C.SELECT_BLOCK)),
         STEP=_merged(C.BLOCK_GROUP * C.BLOCK_DV, most),
         C=C,

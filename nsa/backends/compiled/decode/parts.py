@@ -84,7 +84,7 @@ def merge_parts(
     sums_ptr, stats_ptr = part_ptrs
     m_i, l_i = merge_stats(stats_ptr, first, count, row, mask, ROWS, PARTS)
     acc = tl.full([row.shape[0], e.shape[0]], 0.0, tl.float32)
-    for begin in range(0, count, STEP):
+    for begin in tl.range(0, count, STEP, num_stages=1):
         part = begin + tl.arange(0, STEP)
         inside = (part < count)[:, None] & mask[None, :]
         at = (first + part)[:, None] * ROWS + row[None, :]

@@ -37,21 +37,22 @@ class DecodeTiles:
     """The launches of a step."""
 
     compressed: KeyTiles
-    gated: KeyTiles
+    window: KeyTiles
+    selected: KeyTiles
     select_blocks: int = 128
-    """Selection blocks that one program ranks, a power of two."""
-    select_warps: int = 4
+    """Selection blocks that a program scores at a time, a power of two."""
+    select_programs: int = 128
+    """Programs that rank blocks, at most so many if there are fewer queries times heads."""
 
 
 DEFAULT = DecodeTiles(
     compressed=KeyTiles(keys=512, block_n=64),
-    gated=KeyTiles(keys=512, block_n=64),
+    window=KeyTiles(keys=512, block_n=64),
+    selected=KeyTiles(keys=512, block_n=64),
 )
-"""fp16 and bf16, heads up to 128."""
-FP32 = DecodeTiles(
-    compressed=KeyTiles(keys=512, block_n=32, num_warps=8, num_stages=2),
-    gated=KeyTiles(keys=512, block_n=32, num_warps=8, num_stages=2),
-)
+"""fp16 and bf16."""
+_FP32 = KeyTiles(keys=512, block_n=32, num_warps=8, num_stages=2)
+FP32 = DecodeTiles(compressed=_FP32, window=_FP32, selected=_FP32)
 
 
 def tiles_for(dtype: torch.dtype, D: int, V: int, *, compressed: int, rows: int) -> DecodeTiles:
@@ -71,7 +72,8 @@ def tiles_for(dtype: torch.dtype, D: int, V: int, *, compressed: int, rows: int)
     return replace(
         tiles,
         compressed=replace(fitted(tiles.compressed), keys=keys),
-        gated=fitted(tiles.gated),
+        window=fitted(tiles.window),
+        selected=fitted(tiles.selected),
     )
 
 
@@ -93,6 +95,12 @@ class Constants:
     """``select_schedule``, the last pair first."""
     ENOUGH: float | None
     """The score at which a list ends; None: nowhere."""
+    RATIO: int
+    """Compressed blocks that begin in a selection block, R = l'/d."""
+    WIDE: int
+    """R, padded to a power of two."""
+    TILE_BLOCKS: int
+    """Selection blocks of a step of the compressed branch, so of TILE_BLOCKS * R keys."""
     SLOTS: int
     """n, padded to a power of two."""
     BLOCK_M: int
