@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa import NSAConfig, reference
 from nsa.backends.compiled.decode.launch import decode_attention
-from nsa.backends.compiled.decode.tiles import DecodeTiles, KeyTiles, tiles_for
+from nsa.backends.compiled.decode.tiles import DEFAULT, DecodeTiles, KeyTiles, tiles_for
 from nsa.config import KV
 from nsa.core.inputs import DecodeInputs
 
@@ -72,15 +72,17 @@ def make(
     )
 
 
-def check(config: NSAConfig, dtype: torch.dtype, S: int, page: int) -> None:
+def check(
+    config: NSAConfig, dtype: torch.dtype, S: int, page: int, tiles: DecodeTiles | None = None
+) -> None:
     """A few sequences against the oracle; alone and in the batch; in a graph; without a sync."""
     lengths = torch.tensor([2500 - S, 0, 31, 1029, 700, 65, 2047])
     B = len(lengths)
     x = make(config, B, 2560, S, dtype=dtype, lengths=lengths, seed=S, page=page)
-    decode_attention(x, config)
+    decode_attention(x, config, tiles=tiles)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    out, lists = decode_attention(x, config)
+    out, lists = decode_attention(x, config, tiles=tiles)
     torch.cuda.set_sync_debug_mode("default")
     limit = 1e-5 if dtype == torch.float32 else 1e-2
     same = worst = 0.0
@@ -93,21 +95,21 @@ def check(config: NSAConfig, dtype: torch.dtype, S: int, page: int) -> None:
         worst = max(worst, error)
         if not error < limit:
             raise SystemExit(f"{dtype}, S {S}, sequence {b}: off by {error:.1e}")
-        alone = decode_attention(of_sequence(x, b), config)
+        alone = decode_attention(of_sequence(x, b), config, tiles=tiles)
         if not (torch.equal(alone[0][0], out[b]) and torch.equal(alone[1][0], lists[b])):
             raise SystemExit(f"{dtype}, S {S}, sequence {b}: alone it is another")
     if same < 0.98:
         raise SystemExit(f"{dtype}, S {S}: {same:.3f} of the lists are the oracle's")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = decode_attention(x, config)
+        held = decode_attention(x, config, tiles=tiles)
     for change in range(3):
         x.position.copy_((lengths // (change + 1)).int())
         x.q.copy_(torch.randn_like(x.q))
         order = torch.randperm(x.page_table.numel(), device="cuda").int()
         x.page_table.copy_(order.view_as(x.page_table))
         graph.replay()
-        eager = decode_attention(x, config)
+        eager = decode_attention(x, config, tiles=tiles)
         if not all(torch.equal(a, b) for a, b in zip(held, eager, strict=True)):
             raise SystemExit(f"{dtype}, S {S}: a graph gives something else")
     print(f"checked: {dtype}, S {S}, pages of {page}: off by {worst:.1e}, {same:.3f} of lists")
@@ -250,6 +252,7 @@ def report(problem: Problem) -> None:
 
 def variants(default: DecodeTiles) -> Iterator[tuple[str, DecodeTiles]]:
     """One launch or another changed."""
+    yield "overlap", replace(default, overlap=not default.overlap)
     for keys, n, warps, stages in (
         (256, 64, 4, 3),
         (1024, 64, 4, 3),
@@ -329,6 +332,9 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for S in (1, 3, 8):
             check(config, dtype, S, PAGE if S == 1 else 4 * PAGE)
+    other = replace(DEFAULT, overlap=not DEFAULT.overlap)
+    for S in (1, 8):
+        check(config, torch.bfloat16, S, PAGE, other)
     check(NSAConfig.preset("paper"), torch.bfloat16, 1, PAGE)
     check(NSAConfig.preset("small"), torch.bfloat16, 2, PAGE)
     if args.check:

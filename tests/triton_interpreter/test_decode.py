@@ -48,6 +48,10 @@ CONFIG = NSAConfig(
 )
 
 
+DEFAULT = ((torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 1), (torch.bfloat16, 8))
+"""Dtypes and queries of a step that are run by default."""
+
+
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What no kernel writes is no number, no block and no counter."""
@@ -154,28 +158,34 @@ def check(step: Step, tiles: DecodeTiles | None = TILES) -> Tensor:
     return lists
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("S", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("dtype", "S"),
+    [
+        pytest.param(dtype, S, marks=[] if (dtype, S) in DEFAULT else pytest.mark.slow)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for S in (1, 3, 8)
+    ],
+)
 def test_equals_a_full_forward(dtype: torch.dtype, S: int) -> None:
     """Sequences of unequal length, one of them new."""
-    lists = check(make_step(CONFIG, (0, 61, 23), S, dtype=dtype, page_blocks=4 if S == 3 else 1))
+    lists = check(make_step(CONFIG, (0, 37), S, dtype=dtype, page_blocks=4 if S == 3 else 1))
     assert (lists[1] >= 0).all()
 
 
 @given(
-    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3).map(tuple),
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=2).map(tuple),
     S=st.sampled_from([1, 2]),
     page_blocks=st.sampled_from([1, 4]),
     surplus=st.sampled_from([0, 3]),
 )
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_lengths(lengths: tuple[int, ...], S: int, page_blocks: int, surplus: int) -> None:
     check(make_step(CONFIG, lengths, S, page_blocks=page_blocks, surplus=surplus))
 
 
 def test_every_border() -> None:
     """Positions around l, l', w and a page, ends of splits, parts and chunks among them."""
-    borders = {edge + step for edge in (4, 6, 12, 17, 24, 36, 54) for step in (-1, 0)}
+    borders = {edge + step for edge in (4, 12, 17, 36) for step in (-1, 0)}
     check(make_step(CONFIG, tuple(sorted(borders)), page_blocks=2))
 
 
@@ -184,7 +194,7 @@ def test_every_border() -> None:
 )
 def test_heads(heads: int, kv_heads: int, D: int, V: int) -> None:
     config = replace(CONFIG, num_heads=heads, num_kv_heads=kv_heads, head_dim=D, value_dim=V)
-    check(make_step(config, (30, 11), 2))
+    check(make_step(config, (26, 11), 2))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +207,7 @@ def test_geometry(geometry: tuple[int, int, int], length: int) -> None:
     )
     lists = make_step(config, (length,)).run()[1]
     assert lists.unique().numel() > 2
-    check(make_step(config, (length, 0)))
+    check(make_step(config, (length,)))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +225,7 @@ def test_geometry(geometry: tuple[int, int, int], length: int) -> None:
 )
 def test_options_equal_the_oracle(option: dict[str, Any]) -> None:
     config = replace(CONFIG, **option)
-    step = make_step(config, (62, 5, 33))
+    step = make_step(config, (62, 5))
     lists = check(step)
     for b, x in enumerate(step.sequences):
         want = reference.select_blocks(x.q.detach(), x.compressed.k.detach(), config)
@@ -246,10 +256,10 @@ def test_lists_given() -> None:
 
 @pytest.mark.parametrize("tiles", [TILES, None], ids=["small", "default"])
 def test_rows_do_not_depend_on_the_batch(tiles: DecodeTiles | None) -> None:
-    step = make_step(CONFIG, (50, 20, 9), 2, dtype=torch.bfloat16)
+    step = make_step(CONFIG, (40, 9), 2, dtype=torch.bfloat16)
     out, lists = step.run(tiles)
     x = step.inputs
-    for b in range(3):
+    for b in range(2):
         part = slice(b, b + 1)
         alone = x._replace(
             q=x.q[part],

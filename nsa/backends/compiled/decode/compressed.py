@@ -16,7 +16,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa.backends.compiled.decode.parts import empty_part, load_queries, load_rows, store_part
+from nsa.backends.compiled.decode.parts import (
+    empty_part,
+    let_next_start,
+    load_queries,
+    load_rows,
+    store_part,
+)
 
 
 @triton.jit
@@ -80,6 +86,7 @@ def nsa_decode_compressed(
 ):
     ROW_TILES: tl.constexpr = (C.ROWS + C.BLOCK_M - 1) // C.BLOCK_M
     QUERIES: tl.constexpr = C.S
+    let_next_start(C)
     pid = tl.program_id(0)
     kv_head = pid % KV_HEADS
     tile = pid // KV_HEADS % ROW_TILES
@@ -105,14 +112,17 @@ def nsa_decode_compressed(
         v_ptr += b * v_strides[0] + kv_head.to(tl.int64) * v_strides[2]
         head_row = b * KV_HEADS + kv_head
         n = tl.arange(0, C.TILE_BLOCKS * C.WIDE)
+        x = n
+        if C.WIDE != C.RATIO:
+            x = n // C.WIDE * C.RATIO + n % C.WIDE
         m_i, l_i, acc = empty_part(C.BLOCK_M, C.BLOCK_DV)
         for first in range(begin, end, C.TILE_BLOCKS * C.RATIO):
-            i = first + n
+            i = first + x
             mask = i < end
             if C.WIDE != C.RATIO:
-                i = first + n // C.WIDE * C.RATIO + n % C.WIDE
-                mask = (i < end) & (n % C.WIDE < C.RATIO)
-            k = load_rows(k_ptr, i.to(tl.int64) * k_strides[1], mask, C.D, C.BLOCK_D)
+                mask = mask & (n % C.WIDE < C.RATIO)
+            tile_ptr = k_ptr + tl.cast(first, tl.int64) * k_strides[1]
+            k = load_rows(tile_ptr, x * k_strides[1], mask, C.D, C.BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION) * scale_log2
             s = tl.where(mask[None, :] & (i[None, :] <= last[:, None]), s, float("-inf"))
             m_new = tl.maximum(m_i, tl.ceil(tl.max(s, 1)))
@@ -125,7 +135,8 @@ def nsa_decode_compressed(
                 _store_scores(sums_ptr, p, first // C.RATIO, row, row_mask, C)
             alpha = tl.exp2(m_i - m_safe)
             l_i = l_i * alpha + tl.sum(p, 1)
-            v = load_rows(v_ptr, i.to(tl.int64) * v_strides[1], mask, C.V, C.BLOCK_DV)
+            tile_ptr = v_ptr + tl.cast(first, tl.int64) * v_strides[1]
+            v = load_rows(tile_ptr, x * v_strides[1], mask, C.V, C.BLOCK_DV)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=C.PRECISION)
             m_i = m_new
         part = head_row * splits + split

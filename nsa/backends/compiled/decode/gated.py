@@ -20,6 +20,7 @@ from nsa.backends.compiled.decode.parts import (
     load_rows,
     merge_parts,
     store_part,
+    wait_for_last,
 )
 from nsa.backends.compiled.decode.window import oldest_visible
 
@@ -60,11 +61,13 @@ def attend_blocks(
         mask = token + n <= position
         if STEPS * BLOCK_N != C.SELECT_BLOCK:
             mask = mask & (step % STEPS * BLOCK_N + n < C.SELECT_BLOCK)
-        row = (token % page_size + n).to(tl.int64)
-        k = load_rows(k_ptr, at * k_strides[0] + row * k_strides[1], mask, C.D, C.BLOCK_D)
+        row = (token % page_size).to(tl.int64)
+        tile_ptr = k_ptr + at * k_strides[0] + row * k_strides[1]
+        k = load_rows(tile_ptr, n * k_strides[1], mask, C.D, C.BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION) * scale_log2
         s = tl.where(mask[None, :], s, float("-inf"))
-        v = load_rows(v_ptr, at * v_strides[0] + row * v_strides[1], mask, C.V, C.BLOCK_DV)
+        tile_ptr = v_ptr + at * v_strides[0] + row * v_strides[1]
+        v = load_rows(tile_ptr, n * v_strides[1], mask, C.V, C.BLOCK_DV)
         m_i, l_i, acc = add_keys(m_i, l_i, acc, s, v, C)
     return m_i, l_i, acc
 
@@ -103,6 +106,7 @@ def nsa_decode_gated(
     STEP: tl.constexpr,
     C: tl.constexpr,
 ):
+    wait_for_last(C)
     pid = tl.program_id(0)
     kv_head = (pid % KV_HEADS).to(tl.int64)
     part = pid // KV_HEADS % PARTS

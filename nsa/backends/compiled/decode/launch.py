@@ -21,6 +21,7 @@ from nsa.backends.compiled.decode.tiles import (
     MOST_ROWS,
     Constants,
     DecodeTiles,
+    KeyTiles,
     tiles_for,
 )
 from nsa.backends.compiled.tiling import launch_options, next_power_of_2, padded
@@ -125,6 +126,9 @@ def _constants(
         BLOCK_D=padded(D),
         BLOCK_DV=padded(V),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        OVERLAP=tiles.overlap
+        and q.is_cuda
+        and torch.cuda.get_device_capability(q.device) >= (9, 0),
     )
 
 
@@ -239,21 +243,26 @@ def _select(
         *(window, ring.k.shape[1], scale_log2),
         KEYS=space.keys,
         PARTS=next_power_of_2(space.splits),
-        STEP=_merged(C.BLOCK_GROUP * columns, space.splits),
+        STEP=_merged(C.BLOCK_GROUP * columns, space.splits, 2 * MERGED),
         BLOCKS=blocks,
         COLUMNS=columns,
         WINDOW_PARTS=space.window_parts,
         WINDOW_KEYS=space.window_keys,
         BLOCK_N=launch.block_n,
         C=C,
-        **launch_options(launch.num_warps, launch.num_stages),
+        **_after_another(launch, C),
     )
     return block_idx
 
 
-def _merged(size: int, parts: int) -> int:
+def _after_another(launch: KeyTiles, C: Constants) -> dict[str, int]:
+    options = launch_options(launch.num_warps, launch.num_stages)
+    return {**options, "launch_pdl": True} if C.OVERLAP else options
+
+
+def _merged(size: int, parts: int, elements: int) -> int:
     """Partial results of ``size`` elements that a program reads at a time."""
-    return min(next_power_of_2(parts), max(1, MERGED // size))
+    return min(next_power_of_2(parts), max(1, elements // size))
 
 
 def _gated(
@@ -285,7 +294,7 @@ def _gated(
         WINDOW_KEYS=space.window_keys,
         MERGED=most,
         BLOCK_N=min(launch.block_n, padded(C.SELECT_BLOCK)),
-        STEP=_merged(C.BLOCK_GROUP * C.BLOCK_DV, most),
+        STEP=_merged(C.BLOCK_GROUP * C.BLOCK_DV, most, MERGED),
         C=C,
-        **launch_options(launch.num_warps, launch.num_stages),
+        **_after_another(launch, C),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -54,11 +55,12 @@ def load_queries(q_ptr, q_strides, b, s, head, mask, SIZE: tl.constexpr, BLOCK: 
 def store_part(part_ptrs, part, row, mask, m_i, l_i, acc, ROWS, V: tl.constexpr):
     """Writes rows ``row`` of a part, an int64 scalar."""
     sums_ptr, stats_ptr = part_ptrs
+    sums_ptr += part * (ROWS * V)
+    stats_ptr += part * (2 * ROWS) + row
     e = tl.arange(0, acc.shape[1])
-    at = part * ROWS + row
-    tl.store(sums_ptr + at[:, None] * V + e[None, :], acc, mask=mask[:, None] & (e < V)[None, :])
-    tl.store(stats_ptr + part * ROWS + at, m_i, mask=mask)
-    tl.store(stats_ptr + (part + 1) * ROWS + at, l_i, mask=mask)
+    tl.store(sums_ptr + row[:, None] * V + e[None, :], acc, mask=mask[:, None] & (e < V)[None, :])
+    tl.store(stats_ptr, m_i, mask=mask)
+    tl.store(stats_ptr + ROWS, l_i, mask=mask)
 
 
 @triton.jit
@@ -66,10 +68,10 @@ def merge_stats(stats_ptr, first, count, row, mask, ROWS, PARTS: tl.constexpr):
     """The largest score, 0 if there is none, and the sum of exponentials of rows ``row``, over
     parts ``first … first + count - 1``, at most PARTS."""
     part = tl.arange(0, PARTS)
-    at = (first + part)[:, None] * (2 * ROWS) + row[None, :]
+    stats = stats_ptr + first * (2 * ROWS) + (part[:, None] * (2 * ROWS) + row[None, :])
     inside = (part < count)[:, None] & mask[None, :]
-    m = tl.load(stats_ptr + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-    weight = tl.load(stats_ptr + at + ROWS, mask=inside, other=0.0, cache_modifier=".cg")
+    m = tl.load(stats, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    weight = tl.load(stats + ROWS, mask=inside, other=0.0, cache_modifier=".cg")
     m_i = tl.max(m, 0)
     m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
     return m_i, tl.sum(tl.exp2(m - m_i[None, :]) * weight, 0)
@@ -84,12 +86,18 @@ def merge_parts(
     sums_ptr, stats_ptr = part_ptrs
     m_i, l_i = merge_stats(stats_ptr, first, count, row, mask, ROWS, PARTS)
     acc = tl.full([row.shape[0], e.shape[0]], 0.0, tl.float32)
+    sums_ptr += first * (ROWS * V)
+    stats_ptr += first * (2 * ROWS)
     for begin in tl.range(0, count, STEP, num_stages=1):
         part = begin + tl.arange(0, STEP)
         inside = (part < count)[:, None] & mask[None, :]
-        at = (first + part)[:, None] * ROWS + row[None, :]
-        stat = stats_ptr + (first + part)[:, None] * ROWS + at
-        m = tl.load(stat, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        at = part[:, None] * ROWS + row[None, :]
+        m = tl.load(
+            stats_ptr + part[:, None] * ROWS + at,
+            mask=inside,
+            other=float("-inf"),
+            cache_modifier=".cg",
+        )
         sums = tl.load(
             sums_ptr + at[:, :, None] * V + e[None, None, :],
             mask=inside[:, :, None] & (e < V)[None, None, :],
@@ -105,3 +113,17 @@ def is_last(counter_ptr, programs):
     """Whether all ``programs`` of this counter have come; what they wrote may then be read."""
     tl.debug_barrier()  # all threads of this program have written
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def let_next_start(C: tl.constexpr):
+    """The next launch's programs may start where there is room, once all of this one have."""
+    if C.OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(C: tl.constexpr):
+    """Wait until the launch before has ended, whose results are then seen."""
+    if C.OVERLAP:
+        gdc_wait()

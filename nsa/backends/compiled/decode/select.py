@@ -18,10 +18,12 @@ import triton.language as tl
 from nsa.backends.compiled.decode.compressed import last_visible
 from nsa.backends.compiled.decode.parts import (
     is_last,
+    let_next_start,
     load_queries,
     merge_parts,
     merge_stats,
     store_part,
+    wait_for_last,
 )
 from nsa.backends.compiled.decode.window import attend_window, oldest_visible
 from nsa.backends.compiled.select.topn import (
@@ -127,6 +129,7 @@ def nsa_decode_select(
     BLOCK_N: tl.constexpr,
     C: tl.constexpr,
 ):
+    let_next_start(C)
     pid = tl.program_id(0)
     role = pid // num_rows
     list_row = (pid % num_rows).to(tl.int64)
@@ -141,6 +144,8 @@ def nsa_decode_select(
     # of the last query, as the launch before wrote them
     newest = tl.minimum(last_visible(position - s + (C.S - 1), C), N - 1)
     num_parts = (newest + KEYS) // KEYS
+    if (role < num_chunks) | (role >= num_chunks + WINDOW_PARTS):
+        wait_for_last(C)
     if role >= num_chunks + WINDOW_PARTS:
         e = (role - num_chunks - WINDOW_PARTS) * COLUMNS + tl.arange(0, COLUMNS)
         first = head_row * splits

@@ -16,8 +16,8 @@ MOST_SPLITS = 64
 """Of the compressed keys; longer caches have longer splits."""
 MOST_ROWS = 64
 """Query rows of a program: queries times heads of a group. More take several programs."""
-MERGED = 4096
-"""Elements that a program merges at a time."""
+MERGED = 2048
+"""Elements that a program merges at a time where registers are few; elsewhere twice that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,8 @@ class DecodeTiles:
     """Selection blocks that a program scores at a time, a power of two."""
     select_programs: int = 128
     """Programs that rank blocks, at most so many if there are fewer queries times heads."""
+    overlap: bool = False
+    """Whether launches start before the one before has ended, where the GPU can do that."""
 
 
 DEFAULT = DecodeTiles(
@@ -111,6 +113,8 @@ class Constants:
     BLOCK_DV: int
     PRECISION: str
     """Of products of fp32; no effect on 16 bits."""
+    OVERLAP: bool
+    """Whether launches start before the one before has ended (sm90 and later)."""
     TOKENS: int = 1
     """Of a list, as :mod:`..select.topn` has it."""
 
