@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,10 +18,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from nsa import BackendUnavailable, NSAConfig, reference
 from nsa.backends.compiled.decode.launch import decode_attention
 from nsa.backends.compiled.decode.tiles import DecodeTiles, KeyTiles
-from nsa.config import KV
-from nsa.core.inputs import DecodeInputs
-from nsa.testing import Inputs, expected, make_inputs, random_blocks
-from nsa.testing.selection import _sequence_faults
+from nsa.testing import random_blocks
+from tests.support.decoding import Step, make_step, of_sequence
 from tests.triton_interpreter import triton_fixes
 
 triton_fixes.apply()
@@ -64,91 +62,12 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nsa.backends.compiled.decode.launch.torch.empty", poisoned)
 
 
-@dataclass
-class Step:
-    """A step of sequences that are known in full, and the cache as it is then."""
-
-    sequences: list[Inputs]
-    """Each to the end of the step."""
-    inputs: DecodeInputs
-    config: NSAConfig
-
-    def run(self, tiles: DecodeTiles | None = TILES) -> tuple[Tensor, Tensor]:
-        return decode_attention(self.inputs, self.config, tiles=tiles)
-
-    def faults(self, lists: Tensor) -> list[str]:
-        """The acceptance rule of :func:`nsa.testing.selection_faults`."""
-        found = []
-        S = lists.shape[1]
-        for b, x in enumerate(self.sequences):
-            q, k = x.q.detach(), x.compressed.k.detach()
-            chosen = reference.select_blocks(q, k, self.config)
-            chosen[:, -S:] = lists[b]
-            found += _sequence_faults(q, k, chosen, self.config)
-        return found
-
-    def check(self, out: Tensor, lists: Tensor) -> None:
-        """Holds the output, with the lists that were read, to the accuracy rule."""
-        S = lists.shape[1]
-        for b, x in enumerate(self.sequences):
-            T = x.q.shape[1]
-            blocks = lists.new_full((1, T, *lists.shape[2:]), -1)
-            blocks[:, -S:] = lists[b]
-            gates = x.gates.detach().clone()
-            gates[:, :-S] = 0.0  # nothing but the step's rows counts
-            want = expected(replace(x, gates=gates.requires_grad_(), block_idx=blocks))["out"]
-            found = torch.zeros_like(want.truth)
-            found[:, -S:] = out[b]
-            assert want.error(found) <= want.bound, f"{b}: {want.error(found)} > {want.bound}"
+def run(step: Step, tiles: DecodeTiles | None = TILES) -> tuple[Tensor, Tensor]:
+    return decode_attention(step.inputs, step.config, tiles=tiles)
 
 
-def make_step(
-    config: NSAConfig,
-    lengths: tuple[int, ...],
-    S: int = 1,
-    *,
-    dtype: torch.dtype = torch.float32,
-    page_blocks: int = 1,
-    surplus: int = 3,
-) -> Step:
-    """Sequences of ``lengths`` tokens before the step; all that means nothing is no number.
-
-    Pages are in no order, and there is room for ``surplus`` more blocks, pages and ring rows.
-    """
-    generator = torch.Generator().manual_seed(sum(lengths))
-    sequences = [
-        make_inputs(config, length=length + S, dtype=dtype, seed=7 * b + length)
-        for b, length in enumerate(lengths)
-    ]
-    L, K, B = page_blocks * config.select_block, config.num_kv_heads, len(lengths)
-    pages = -(-max(x.q.shape[1] for x in sequences) // L) + surplus
-    N = max(x.compressed.k.shape[1] for x in sequences) + surplus
-    R = config.window + S - 1 + surplus
-
-    def nowhere(*size: int) -> KV:
-        k = torch.full((*size, K, config.head_dim), float("nan"), dtype=dtype)
-        return KV(k, torch.full((*size, K, config.dv), float("nan"), dtype=dtype))
-
-    compressed, pool, ring = nowhere(B, N), nowhere(B * pages + 1, L), nowhere(B, R)
-    free = torch.randperm(B * pages + 1, generator=generator, dtype=torch.int32)
-    table = torch.full((B, pages), 2**30, dtype=torch.int32)
-    for b, x in enumerate(sequences):
-        T = x.q.shape[1]
-        table[b, : -(-T // L)] = free[b * pages :][: -(-T // L)]
-        token = torch.arange(T)
-        for part in range(2):
-            compressed[part][b, : x.compressed[part].shape[1]] = x.compressed[part][0].detach()
-            pool[part][table[b, token // L].long(), token % L] = x.selected[part][0].detach()
-            late = token[-R:]
-            ring[part][b, late % R] = x.window[part][0, late].detach()
-    q = torch.cat([x.q.detach()[:, -S:] for x in sequences])
-    gates = torch.cat([x.gates.detach()[:, -S:] for x in sequences])
-    position = torch.tensor(lengths, dtype=torch.int32)
-    return Step(sequences, DecodeInputs(q, position, gates, compressed, pool, table, ring), config)
-
-
-def check(step: Step, tiles: DecodeTiles | None = TILES) -> Tensor:
-    out, lists = step.run(tiles)
+def check(step: Step) -> Tensor:
+    out, lists = run(step)
     B, S = step.inputs.q.shape[:2]
     assert out.dtype == step.inputs.q.dtype
     assert lists.dtype == torch.int32
@@ -205,7 +124,7 @@ def test_geometry(geometry: tuple[int, int, int], length: int) -> None:
     config = replace(
         CONFIG, compress_block=l, compress_stride=d, select_block=select_block, num_initial=0
     )
-    lists = make_step(config, (length,)).run()[1]
+    lists = run(make_step(config, (length,)))[1]
     assert lists.unique().numel() > 2
     check(make_step(config, (length,)))
 
@@ -238,7 +157,7 @@ def test_ties_go_to_the_lower_index(initial: int) -> None:
     config = replace(CONFIG, num_initial=initial)
     step = make_step(config, (130,))
     step.inputs = step.inputs._replace(q=torch.zeros_like(step.inputs.q))
-    assert step.run()[1][0, 0, 0].tolist() == ([0, 1, 2, 21] if initial else [1, 2, 3, 21])
+    assert run(step)[1][0, 0, 0].tolist() == ([0, 1, 2, 21] if initial else [1, 2, 3, 21])
 
 
 def test_lists_given() -> None:
@@ -249,7 +168,7 @@ def test_lists_given() -> None:
     given_lists[0, 0, 0] = torch.tensor([1, 2, 6, 7, 8])  # 7 and 8 are to come
     given_lists[0, 1, 0] = -1
     step.inputs = step.inputs._replace(block_idx=given_lists)
-    out, read = step.run()
+    out, read = run(step)
     assert torch.equal(read, given_lists)
     step.check(out, read)
 
@@ -257,21 +176,11 @@ def test_lists_given() -> None:
 @pytest.mark.parametrize("tiles", [TILES, None], ids=["small", "default"])
 def test_rows_do_not_depend_on_the_batch(tiles: DecodeTiles | None) -> None:
     step = make_step(CONFIG, (40, 9), 2, dtype=torch.bfloat16)
-    out, lists = step.run(tiles)
-    x = step.inputs
+    out, lists = run(step, tiles)
     for b in range(2):
-        part = slice(b, b + 1)
-        alone = x._replace(
-            q=x.q[part],
-            position=x.position[part],
-            gates=x.gates[part],
-            compressed=KV(*(y[part] for y in x.compressed)),
-            page_table=x.page_table[part],
-            window=KV(*(y[part] for y in x.window)),
-        )
-        found = decode_attention(alone, CONFIG, tiles=tiles)
-        assert torch.equal(found[0], out[part])
-        assert torch.equal(found[1], lists[part])
+        found = decode_attention(of_sequence(step.inputs, b), CONFIG, tiles=tiles)
+        assert torch.equal(found[0][0], out[b])
+        assert torch.equal(found[1][0], lists[b])
 
 
 def test_room_for_no_compressed_block() -> None:
@@ -279,16 +188,7 @@ def test_room_for_no_compressed_block() -> None:
 
 
 def test_nothing_to_do() -> None:
-    step = make_step(CONFIG, (9,))
-    x = step.inputs
-    empty = x._replace(
-        q=x.q[:0],
-        position=x.position[:0],
-        gates=x.gates[:0],
-        compressed=KV(*(y[:0] for y in x.compressed)),
-        page_table=x.page_table[:0],
-        window=KV(*(y[:0] for y in x.window)),
-    )
+    empty = of_sequence(make_step(CONFIG, (9,)).inputs, 1)
     out, lists = decode_attention(empty, CONFIG)
     assert tuple(out.shape) == (0, 1, 4, 6)
     assert tuple(lists.shape) == (0, 1, 2, 4)
@@ -298,4 +198,4 @@ def test_nothing_to_do() -> None:
 def test_refuses_what_it_has_no_kernel_for(option: dict[str, Any]) -> None:
     step = make_step(replace(CONFIG, **option), (9,))
     with pytest.raises(BackendUnavailable, match=f"{next(iter(option))}.*use backend='sdpa'"):
-        step.run()
+        run(step)
