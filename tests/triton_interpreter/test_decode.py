@@ -29,6 +29,7 @@ TILES = DecodeTiles(
     window=KeyTiles(keys=16, block_n=16),
     selected=KeyTiles(keys=12, block_n=16),
     select_blocks=8,
+    select_programs=8,
 )
 """Several parts of everything, at lengths that the interpreter can bear."""
 CONFIG = NSAConfig(

@@ -103,7 +103,6 @@ def nsa_decode_gated(
     WINDOW_KEYS: tl.constexpr,
     MERGED: tl.constexpr,  # at least as many as PARTS and WINDOW_PARTS, a power of two
     BLOCK_N: tl.constexpr,
-    STEP: tl.constexpr,
     C: tl.constexpr,
 ):
     wait_for_last(C)
@@ -145,12 +144,12 @@ def nsa_decode_gated(
         gate = tl.load(gate_ptr + gate_strides[3], mask=row_mask, other=0.0).to(tl.float32)
         first, count = list_row * PARTS, tl.cdiv(num_seen, ENTRIES)
         out += gate[:, None] * merge_parts(
-            part_ptrs, first, count, g, row_mask, e, C.G, C.V, MERGED, STEP
+            part_ptrs, first, count, g, row_mask, e, C.G, C.V, MERGED
         )
         gate = tl.load(gate_ptr + 2 * gate_strides[3], mask=row_mask, other=0.0).to(tl.float32)
         tokens = position + 1 - oldest_visible(position, window)
         first, count = list_row * WINDOW_PARTS, tl.cdiv(tokens, WINDOW_KEYS)
         out += gate[:, None] * merge_parts(
-            window_part_ptrs, first, count, g, row_mask, e, C.G, C.V, MERGED, STEP
+            window_part_ptrs, first, count, g, row_mask, e, C.G, C.V, MERGED
         )
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -17,7 +17,6 @@ from nsa.backends.compiled.decode.compressed import nsa_decode_compressed
 from nsa.backends.compiled.decode.gated import nsa_decode_gated
 from nsa.backends.compiled.decode.select import nsa_decode_select
 from nsa.backends.compiled.decode.tiles import (
-    MERGED,
     MOST_ROWS,
     Constants,
     DecodeTiles,
@@ -30,7 +29,7 @@ from nsa.core.inputs import DecodeInputs
 from nsa.errors import BackendUnavailable
 from nsa.selection.rules import least_mass, width
 
-MOST_KEYS = 128
+MOST_KEYS = 64
 """Compressed blocks that begin in a selection block, at most."""
 
 
@@ -56,14 +55,15 @@ def decode_attention(
     _refuse(inputs, config)
     q, scale, _ = positive(q, config.softmax_scale)
     rows = min(MOST_ROWS, padded(S * (H // K)))
-    tiles = tiles or tiles_for(q.dtype, q.shape[3], V, compressed=N, rows=rows)
+    ratio = config.select_block // config.compress_stride
+    tiles = tiles or tiles_for(q.dtype, q.shape[3], V, compressed=N, ratio=ratio, rows=rows)
     C = _constants(q, K, V, inputs, config, tiles)
     out = torch.empty(B, S, H, V, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out, q.new_empty(B, S, K, C.NUM_SELECTED, dtype=torch.int32)
     inputs = inputs._replace(q=q, block_idx=_contiguous(inputs.block_idx))
     with torch.cuda.device_of(q):
-        space = _Space.of(inputs, tiles, C)
+        space = _Space.of(inputs, config.window, tiles, C)
         _compressed(inputs, space, scale * LOG2E, tiles, C)
         block_idx = _select(inputs, space, config.window, scale * LOG2E, tiles, C)
         inputs = inputs._replace(block_idx=block_idx)
@@ -157,12 +157,12 @@ class _Space(NamedTuple):
     """fp32 ``[B, S, H, V]``"""
 
     @classmethod
-    def of(cls, inputs: DecodeInputs, tiles: DecodeTiles, C: Constants) -> _Space:
+    def of(cls, inputs: DecodeInputs, window: int, tiles: DecodeTiles, C: Constants) -> _Space:
         q, (B, N, K) = inputs.q, inputs.compressed.k.shape[:3]
         step = C.TILE_BLOCKS * C.RATIO
         keys = step * max(1, tiles.compressed.keys // step)
         splits = max(1, triton.cdiv(N, keys))
-        window_parts = max(1, triton.cdiv(inputs.window.k.shape[1] - C.S + 1, tiles.window.keys))
+        window_parts = max(1, triton.cdiv(min(window, inputs.window.k.shape[1]), tiles.window.keys))
         num_tiles, scores = triton.cdiv(N, step), None
 
         def room(*size: int) -> Tensor:
@@ -243,7 +243,6 @@ def _select(
         *(window, ring.k.shape[1], scale_log2),
         KEYS=space.keys,
         PARTS=next_power_of_2(space.splits),
-        STEP=_merged(C.BLOCK_GROUP * columns, space.splits, 2 * MERGED),
         BLOCKS=blocks,
         COLUMNS=columns,
         WINDOW_PARTS=space.window_parts,
@@ -258,11 +257,6 @@ def _select(
 def _after_another(launch: KeyTiles, C: Constants) -> dict[str, int]:
     options = launch_options(launch.num_warps, launch.num_stages)
     return {**options, "launch_pdl": True} if C.OVERLAP else options
-
-
-def _merged(size: int, parts: int, elements: int) -> int:
-    """Partial results of ``size`` elements that a program reads at a time."""
-    return min(next_power_of_2(parts), max(1, elements // size))
 
 
 def _gated(
@@ -294,7 +288,6 @@ def _gated(
         WINDOW_KEYS=space.window_keys,
         MERGED=most,
         BLOCK_N=min(launch.block_n, padded(C.SELECT_BLOCK)),
-        STEP=_merged(C.BLOCK_GROUP * C.BLOCK_DV, most, MERGED),
         C=C,
         **_after_another(launch, C),
     )

@@ -78,33 +78,19 @@ def merge_stats(stats_ptr, first, count, row, mask, ROWS, PARTS: tl.constexpr):
 
 
 @triton.jit
-def merge_parts(
-    part_ptrs, first, count, row, mask, e, ROWS, V, PARTS: tl.constexpr, STEP: tl.constexpr
-):
+def merge_parts(part_ptrs, first, count, row, mask, e, ROWS, V, PARTS: tl.constexpr):
     """Columns e of the output ``[rows, columns]`` of rows ``row`` over parts ``first … first +
-    count - 1``, at most PARTS of them; 0 where no key was seen. STEP parts are read at a time."""
+    count - 1``, at most PARTS of them; 0 where no key was seen."""
     sums_ptr, stats_ptr = part_ptrs
     m_i, l_i = merge_stats(stats_ptr, first, count, row, mask, ROWS, PARTS)
     acc = tl.full([row.shape[0], e.shape[0]], 0.0, tl.float32)
-    sums_ptr += first * (ROWS * V)
-    stats_ptr += first * (2 * ROWS)
-    for begin in tl.range(0, count, STEP, num_stages=1):
-        part = begin + tl.arange(0, STEP)
-        inside = (part < count)[:, None] & mask[None, :]
-        at = part[:, None] * ROWS + row[None, :]
-        m = tl.load(
-            stats_ptr + part[:, None] * ROWS + at,
-            mask=inside,
-            other=float("-inf"),
-            cache_modifier=".cg",
-        )
-        sums = tl.load(
-            sums_ptr + at[:, :, None] * V + e[None, None, :],
-            mask=inside[:, :, None] & (e < V)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        acc += tl.sum(sums * tl.exp2(m - m_i[None, :])[:, :, None], 0)
+    sums_ptr += first * (ROWS * V) + (row[:, None] * V + e[None, :])
+    stats_ptr += first * (2 * ROWS) + row
+    inside = mask[:, None] & (e < V)[None, :]
+    for part in tl.range(0, count, num_stages=3):  # in one order, whatever the columns
+        m = tl.load(stats_ptr + part * (2 * ROWS), mask=mask, other=0.0, cache_modifier=".cg")
+        sums = tl.load(sums_ptr + part * (ROWS * V), mask=inside, other=0.0, cache_modifier=".cg")
+        acc += sums * tl.exp2(m - m_i)[:, None]
     return acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
 
 

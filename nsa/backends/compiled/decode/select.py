@@ -121,7 +121,6 @@ def nsa_decode_select(
     scale_log2,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
-    STEP: tl.constexpr,
     BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOW_PARTS: tl.constexpr,
@@ -149,7 +148,7 @@ def nsa_decode_select(
     if role >= num_chunks + WINDOW_PARTS:
         e = (role - num_chunks - WINDOW_PARTS) * COLUMNS + tl.arange(0, COLUMNS)
         first = head_row * splits
-        out = merge_parts(part_ptrs, first, num_parts, row, row_mask, e, C.ROWS, C.V, PARTS, STEP)
+        out = merge_parts(part_ptrs, first, num_parts, row, row_mask, e, C.ROWS, C.V, PARTS)
         at = list_row * C.G + g
         inside = row_mask[:, None] & (e < C.V)[None, :]
         tl.store(out_cmp_ptr + at[:, None] * C.V + e[None, :], out, mask=inside)

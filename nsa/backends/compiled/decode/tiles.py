@@ -16,8 +16,6 @@ MOST_SPLITS = 64
 """Of the compressed keys; longer caches have longer splits."""
 MOST_ROWS = 64
 """Query rows of a program: queries times heads of a group. More take several programs."""
-MERGED = 2048
-"""Elements that a program merges at a time where registers are few; elsewhere twice that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,23 +55,24 @@ _FP32 = KeyTiles(keys=512, block_n=32, num_warps=8, num_stages=2)
 FP32 = DecodeTiles(compressed=_FP32, window=_FP32, selected=_FP32)
 
 
-def tiles_for(dtype: torch.dtype, D: int, V: int, *, compressed: int, rows: int) -> DecodeTiles:
-    """Tiles for an H100: dtype and sizes of heads, compressed keys N, query rows of a program."""
+def tiles_for(
+    dtype: torch.dtype, D: int, V: int, *, compressed: int, ratio: int, rows: int
+) -> DecodeTiles:
+    """Tiles for an H100: dtype and sizes of heads, compressed keys N, how many of them begin in a
+    selection block, query rows of a program."""
     tiles = FP32 if dtype == torch.float32 else DEFAULT
     keys = max(tiles.compressed.keys, next_power_of_2(-(-compressed // MOST_SPLITS)))
     row_bytes = (padded(D) + padded(V)) * dtype.itemsize
 
-    def fitted(launch: KeyTiles) -> KeyTiles:
-        n, stages = launch.block_n, launch.num_stages
-        while (n * stages + rows) * row_bytes > SHARED_BYTES:
-            n, stages = (n, stages - 1) if stages > 1 else (max(16, n // 2), 1)
-            if (n, stages) == (16, 1):
-                break
+    def fitted(launch: KeyTiles, least: int = 16) -> KeyTiles:
+        n, stages = max(launch.block_n, least), launch.num_stages
+        while (n * stages + rows) * row_bytes > SHARED_BYTES and (n, stages) != (least, 1):
+            n, stages = (n, stages - 1) if stages > 1 else (n // 2, 1)
         return replace(launch, block_n=n, num_stages=stages)
 
     return replace(
         tiles,
-        compressed=replace(fitted(tiles.compressed), keys=keys),
+        compressed=replace(fitted(tiles.compressed, max(16, next_power_of_2(ratio))), keys=keys),
         window=fitted(tiles.window),
         selected=fitted(tiles.selected),
     )
