@@ -289,7 +289,7 @@ def variants(default: DecodeTiles) -> Iterator[tuple[str, DecodeTiles]]:
     ):
         tiles = KeyTiles(keys=keys, block_n=n, num_warps=warps, num_stages=stages)
         yield f"selected   {tiles}", replace(default, selected=tiles)
-    for blocks, programs in ((64, 128), (256, 128), (128, 32), (128, 256), (128, 512)):
+    for blocks, programs in ((64, 512), (256, 512), (128, 128), (128, 256), (256, 128)):
         label = f"select     {blocks} blocks, {programs} programs"
         yield label, replace(default, select_blocks=blocks, select_programs=programs)
 

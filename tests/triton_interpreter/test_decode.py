@@ -195,7 +195,9 @@ def test_nothing_to_do() -> None:
     assert tuple(lists.shape) == (0, 1, 2, 4)
 
 
-@pytest.mark.parametrize("option", [{"select_regions": (2, 1)}, {"score_dtype": "fp8"}])
+@pytest.mark.parametrize(
+    "option", [{"select_regions": (2, 1)}, {"score_dtype": "fp8"}, {"select_block": 130}]
+)
 def test_refuses_what_it_has_no_kernel_for(option: dict[str, Any]) -> None:
     step = make_step(replace(CONFIG, **option), (9,))
     with pytest.raises(BackendUnavailable, match=f"{next(iter(option))}.*use backend='sdpa'"):

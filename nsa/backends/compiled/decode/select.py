@@ -1,9 +1,9 @@
 """Selection of a step (paper Eq. 8-12), and what does not wait for it.
 
-A query and key/value head has three kinds of programs. Some rank selection blocks, a chunk each,
-and the last of them merges their lists; meanwhile others read the window's tokens, and others sum
-columns of the compressed branch's partial results. How many there are of the first and of the last
-kind changes no result.
+A query and key/value head has three kinds of programs. Some read the window's tokens; meanwhile
+others rank selection blocks, a chunk each, and the last of them merges their lists, and others sum
+columns of the compressed branch's partial results. How many there are of the last two kinds changes
+no result.
 
 B sequences, S queries of each, N compressed blocks, J selection blocks, R rows of a ring, K
 key/value heads, G heads per group, V value size, n blocks selected; C is a
@@ -143,18 +143,17 @@ def nsa_decode_select(
     # of the last query, as the launch before wrote them
     newest = tl.minimum(last_visible(position - s + (C.S - 1), C), N - 1)
     num_parts = (newest + KEYS) // KEYS
-    if (role < num_chunks) | (role >= num_chunks + WINDOW_PARTS):
+    if role >= WINDOW_PARTS:
         wait_for_last(C)
-    if role >= num_chunks + WINDOW_PARTS:
-        e = (role - num_chunks - WINDOW_PARTS) * COLUMNS + tl.arange(0, COLUMNS)
+    if role >= WINDOW_PARTS + num_chunks:
+        e = (role - WINDOW_PARTS - num_chunks) * COLUMNS + tl.arange(0, COLUMNS)
         first = head_row * splits
         out = merge_parts(part_ptrs, first, num_parts, row, row_mask, e, C.ROWS, C.V, PARTS)
         at = list_row * C.G + g
         inside = row_mask[:, None] & (e < C.V)[None, :]
         tl.store(out_cmp_ptr + at[:, None] * C.V + e[None, :], out, mask=inside)
-    elif role >= num_chunks:
-        part = role - num_chunks
-        begin = oldest_visible(position, window) + part * WINDOW_KEYS
+    elif role < WINDOW_PARTS:
+        begin = oldest_visible(position, window) + role * WINDOW_KEYS
         end = tl.minimum(begin + WINDOW_KEYS, position + 1)
         if begin < end:
             k_strides, v_strides = window_strides
@@ -164,7 +163,7 @@ def nsa_decode_select(
             m_i, l_i, acc = attend_window(
                 *(q, k_ptr, v_ptr, k_strides, v_strides, begin, end, ring, scale_log2, BLOCK_N, C)
             )
-            at = list_row * WINDOW_PARTS + part
+            at = list_row * WINDOW_PARTS + role
             store_part(window_part_ptrs, at, g, row_mask, m_i, l_i, acc, C.G, C.V)
     elif keys_ptr is not None:
         q_block = position // C.SELECT_BLOCK
@@ -181,16 +180,17 @@ def nsa_decode_select(
         keys_ptr += list_row * num_chunks * C.SLOTS
         if C.ENOUGH is not None:
             mass_ptr += list_row * num_chunks * (chunk // BLOCKS)
-        if role < active:
+        chunk_id = role - WINDOW_PARTS
+        if chunk_id < active:
             sums_ptr = score_ptrs[0] + head_row * num_tiles * (C.TILE_BLOCKS * 2 * C.ROWS)
             tops_ptr = score_ptrs[1] + head_row * num_tiles * C.ROWS
-            begin = role * chunk
+            begin = chunk_id * chunk
             topn = _rank_chunk(
                 *((sums_ptr, tops_ptr), part_ptrs[1], mass_ptr, head_row * splits, num_parts),
                 *(begin, tl.minimum(begin + chunk, end), q_block - C.NUM_LOCAL),
                 *(tl.where(newest >= 0, newest // C.RATIO, -1), row, row_mask, BLOCKS, PARTS, C),
             )
-            tl.store(keys_ptr + role * C.SLOTS + slot[None, :], topn)
+            tl.store(keys_ptr + chunk_id * C.SLOTS + slot[None, :], topn)
         if is_last(counters_ptr + list_row, num_chunks):
             block, occupied = forced_blocks(slot, one + q_block, selects_all, C)
             topn = make_list(slot, block, occupied, most)

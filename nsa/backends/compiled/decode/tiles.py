@@ -39,7 +39,7 @@ class DecodeTiles:
     selected: KeyTiles
     select_blocks: int = 128
     """Selection blocks that a program scores at a time, a power of two."""
-    select_programs: int = 128
+    select_programs: int = 512
     """Programs that rank blocks, at most so many if there are fewer queries times heads."""
     overlap: bool = False
     """Whether launches start before the one before has ended, where the GPU can do that."""
