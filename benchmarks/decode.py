@@ -217,18 +217,35 @@ class Problem:
     def dense_ms(self, backend: SDPBackend) -> float | None:
         """Of dense attention over the pages as they lie in memory; None where it cannot run."""
         config, B, T = self.config, self.B, self.T
+        K, G = config.num_kv_heads, config.group
+        attend = F.scaled_dot_product_attention
 
-        def step(x: DecodeInputs) -> Callable[[], Tensor]:
+        def as_gqa(x: DecodeInputs) -> Callable[[], Tensor]:
             k, v = (y.view(B, T, *y.shape[2:]).transpose(1, 2) for y in x.selected)
             q = x.q.transpose(1, 2)
-            return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            return lambda: attend(q, k, v, enable_gqa=True)
+
+        def as_rows(x: DecodeInputs) -> Callable[[], Tensor]:
+            """The heads of a group as so many queries, which one token's are."""
+            k, v = (y.view(B, T, *y.shape[2:]).transpose(1, 2) for y in x.selected)
+            q = x.q.view(B, K, G, -1)
+            return lambda: attend(q, k, v)
 
         assert config.head_dim == config.dv
+        times = []
+        for form in (as_gqa, as_rows):
+            ms = self._dense_form_ms(backend, form)
+            times += [] if ms is None else [ms]
+        return min(times, default=None)
+
+    def _dense_form_ms(
+        self, backend: SDPBackend, form: Callable[[DecodeInputs], Callable[[], Tensor]]
+    ) -> float | None:
         try:
             with sdpa_kernel(backend):
-                return graph_ms([step(x) for x in self.caches], runs=7)
+                return graph_ms([form(x) for x in self.caches], runs=5)
         except RuntimeError as error:
-            print(f"    {backend.name}: {str(error).splitlines()[0][:90]}")
+            print(f"    {backend.name}, {form.__name__}: {str(error).splitlines()[0][:80]}")
             return None
 
 

@@ -62,7 +62,10 @@ def _store_scores(sums_ptr, p, first_block, row, row_mask, C: tl.constexpr):
         tl.store(sums_ptr + at + C.ROWS, after, mask=row_mask[:, None])
 
 
-@triton.jit(do_not_specialize=["N", "splits", "num_tiles"])
+@triton.jit(
+    do_not_specialize=["N", "splits", "num_tiles", "num_rows"],
+    do_not_specialize_on_alignment=["position_ptr"],
+)
 def nsa_decode_compressed(
     q_ptr,
     position_ptr,  # [B]

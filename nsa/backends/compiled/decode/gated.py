@@ -72,7 +72,10 @@ def attend_blocks(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["num_listed", "window"])
+@triton.jit(
+    do_not_specialize=["num_listed", "window", "table_stride"],
+    do_not_specialize_on_alignment=["position_ptr", "page_table_ptr"],
+)
 def nsa_decode_gated(
     q_ptr,
     position_ptr,  # [B]

@@ -94,7 +94,10 @@ def _rank_chunk(
     return topn
 
 
-@triton.jit(do_not_specialize=["N", "splits", "num_tiles", "num_chunks", "chunk", "window"])
+@triton.jit(
+    do_not_specialize=["N", "splits", "num_tiles", "num_rows", "num_chunks", "chunk", "window"],
+    do_not_specialize_on_alignment=["position_ptr"],
+)
 def nsa_decode_select(
     q_ptr,
     position_ptr,  # [B]
