@@ -3,8 +3,7 @@
 A program takes a run of keys of one sequence and key/value head, for all its query rows at once.
 The first run's programs also zero the counters of the two launches that follow.
 
-The largest score that exponentials are taken over is rounded up to a whole power of two. Then
-whatever is scaled from one to another stays exact, and equal scores stay equal in all runs.
+Exponentials are taken over a whole power of two, so that equal scores are equal in all runs.
 
 B sequences, S queries of each, N compressed blocks, J selection blocks, K key/value heads, G heads
 per group, D key size, V value size; C is a
@@ -17,11 +16,14 @@ import triton
 import triton.language as tl
 
 from nsa.backends.compiled.decode.parts import (
+    add_keys,
     empty_part,
+    end_unit,
     let_next_start,
     load_queries,
     load_rows,
     store_part,
+    weigh,
 )
 
 
@@ -30,16 +32,6 @@ def last_visible(position, C: tl.constexpr):
     """The last compressed block that a query sees, −1 if none."""
     whole = position - (C.COMPRESS_BLOCK - 1)
     return tl.where(whole >= 0, whole // C.COMPRESS_STRIDE, -1)
-
-
-@triton.jit
-def exp2_over(s, m_safe):
-    """``exp2(s - m)`` for whole numbers m; s −inf gives 0.
-
-    Nothing but an exact factor depends on m: equal s are equal over any m.
-    """
-    whole = tl.where(s == float("-inf"), m_safe, tl.floor(s))
-    return tl.exp2(s - whole) * tl.exp2(whole - m_safe)
 
 
 @triton.jit
@@ -84,6 +76,7 @@ def nsa_decode_compressed(
     num_rows,  # B * S * K
     scale_log2,
     KEYS: tl.constexpr,
+    UNIT: tl.constexpr,  # keys of one, KEYS or a part of them
     SCORES: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -119,6 +112,7 @@ def nsa_decode_compressed(
         if C.WIDE != C.RATIO:
             x = n // C.WIDE * C.RATIO + n % C.WIDE
         m_i, l_i, acc = empty_part(C.BLOCK_M, C.BLOCK_DV)
+        l_group, group = l_i, acc
         for first in range(begin, end, C.TILE_BLOCKS * C.RATIO):
             i = first + x
             mask = i < end
@@ -128,19 +122,19 @@ def nsa_decode_compressed(
             k = load_rows(tile_ptr, x * k_strides[1], mask, C.D, C.BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION) * scale_log2
             s = tl.where(mask[None, :] & (i[None, :] <= last[:, None]), s, float("-inf"))
-            m_new = tl.maximum(m_i, tl.ceil(tl.max(s, 1)))
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = exp2_over(s, m_safe[:, None])
+            m_i, m_safe, p, alpha = weigh(m_i, s)
             if SCORES:
                 at = head_row * num_tiles + first // (C.TILE_BLOCKS * C.RATIO)
                 tl.store(score_ptrs[1] + at * C.ROWS + row, m_safe, mask=row_mask)
                 sums_ptr = score_ptrs[0] + head_row * num_tiles * (C.TILE_BLOCKS * 2 * C.ROWS)
                 _store_scores(sums_ptr, p, first // C.RATIO, row, row_mask, C)
-            alpha = tl.exp2(m_i - m_safe)
-            l_i = l_i * alpha + tl.sum(p, 1)
             tile_ptr = v_ptr + tl.cast(first, tl.int64) * v_strides[1]
             v = load_rows(tile_ptr, x * v_strides[1], mask, C.V, C.BLOCK_DV)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=C.PRECISION)
-            m_i = m_new
+            if KEYS > UNIT:
+                ended = first % UNIT == 0
+                l_i, acc, l_group, group = end_unit(l_i, acc, l_group, group, ended)
+            l_i, acc, l_group, group = add_keys(l_i, acc, l_group, group, p, alpha, v, C)
+        if KEYS > UNIT:
+            l_i, acc = l_group + l_i, group + acc
         part = head_row * splits + split
         store_part(part_ptrs, part, row, row_mask, m_i, l_i, acc, C.ROWS, C.V)

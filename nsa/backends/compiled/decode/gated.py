@@ -15,12 +15,14 @@ import triton.language as tl
 from nsa.backends.compiled.decode.parts import (
     add_keys,
     empty_part,
+    end_unit,
     is_last,
     load_queries,
     load_rows,
     merge_parts,
     store_part,
     wait_for_last,
+    weigh,
 )
 from nsa.backends.compiled.decode.window import oldest_visible
 
@@ -45,6 +47,7 @@ def attend_blocks(
     page_size,
     scale_log2,
     ENTRIES: tl.constexpr,
+    UNIT: tl.constexpr,  # entries of one, ENTRIES or a part of them
     BLOCK_N: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -55,6 +58,7 @@ def attend_blocks(
     page = tl.load(table_ptr + block * C.SELECT_BLOCK // page_size, mask=entry < count, other=0)
     n = tl.arange(0, BLOCK_N)
     m_i, l_i, acc = empty_part(C.BLOCK_GROUP, C.BLOCK_DV)
+    l_group, group = l_i, acc
     for step in range(count * STEPS):
         token = _element(block, entry, step // STEPS) * C.SELECT_BLOCK + step % STEPS * BLOCK_N
         at = _element(page, entry, step // STEPS).to(tl.int64)
@@ -68,7 +72,13 @@ def attend_blocks(
         s = tl.where(mask[None, :], s, float("-inf"))
         tile_ptr = v_ptr + at * v_strides[0] + row * v_strides[1]
         v = load_rows(tile_ptr, n * v_strides[1], mask, C.V, C.BLOCK_DV)
-        m_i, l_i, acc = add_keys(m_i, l_i, acc, s, v, C)
+        m_i, _, p, alpha = weigh(m_i, s)
+        if ENTRIES > UNIT:
+            ended = step % (UNIT * STEPS) == 0
+            l_i, acc, l_group, group = end_unit(l_i, acc, l_group, group, ended)
+        l_i, acc, l_group, group = add_keys(l_i, acc, l_group, group, p, alpha, v, C)
+    if ENTRIES > UNIT:
+        l_i, acc = l_group + l_i, group + acc
     return m_i, l_i, acc
 
 
@@ -101,10 +111,13 @@ def nsa_decode_gated(
     scale_log2,
     SLOTS: tl.constexpr,  # num_listed, padded to a power of two
     ENTRIES: tl.constexpr,
+    UNIT: tl.constexpr,  # entries of one, ENTRIES or a part of them
     PARTS: tl.constexpr,
     WINDOW_PARTS: tl.constexpr,
     WINDOW_KEYS: tl.constexpr,
-    MERGED: tl.constexpr,  # at least as many as PARTS and WINDOW_PARTS, a power of two
+    GROUPS: tl.constexpr,  # a power of two, of each of the two at least as many
+    FOLD: tl.constexpr,  # parts of a group
+    WINDOW_FOLD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -132,7 +145,8 @@ def nsa_decode_gated(
         m_i, l_i, acc = attend_blocks(
             *(q, k_ptr + kv_head * k_strides[2], v_ptr + kv_head * v_strides[2]),
             *(list_ptr + part * ENTRIES, page_table_ptr + b * table_stride),
-            *(k_strides, v_strides, count, position, page_size, scale_log2, ENTRIES, BLOCK_N, C),
+            *(k_strides, v_strides, count, position, page_size, scale_log2, ENTRIES, UNIT),
+            *(BLOCK_N, C),
         )
         store_part(part_ptrs, list_row * PARTS + part, g, row_mask, m_i, l_i, acc, C.G, C.V)
 
@@ -147,12 +161,12 @@ def nsa_decode_gated(
         gate = tl.load(gate_ptr + gate_strides[3], mask=row_mask, other=0.0).to(tl.float32)
         first, count = list_row * PARTS, tl.cdiv(num_seen, ENTRIES)
         out += gate[:, None] * merge_parts(
-            part_ptrs, first, count, g, row_mask, e, C.G, C.V, MERGED
+            part_ptrs, first, count, g, row_mask, e, C.G, C.V, GROUPS, FOLD
         )
         gate = tl.load(gate_ptr + 2 * gate_strides[3], mask=row_mask, other=0.0).to(tl.float32)
         tokens = position + 1 - oldest_visible(position, window)
         first, count = list_row * WINDOW_PARTS, tl.cdiv(tokens, WINDOW_KEYS)
         out += gate[:, None] * merge_parts(
-            window_part_ptrs, first, count, g, row_mask, e, C.G, C.V, MERGED
+            window_part_ptrs, first, count, g, row_mask, e, C.G, C.V, GROUPS, WINDOW_FOLD
         )
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -21,6 +21,7 @@ from nsa.backends.compiled.decode.tiles import (
     Constants,
     DecodeTiles,
     KeyTiles,
+    Split,
     tiles_for,
 )
 from nsa.backends.compiled.tiling import launch_options, next_power_of_2, padded
@@ -139,14 +140,11 @@ Parts = tuple[Tensor, Tensor]
 class _Space(NamedTuple):
     """What the launches of a step hand on; how many parts there are follows from shapes alone."""
 
-    keys: int
-    """Compressed keys of a part."""
-    splits: int
+    split: Split
+    """Of compressed keys."""
+    window_split: Split
     tiles: int
     """Steps over the compressed keys of a head."""
-    window_keys: int
-    """Tokens of a part of the window."""
-    window_parts: int
     counters: Tensor
     """int32 ``[2, B, S, K]``"""
     scores: Parts | None
@@ -160,9 +158,11 @@ class _Space(NamedTuple):
     def of(cls, inputs: DecodeInputs, window: int, tiles: DecodeTiles, C: Constants) -> _Space:
         q, (B, N, K) = inputs.q, inputs.compressed.k.shape[:3]
         step = C.TILE_BLOCKS * C.RATIO
-        keys = step * max(1, tiles.compressed.keys // step)
-        splits = max(1, triton.cdiv(N, keys))
-        window_parts = max(1, triton.cdiv(min(window, inputs.window.k.shape[1]), tiles.window.keys))
+        split = Split.of(
+            N, tiles.compressed.keys, B * K * triton.cdiv(C.ROWS, C.BLOCK_M), multiple=step
+        )
+        visible = min(window, inputs.window.k.shape[1])
+        window_split = Split.of(visible, tiles.window.keys, B * C.S * K, tiles.window.block_n)
         num_tiles, scores = triton.cdiv(N, step), None
 
         def room(*size: int) -> Tensor:
@@ -175,15 +175,13 @@ class _Space(NamedTuple):
             sums = room(B, K, num_tiles * C.TILE_BLOCKS, 2, C.ROWS)
             scores = sums, room(B, K, num_tiles, C.ROWS)
         return cls(
-            keys=keys,
-            splits=splits,
+            split=split,
+            window_split=window_split,
             tiles=num_tiles,
-            window_keys=tiles.window.keys,
-            window_parts=window_parts,
             counters=torch.empty(2, B, C.S, K, dtype=torch.int32, device=q.device),
             scores=scores,
-            compressed=parts(B * K * splits, C.ROWS),
-            window=parts(B * C.S * K * window_parts, C.G),
+            compressed=parts(B * K * split.parts, C.ROWS),
+            window=parts(B * C.S * K * window_split.parts, C.G),
             out_cmp=room(B, C.S, K * C.G, C.V),
         )
 
@@ -195,11 +193,12 @@ def _compressed(
     q, (k, v), launch = inputs.q, inputs.compressed, tiles.compressed
     B, (N, K) = q.shape[0], k.shape[1:3]
     assert k.stride(3) == v.stride(3) == 1
-    nsa_decode_compressed[(B * space.splits * triton.cdiv(C.ROWS, C.BLOCK_M) * K,)](
+    nsa_decode_compressed[(B * space.split.parts * triton.cdiv(C.ROWS, C.BLOCK_M) * K,)](
         *(q, inputs.position, k, v, space.scores, space.compressed, space.counters),
         *(x.stride() for x in (q, k, v)),
-        *(N, space.splits, space.tiles, K, B * C.S * K, scale_log2),
-        KEYS=space.keys,
+        *(N, space.split.parts, space.tiles, K, B * C.S * K, scale_log2),
+        KEYS=space.split.part,
+        UNIT=space.split.unit,
         SCORES=space.scores is not None,
         C=C,
         **launch_options(launch.num_warps, launch.num_stages),
@@ -234,19 +233,21 @@ def _select(
         shape = B, S, K, C.NUM_SELECTED
         block_idx = torch.empty(shape, dtype=torch.int32, device=q.device)
     columns = max(min(16, C.BLOCK_DV), C.BLOCK_DV // next_power_of_2(few))
-    programs = chunks + space.window_parts + triton.cdiv(C.V, columns)
+    programs = chunks + space.window_split.parts + triton.cdiv(C.V, columns)
     nsa_decode_select[(rows * programs,)](
         *(q, inputs.position, tuple(ring), space.scores, space.compressed, keys, mass),
         *(space.counters[0], space.out_cmp, space.window, block_idx),
         *(q.stride(), tuple(x.stride() for x in ring)),
-        *(inputs.compressed.k.shape[1], space.splits, space.tiles, K, rows, chunks, chunk),
+        *(inputs.compressed.k.shape[1], space.split.parts, space.tiles, K, rows, chunks, chunk),
         *(window, ring.k.shape[1], scale_log2),
-        KEYS=space.keys,
-        PARTS=next_power_of_2(space.splits),
+        KEYS=space.split.part,
+        GROUPS=next_power_of_2(space.split.groups),
+        FOLD=space.split.fold,
         BLOCKS=blocks,
         COLUMNS=columns,
-        WINDOW_PARTS=space.window_parts,
-        WINDOW_KEYS=space.window_keys,
+        WINDOW_PARTS=space.window_split.parts,
+        WINDOW_KEYS=space.window_split.part,
+        WINDOW_UNIT=space.window_split.unit,
         BLOCK_N=launch.block_n,
         C=C,
         **_after_another(launch, C),
@@ -271,22 +272,25 @@ def _gated(
     q, (k, v), launch, table = inputs.q, inputs.selected, tiles.selected, inputs.page_table
     rows, K = space.counters[1].numel(), k.shape[2]
     assert k.stride(3) == v.stride(3) == table.stride(1) == 1
-    entries = max(1, next_power_of_2(launch.keys // C.SELECT_BLOCK))
-    count = triton.cdiv(C.NUM_SELECTED, entries)
+    blocks = next_power_of_2(max(1, launch.keys // C.SELECT_BLOCK))
+    split, of_window = Split.of(C.NUM_SELECTED, blocks, rows), space.window_split
+    count = split.parts
     sums = torch.empty(rows * count, C.G, C.V, dtype=torch.float32, device=q.device)
     stats = torch.empty(rows * count, 2, C.G, dtype=torch.float32, device=q.device)
-    most = next_power_of_2(max(count, space.window_parts))
     nsa_decode_gated[(rows * count,)](
         *(q, inputs.position, inputs.block_idx, table, k, v, inputs.gates),
         *(space.out_cmp, space.window, (sums, stats), space.counters[1], out),
         *(q.stride(), table.stride(0), k.stride(), v.stride(), inputs.gates.stride()),
         *(C.NUM_SELECTED, k.shape[1], window, K, scale_log2),
         SLOTS=C.SLOTS,
-        ENTRIES=entries,
+        ENTRIES=split.part,
+        UNIT=split.unit,
         PARTS=count,
-        WINDOW_PARTS=space.window_parts,
-        WINDOW_KEYS=space.window_keys,
-        MERGED=most,
+        WINDOW_PARTS=of_window.parts,
+        WINDOW_KEYS=of_window.part,
+        GROUPS=next_power_of_2(max(split.groups, of_window.groups)),
+        FOLD=split.fold,
+        WINDOW_FOLD=of_window.fold,
         BLOCK_N=min(launch.block_n, padded(C.SELECT_BLOCK)),
         C=C,
         **_after_another(launch, C),

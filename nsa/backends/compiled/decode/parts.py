@@ -1,8 +1,12 @@
 """Partial results of a softmax over keys that several programs share, and their sum.
 
-A part holds ``m`` (the largest score, base 2), ``l`` (the sum of exponentials) and the unscaled sum
-of values of each row: fp32, ``stats [parts, 2, ROWS]`` and ``sums [parts, ROWS, V]``. Parts are
-merged in their order, whichever program comes last.
+A part holds ``m`` (what exponentials are taken over, base 2), ``l`` (the sum of exponentials) and
+the unscaled sum of values of each row: fp32, ``stats [parts, 2, ROWS]`` and ``sums [parts, ROWS,
+V]``.
+
+Keys are summed by units, units by groups, and groups by all, each in order. A part is a group, or
+where there are few programs a unit: FOLD parts are a group then. Every m is a whole number, so that
+scaling is exact, and it makes no difference which program adds what.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+FIXED_POINT = tl.constexpr(2.0**40)
 
 
 @triton.jit
@@ -22,15 +28,39 @@ def empty_part(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 
 @triton.jit
-def add_keys(m_i, l_i, acc, s, v, C: tl.constexpr):
-    """A step of the online softmax: scores s ``[rows, keys]`` in base 2, −inf where masked."""
-    m_new = tl.maximum(m_i, tl.max(s, 1))
+def exp2_over(s, m_safe):
+    """``exp2(s - m)`` for whole numbers m; s −inf gives 0.
+
+    Nothing but an exact factor depends on m: equal s are equal over any m.
+    """
+    whole = tl.where(s == float("-inf"), m_safe, tl.floor(s))
+    return tl.exp2(s - whole) * tl.exp2(whole - m_safe)
+
+
+@triton.jit
+def end_unit(l_i, acc, l_group, group, ended):
+    """Adds a unit to its group where it has ``ended``, a scalar."""
+    done = tl.where(ended, 1.0, 0.0)
+    return l_i * (1.0 - done), acc * (1.0 - done), l_group + l_i * done, group + acc * done
+
+
+@triton.jit
+def weigh(m_i, s):
+    """The new m_i, the same with 0 for −inf, the exponentials of s and what scales older sums.
+
+    s ``[rows, keys]``: scores in base 2, −inf where masked.
+    """
+    m_new = tl.maximum(m_i, tl.ceil(tl.max(s, 1)))
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_safe[:, None])
-    alpha = tl.exp2(m_i - m_safe)
+    return m_new, m_safe, exp2_over(s, m_safe[:, None]), tl.exp2(m_i - m_safe)
+
+
+@triton.jit
+def add_keys(l_i, acc, l_group, group, p, alpha, v, C: tl.constexpr):
+    """Scales by alpha, and adds keys of weights p ``[rows, keys]`` to the unit."""
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=C.PRECISION)
-    return m_new, l_i, acc
+    return l_i, acc, l_group * alpha, group * alpha[:, None]
 
 
 @triton.jit
@@ -64,34 +94,51 @@ def store_part(part_ptrs, part, row, mask, m_i, l_i, acc, ROWS, V: tl.constexpr)
 
 
 @triton.jit
-def merge_stats(stats_ptr, first, count, row, mask, ROWS, PARTS: tl.constexpr):
-    """The largest score, 0 if there is none, and the sum of exponentials of rows ``row``, over
-    parts ``first … first + count - 1``, at most PARTS."""
-    part = tl.arange(0, PARTS)
-    stats = stats_ptr + first * (2 * ROWS) + (part[:, None] * (2 * ROWS) + row[None, :])
-    inside = (part < count)[:, None] & mask[None, :]
-    m = tl.load(stats, mask=inside, other=float("-inf"), cache_modifier=".cg")
-    weight = tl.load(stats + ROWS, mask=inside, other=0.0, cache_modifier=".cg")
-    m_i = tl.max(m, 0)
+def merge_stats(stats_ptr, first, count, row, mask, ROWS, GROUPS: tl.constexpr, FOLD: tl.constexpr):
+    """m_i, 0 if there is none, and l_i of rows ``row`` over parts ``first … first + count - 1``, of
+    at most GROUPS groups."""
+    stats_ptr += first * (2 * ROWS)
+    part = tl.arange(0, GROUPS) * FOLD
+    at = part[:, None] * (2 * ROWS) + row[None, :]
+    m_i = tl.full([row.shape[0]], float("-inf"), tl.float32)
+    for j in tl.static_range(FOLD):
+        inside = (part + j < count)[:, None] & mask[None, :]
+        m_ptr = stats_ptr + at + j * (2 * ROWS)
+        m = tl.load(m_ptr, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        m_i = tl.maximum(m_i, tl.max(m, 0))
     m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
-    return m_i, tl.sum(tl.exp2(m - m_i[None, :]) * weight, 0)
+    l_group = tl.full([GROUPS, row.shape[0]], 0.0, tl.float32)
+    for j in tl.static_range(FOLD):
+        inside = (part + j < count)[:, None] & mask[None, :]
+        m_ptr = stats_ptr + at + j * (2 * ROWS)
+        m = tl.load(m_ptr, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        unit = tl.load(m_ptr + ROWS, mask=inside, other=0.0, cache_modifier=".cg")
+        l_group += unit * tl.exp2(m - m_i[None, :])
+    # of whole numbers the sum is the same in any order
+    l_i = tl.sum((l_group * FIXED_POINT).to(tl.int64), 0)
+    return m_i, l_i.to(tl.float32) / FIXED_POINT
 
 
 @triton.jit
-def merge_parts(part_ptrs, first, count, row, mask, e, ROWS, V, PARTS: tl.constexpr):
+def merge_parts(
+    part_ptrs, first, count, row, mask, e, ROWS, V, GROUPS: tl.constexpr, FOLD: tl.constexpr
+):
     """Columns e of the output ``[rows, columns]`` of rows ``row`` over parts ``first … first +
-    count - 1``, at most PARTS of them; 0 where no key was seen."""
+    count - 1``, of at most GROUPS groups; 0 where no key was seen."""
     sums_ptr, stats_ptr = part_ptrs
-    m_i, l_i = merge_stats(stats_ptr, first, count, row, mask, ROWS, PARTS)
-    acc = tl.full([row.shape[0], e.shape[0]], 0.0, tl.float32)
+    m_i, l_i = merge_stats(stats_ptr, first, count, row, mask, ROWS, GROUPS, FOLD)
+    group = tl.full([row.shape[0], e.shape[0]], 0.0, tl.float32)
+    acc = group
     sums_ptr += first * (ROWS * V) + (row[:, None] * V + e[None, :])
     stats_ptr += first * (2 * ROWS) + row
     inside = mask[:, None] & (e < V)[None, :]
-    for part in tl.range(0, count, num_stages=3):  # in one order, whatever the columns
+    for part in tl.range(0, count, num_stages=3):
         m = tl.load(stats_ptr + part * (2 * ROWS), mask=mask, other=0.0, cache_modifier=".cg")
         sums = tl.load(sums_ptr + part * (ROWS * V), mask=inside, other=0.0, cache_modifier=".cg")
-        acc += sums * tl.exp2(m - m_i)[:, None]
-    return acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+        done = tl.where(part % FOLD == 0, 1.0, 0.0)
+        acc += group * done
+        group = group * (1.0 - done) + sums * tl.exp2(m - m_i)[:, None]
+    return (acc + group) / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
 
 
 @triton.jit

@@ -73,11 +73,12 @@ def _rank_chunk(
     row,
     row_mask,
     BLOCKS: tl.constexpr,
-    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FOLD: tl.constexpr,
     C: tl.constexpr,
 ):
     """The best of blocks ``begin … end - 1``, int64 ``[1, SLOTS]`` as of :mod:`..select.topn`."""
-    m_i, l_i = merge_stats(stats_ptr, first_part, num_parts, row, row_mask, C.ROWS, PARTS)
+    m_i, l_i = merge_stats(stats_ptr, first_part, num_parts, row, row_mask, C.ROWS, GROUPS, FOLD)
     # nothing for the rows that fill up a group, nor for a query that sees no block
     weight = tl.where(l_i == 0.0, 0.0, 1.0 / tl.where(l_i == 0.0, 1.0, l_i))
     topn = tl.full((1, C.SLOTS), -1, tl.int64)
@@ -123,11 +124,13 @@ def nsa_decode_select(
     ring,
     scale_log2,
     KEYS: tl.constexpr,
-    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FOLD: tl.constexpr,
     BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOW_PARTS: tl.constexpr,
     WINDOW_KEYS: tl.constexpr,
+    WINDOW_UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -151,7 +154,7 @@ def nsa_decode_select(
     if role >= WINDOW_PARTS + num_chunks:
         e = (role - WINDOW_PARTS - num_chunks) * COLUMNS + tl.arange(0, COLUMNS)
         first = head_row * splits
-        out = merge_parts(part_ptrs, first, num_parts, row, row_mask, e, C.ROWS, C.V, PARTS)
+        out = merge_parts(part_ptrs, first, num_parts, row, row_mask, e, C.ROWS, C.V, GROUPS, FOLD)
         at = list_row * C.G + g
         inside = row_mask[:, None] & (e < C.V)[None, :]
         tl.store(out_cmp_ptr + at[:, None] * C.V + e[None, :], out, mask=inside)
@@ -164,7 +167,8 @@ def nsa_decode_select(
             k_ptr = window_ptrs[0] + b * k_strides[0] + kv_head * k_strides[2]
             v_ptr = window_ptrs[1] + b * v_strides[0] + kv_head * v_strides[2]
             m_i, l_i, acc = attend_window(
-                *(q, k_ptr, v_ptr, k_strides, v_strides, begin, end, ring, scale_log2, BLOCK_N, C)
+                *(q, k_ptr, v_ptr, k_strides, v_strides, begin, end, ring, scale_log2),
+                *(WINDOW_KEYS, WINDOW_UNIT, BLOCK_N, C),
             )
             at = list_row * WINDOW_PARTS + role
             store_part(window_part_ptrs, at, g, row_mask, m_i, l_i, acc, C.G, C.V)
@@ -191,7 +195,8 @@ def nsa_decode_select(
             topn = _rank_chunk(
                 *((sums_ptr, tops_ptr), part_ptrs[1], mass_ptr, head_row * splits, num_parts),
                 *(begin, tl.minimum(begin + chunk, end), q_block - C.NUM_LOCAL),
-                *(tl.where(newest >= 0, newest // C.RATIO, -1), row, row_mask, BLOCKS, PARTS, C),
+                *(tl.where(newest >= 0, newest // C.RATIO, -1), row, row_mask, BLOCKS),
+                *(GROUPS, FOLD, C),
             )
             tl.store(keys_ptr + chunk_id * C.SLOTS + slot[None, :], topn)
         if is_last(counters_ptr + list_row, num_chunks):

@@ -1,7 +1,7 @@
 """How the three launches of a step are tiled, and their compile-time constants.
 
-Nothing here depends on the number of sequences: what is summed in which order for a sequence is the
-same alone and in a batch, bit for bit.
+What is summed in which order for a sequence is the same alone and in a batch, bit for bit: a larger
+batch has the same units and groups (:mod:`.parts`), only fewer programs for each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from nsa.backends.compiled.tiling import SHARED_BYTES, next_power_of_2, padded
 
 MOST_SPLITS = 64
 """Of the compressed keys; longer caches have longer splits."""
+FOLD = 4
+"""Units of a group."""
+ENOUGH_PROGRAMS = 132
+"""With fewer groups, every unit is a program of its own."""
 MOST_ROWS = 64
 """Query rows of a program: queries times heads of a group. More take several programs."""
 
@@ -23,11 +27,40 @@ class KeyTiles:
     """A launch that reads keys and values."""
 
     keys: int
-    """Keys of one program, a multiple of ``block_n``."""
+    """Keys of a group, which is one program where there are enough of them."""
     block_n: int
     """Keys of a step, a power of two from 16."""
     num_warps: int = 4
     num_stages: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How keys are shared between programs, a part for each."""
+
+    groups: int
+    unit: int
+    """Keys, or listed blocks, of a unit."""
+    fold: int
+    """Parts of a group, FOLD or 1."""
+
+    @property
+    def part(self) -> int:
+        """Keys, or listed blocks, of a part."""
+        return self.unit * FOLD // self.fold
+
+    @property
+    def parts(self) -> int:
+        """Of all keys."""
+        return self.groups * self.fold
+
+    @classmethod
+    def of(cls, count: int, group: int, programs: int, multiple: int = 1) -> Split:
+        """Of ``count`` keys in groups of about so many, for each of ``programs``; units are
+        multiples of ``multiple``."""
+        unit = multiple * max(1, group // FOLD // multiple)
+        groups = max(1, -(-count // (unit * FOLD)))
+        return cls(groups, unit, FOLD if groups * programs < ENOUGH_PROGRAMS else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
