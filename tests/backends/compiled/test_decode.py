@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nsa import NSAConfig
+from nsa.backends.compiled.decode.tiles import ENOUGH_PROGRAMS
 from nsa.config import KV
 from nsa.core.inputs import DecodeInputs
 from tests.support.decoding import make_step, of_sequence
@@ -45,7 +46,9 @@ def test_equals_a_full_forward(dtype: torch.dtype, S: int, config: NSAConfig) ->
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:
-    inputs = on_gpu(make_step(CONFIG, LENGTHS, 2, dtype=torch.bfloat16).inputs)
+    """Alone, with many programs for each, and in a batch with few."""
+    lengths = LENGTHS * (1 + ENOUGH_PROGRAMS // len(LENGTHS))
+    inputs = on_gpu(make_step(CONFIG, lengths, 2, dtype=torch.bfloat16).inputs)
     out, lists = step_of(inputs, CONFIG)
     for b in range(len(LENGTHS)):
         alone = step_of(of_sequence(inputs, b), CONFIG)
