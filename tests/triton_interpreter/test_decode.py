@@ -136,7 +136,7 @@ def test_geometry(geometry: tuple[int, int, int], length: int) -> None:
     "option",
     [
         {"select_schedule": ((9, 2), (40, 3))},
-        {"select_mass": 0.6},
+        {"select_mass": 0.5, "num_selected": 10, "num_local": 2},
         {"select_mass": 0.3, "num_initial": 0, "num_local": 0},
         {"num_selected": 13, "num_initial": 2, "num_local": 3},
         {"num_selected": 1, "num_initial": 0, "num_local": 1},
