@@ -70,7 +70,12 @@ def check_cache(layer: object, x: Tensor, config: NSAConfig) -> LayerCache:
 
 
 def attend(
-    layer: LayerCache, new: Projected, counts: list[int] | None, chosen: Resolution, phi: Compressor
+    layer: LayerCache,
+    new: Projected,
+    counts: list[int] | None,
+    chosen: Resolution,
+    decoder: Decoder | None,
+    phi: Compressor,
 ) -> Tensor:
     """Write the new tokens into the cache and attend from them.
 
@@ -78,7 +83,8 @@ def attend(
         layer: of the cache.
         new: of every sequence.
         counts: how many of the new tokens, from the left, each sequence has; None: all.
-        chosen: what runs it.
+        chosen: what runs a chunk.
+        decoder: what runs a step; None: it goes the way of a chunk.
         phi: compresses.
 
     Returns:
@@ -88,7 +94,6 @@ def attend(
     if new.q.dtype != cache.dtype:
         raise CacheError(f"cache: expected queries of its dtype {cache.dtype}, got {new.q.dtype}")
     step = cache.begin(T, counts) if layer.number == 0 else cache.step()
-    decoder = chosen.decoder()
     if step.uniform is not None and decoder is not None:
         out = _step(layer, new, decoder, phi)
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa.attention import run
-from nsa.backends.dispatch import Resolution, plan
+from nsa.backends.dispatch import Resolution, decoding, plan
 from nsa.backends.protocol import Problem
 from nsa.backends.shared.recompute import in_a_graph, recompute
 from nsa.cache import LayerCache
@@ -199,10 +199,14 @@ class NSAttention(nn.Module):
         q = projected.q
         longest = layer.cache.max_length
         problem = Problem(self.config, q.device, q.dtype, longest, packed=False, needs_grad=False)
-        chosen = plan(problem, self.backend, self.settings).decoding()
+        chosen, decoder = decoding(
+            plan(problem, self.backend, self.settings),
+            problem,
+            e4m3=layer.cache.selected_dtype == "e4m3",
+        )
         self._resolution = chosen
         phi = partial(compress_both, self.compress_k, self.compress_v)
-        out = attend(layer, projected, counts, chosen, phi)
+        out = attend(layer, projected, counts, chosen, decoder, phi)
         return self.o_proj(out.flatten(2))
 
     def _project(self, x: Tensor, positions: Tensor | None) -> Projected:

@@ -70,6 +70,7 @@ TABLE: dict[str, Row] = {
         summary="Triton kernels, and torch.compile around them",
         rank=0,
         auto_devices=("cuda",),
+        decodes=True,
         compiles_glue=True,
     ),
 }

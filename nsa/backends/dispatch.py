@@ -63,20 +63,6 @@ class Resolution(NamedTuple):
         backend = BOUND[keys.pop()]
         return cast(Gated, backend) if hasattr(backend, "gated_attention") else None
 
-    def decoding(self) -> Resolution:
-        """The same for a step of decode: ``sdpa`` runs what FA-2 has no kernel for."""
-        if TABLE[self.backend].decodes or self.backend == "reference":
-            return self
-        reason = f"{self.reason}; decode on sdpa: {self.backend} has none"
-        return self._replace(reason=reason)
-
-    def decoder(self) -> Decoder | None:
-        """What runs a step of decode; None: the steps, on keys and values gathered from the
-        cache."""
-        if self.backend == "reference":
-            return None
-        return cast(Decoder, load(self.backend if TABLE[self.backend].decodes else "sdpa"))
-
 
 BOUND: dict[str, Backend] = {}
 """Backends bound to settings. A trace looks them up here; it cannot hold them as constants."""
@@ -110,6 +96,28 @@ def unavailable(name: str, problem: Problem, settings: Settings | None = None) -
 
 def _packed_twin(name: str) -> str:
     return registry.fa2_backend(packed=True) if TABLE[name].fa2 else "sdpa"
+
+
+def decoding(
+    chosen: Resolution, problem: Problem, *, e4m3: bool
+) -> tuple[Resolution, Decoder | None]:
+    """What runs a step of decode: the backend itself, or ``sdpa`` where it has no way to, which the
+    reason then says.
+
+    None with the oracle, which runs its steps on keys and values gathered from the cache.
+    ``e4m3``: whether selected keys and values are kept so.
+    """
+    name = chosen.backend
+    if name == "reference":
+        return chosen, None
+    why_not: str | None = f"{name} has none"
+    if TABLE[name].decodes:
+        check = getattr(_module(name), "decode_unavailable", None)
+        why_not = None if check is None else check(problem, e4m3=e4m3)
+    if why_not is None:
+        return chosen, cast(Decoder, load(name))
+    reason = f"{chosen.reason}; decode on sdpa: {why_not}"
+    return chosen._replace(reason=reason), cast(Decoder, load("sdpa"))
 
 
 def delegated(name: str, problem: Problem, settings: Settings) -> dict[str, str]:

@@ -17,6 +17,7 @@ A backend's module may have besides:
     ``bind(settings) -> Backend``: the steps are those of the object it returns.
     ``unavailable(problem, settings) -> str | None``: why it cannot run a problem.
     ``delegated(problem, settings) -> dict[str, str]``: the steps that ``sdpa`` runs, and why.
+    ``decode_unavailable(problem, *, e4m3) -> str | None``: why ``sdpa`` runs a step of decode.
     ``select_impl(q, k_cmp, lse, config, cu_seqlens, longest, q_start)``: what
     :func:`nsa.backends.shared.select_op.select` runs for it.
 """

@@ -188,6 +188,15 @@ def gated_attention(
     return sum_
 
 
+def decode_unavailable(problem: Problem, *, e4m3: bool) -> str | None:
+    """Why ``sdpa`` runs a step of decode, or None."""
+    if problem.device.type != "cuda":
+        return "compiled has kernels for a GPU alone"
+    from nsa.backends.compiled.decode.launch import without_kernel
+
+    return without_kernel(problem.config, e4m3=e4m3)
+
+
 def decode_attention(inputs: DecodeInputs, config: NSAConfig) -> tuple[Tensor, Tensor]:
     """One step of decode: ``(out, block_idx)``; see :mod:`nsa.backends.compiled.decode.launch`."""
     from nsa.backends.compiled.decode.launch import decode_attention

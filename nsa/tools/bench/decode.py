@@ -18,6 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from nsa.backends import load, unavailable
+from nsa.backends.dispatch import decoding
 from nsa.backends.protocol import Decoder
 from nsa.config import NSAConfig
 from nsa.core.inputs import DecodeInputs
@@ -83,8 +84,9 @@ def decode_rows(
             made = partial(
                 DecodeRow, name, heads_label(trial.config), short(trial.dtype), B, T, step
             )
-            if not TABLE[name].decodes:
-                yield made(note=f"{name} has no decode of its own: sdpa runs it there")
+            why_not = _why_not(name, trial, settings)
+            if why_not is not None:
+                yield made(note=why_not)
                 continue
             if needed > there:
                 yield made(note=f"needs {needed / 2**30:.1f} GiB of {there / 2**30:.1f}")
@@ -145,7 +147,18 @@ def as_dict(row: DecodeRow) -> dict[str, object]:
 
 
 def _runs(name: str, trial: Trial, settings: Settings) -> bool:
-    return unavailable(name, trial.problem, settings) is None
+    return _why_not(name, trial, settings) is None
+
+
+def _why_not(name: str, trial: Trial, settings: Settings) -> str | None:
+    if not TABLE[name].decodes:
+        return f"{name} has no decode of its own: sdpa runs it there"
+    why_not = unavailable(name, trial.problem, settings)
+    if why_not is None:
+        chosen, problem = trial.resolve(name, settings), trial.problem
+        reason = decoding(chosen, problem, e4m3=False)[0].reason
+        why_not = reason.partition("decode on sdpa: ")[2] or None
+    return why_not
 
 
 def _parity(name: str, trial: Trial, settings: Settings) -> float | str:

@@ -72,20 +72,25 @@ def decode_attention(
     return out, block_idx
 
 
-def _refuse(inputs: DecodeInputs, config: NSAConfig) -> None:
-    """Raise for what the kernels have no code for."""
-    for name, off in (("select_regions", None), ("score_dtype", "input")):
+def without_kernel(config: NSAConfig, *, e4m3: bool, given: bool = False) -> str | None:
+    """What the kernels have no code for, if that is asked for: an option of selection where lists
+    are not given, keys and values in e4m3, or very many compressed blocks in a selection block."""
+    options = (("select_regions", None), ("score_dtype", "input"), ("select_share", 1))
+    for name, off in () if given else options:
         value = getattr(config, name)
-        if value != off and inputs.block_idx is None:
-            raise BackendUnavailable(
-                f"compiled decodes with {name}={off!r}, got {value!r}: use backend='sdpa'"
-            )
+        if value != off:
+            return f"no kernel for {name}={value!r}"
     ratio = config.select_block // config.compress_stride
     if ratio > MOST_KEYS:
-        raise BackendUnavailable(
-            f"compiled decodes with select_block / compress_stride up to {MOST_KEYS}, got {ratio}: "
-            "use backend='sdpa'"
-        )
+        return f"no kernel for select_block / compress_stride above {MOST_KEYS}, got {ratio}"
+    return "no kernel for e4m3 keys and values" if e4m3 else None
+
+
+def _refuse(inputs: DecodeInputs, config: NSAConfig) -> None:
+    e4m3, given = inputs.selected_scale is not None, inputs.block_idx is not None
+    why_not = without_kernel(config, e4m3=e4m3, given=given)
+    if why_not is not None:
+        raise BackendUnavailable(f"compiled cannot decode this: {why_not}; use backend='sdpa'")
 
 
 def _contiguous(block_idx: Tensor | None) -> Tensor | None:
