@@ -15,9 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from nsa.config import KV, NSAConfig
+from nsa.core.rope import Angles, rope_angles
 from nsa.errors import CacheError, is_int, require, show
 
 
@@ -48,6 +48,8 @@ class DenseCache:
         self._lengths: list[int | None] = [0] * batch_size
         self._step: tuple[list[int], list[int]] | None = None
         self._static = False
+        self.rope: Angles | None = None
+        """What the first layer of a step works out for all of them."""
 
         def zeros(size: int) -> Tensor:
             shape = (batch_size, config.num_kv_heads, max_length, size)
@@ -174,9 +176,7 @@ class DenseLayer:
         V]``; rows past a sequence's count mean nothing."""
         cache, S = self.cache, q.shape[1]
         if q.dtype != cache.dtype:
-            raise CacheError(
-                f"cache: expected queries of its dtype {cache.dtype}, got {q.dtype}"
-            )
+            raise CacheError(f"cache: expected queries of its dtype {cache.dtype}, got {q.dtype}")
         if self.number == 0:
             cache.begin(S, counts)
         same = counts is None or all(count == S for count in counts)
@@ -185,6 +185,14 @@ class DenseLayer:
         if self.number == len(cache.layers) - 1:
             cache.commit(S if same else None)
         return out
+
+    def angles(self, T: int, dtype: torch.dtype) -> Angles | None:
+        """Of RoPE, for the next tokens ``[B, T]``; None without it."""
+        cache, config = self.cache, self.cache.config
+        if config.rope_theta is not None and self.number == 0:
+            positions = cache.position[:, None] + torch.arange(T, device=cache.device)
+            cache.rope = rope_angles(positions, config.head_dim, config.rope_theta, dtype)
+        return cache.rope
 
     def _step(self, q: Tensor, new: KV) -> Tensor:
         """One token of each sequence, whatever their lengths."""
@@ -210,6 +218,8 @@ class DenseLayer:
 
     def _chunks(self, q: Tensor, new: KV) -> Tensor:
         """Any number of tokens, for the sequences of one length at a time."""
+        from torch.nn.attention.bias import causal_lower_right  # brings in torch's compiler
+
         starts, ends = self.cache.step()
         config = self.cache.config
         out = q.new_zeros(*q.shape[:3], config.dv)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from nsa.errors import ConfigError, show
 
-One = SupportsIndex | Sequence[int]
-Stop = One | list[One] | tuple[One, ...] | set[One] | None
+Stop = int | Sequence[int] | Sequence[Sequence[int]] | Sequence[int | Sequence[int]] | None
 """A token, or bytes (a sequence of tokens), or several of either."""
 
 
@@ -21,9 +20,11 @@ def stop_sequences(stop: object) -> list[tuple[int, ...]]:
     if stop is None:
         return []
     several = stop if isinstance(stop, (list, tuple, set, frozenset)) else [stop]
-    found = []
+    found: list[tuple[int, ...]] = []
     for one in several:
-        tokens = list(one) if isinstance(one, Sequence) and not isinstance(one, str) else [one]
+        tokens: list[Any] = (
+            list(one) if isinstance(one, Sequence) and not isinstance(one, str) else [one]
+        )
         if not (tokens and all(is_token(x) for x in tokens)):
             raise ConfigError(
                 "stop: expected a token (an int >= 0), bytes, or a list of tokens and of "

@@ -19,13 +19,15 @@ def tokens_read(cache: NSACache | DenseCache) -> Tensor:
     its own, and the window's. Nothing is read back from the device.
 
     Returns:
-        int64 ``[B]``, the sum over layers and key/value heads; of a freed sequence it means nothing.
+        int64 ``[B]``, the sum over layers and key/value heads; means nothing of a freed sequence.
     """
     config, seen = cache.config, cache.position.long()
     lists = len(cache.layers) * config.num_kv_heads
     if isinstance(cache, DenseCache):
         return seen * lists
-    listed = torch.stack([layer.listed[:, -1] for layer in cache.layers if layer.listed is not None])
+    listed = torch.stack(
+        [layer.listed[:, -1] for layer in cache.layers if layer.listed is not None]
+    )
     block = config.select_block
     first = listed.long() * block  # [Y, B, K, n]
     tokens = (seen[:, None, None] - first).clamp(0, block).masked_fill_(listed < 0, 0)
