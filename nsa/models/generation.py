@@ -41,6 +41,8 @@ class Statistics:
     """Of all sequences."""
     prefill_seconds: float = 0.0
     """Until the first token of every sequence was there."""
+    capture_seconds: float = 0.0
+    """To make a CUDA graph of a step, where there is one."""
     new_tokens: int = 0
     """Drawn by steps, of all sequences; those that came from prefill are not counted."""
     decode_seconds: float = 0.0
@@ -184,7 +186,12 @@ class Generation(Iterator[Any]):
     @torch.inference_mode()
     def _advance(self) -> None:
         """Draw one more token of every sequence that has not ended."""
-        began, first = time.perf_counter(), not any(self._drawn)
+        first = not any(self._drawn)
+        if not first:
+            began = time.perf_counter()
+            self._source.prepare()
+            self.statistics.capture_seconds += time.perf_counter() - began
+        began = time.perf_counter()
         drawn, read = self._source.draw(self._draws())
         seconds, statistics = time.perf_counter() - began, self.statistics
         alive = [row for row, reason in enumerate(self.ended) if reason is None]
@@ -231,6 +238,10 @@ class _Source(Protocol):
         if they are counted; those of sequences that have ended mean nothing."""
         ...
 
+    def prepare(self) -> None:
+        """Make what a step after the first token needs, once."""
+        ...
+
     def drop(self, rows: list[int]) -> None:
         """Sequences have ended."""
         ...
@@ -262,16 +273,20 @@ class _Cached:
         if self._drawn is None:
             self._drawn = sample(self._prefill(), self._config, uniform)
             return self._drawn.tolist(), None
+        assert self._step is not None
         # what was drawn for a sequence that has ended need not be a token
-        tokens = self._drawn.clamp_min(0)
-        if self._step is None:
-            self._step = self._run
-            if self._graphed():
-                self._step = StepGraph(self._run, self._cache, tokens, uniform)
-        found = self._step(tokens, uniform)
+        found = self._step(self._drawn.clamp_min(0), uniform)
         self._drawn = found[0]
         drawn, read = found.tolist()
         return drawn, read
+
+    def prepare(self) -> None:
+        if self._step is None and self._graphed():
+            assert self._drawn is not None
+            uniform = torch.zeros(len(self._prompts), dtype=torch.float64, device=self._device)
+            self._step = StepGraph(self._run, self._cache, torch.zeros_like(self._drawn), uniform)
+        elif self._step is None:
+            self._step = self._run
 
     def drop(self, rows: list[int]) -> None:
         self._cache.free(rows)
@@ -340,6 +355,9 @@ class _Uncached:
             self._texts[row].append(token)
             drawn[row] = token
         return drawn, None
+
+    def prepare(self) -> None:
+        pass
 
     def drop(self, rows: list[int]) -> None:
         self._alive = [row for row in self._alive if row not in rows]
