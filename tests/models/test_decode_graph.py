@@ -6,13 +6,14 @@ Without a GPU the graph is a function that is run again, on the same tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from nsa import CacheError
-from nsa.models import GenerationConfig, LanguageModel
+from nsa.models import GenerationConfig, LanguageModel, generation
 from nsa.models.decode_graph import Cache, StepGraph
 from tests.models.test_generation import PROMPTS, VOCAB, make
 
@@ -93,6 +94,22 @@ def test_a_graph_of_a_full_cache_refuses_and_changes_nothing(attention: str) -> 
     with pytest.raises(CacheError, match="expected at most max_length=33 tokens"):
         graph(tokens)
     assert cache.lengths == before == [5, 33, 13, 3]
+
+
+@BOTH
+def test_generation_through_a_graph(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that end at different times, and what was read for them."""
+    model, runs = make(attention), []
+    config = GenerationConfig(max_new_tokens=30, seed=3)
+    for graphed in (False, True):
+        if graphed:
+            monkeypatch.setattr(generation, "StepGraph", partial(StepGraph, capture=run_again))
+            monkeypatch.setattr(generation._Cached, "_graphed", lambda self: True)
+        run = model.generate(PROMPTS, config, context=300, stop=[3, 4])
+        list(run)
+        runs.append((run.new, run.ended, run.statistics.read))
+    assert runs[0] == runs[1]
+    assert len(set(map(len, runs[0][0]))) > 1
 
 
 @torch.no_grad()
