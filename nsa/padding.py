@@ -71,7 +71,7 @@ class Padding:
         return out.masked_scatter(_like(self.mask, out), y)
 
     def align_left(self, x: Tensor) -> Tensor:
-        """``[B, T, …]`` to ``[B, max_seqlen, …]``: every row from the left, for a cache; what stands
+        """``[B, T, …]`` to ``[B, max_seqlen, …]``, each row from the left, for a cache; what stands
         behind its tokens means nothing."""
         first = self.mask.int().argmax(1) if self.mask.shape[1] else self.mask.sum(1)
         column = torch.arange(self.max_seqlen, device=x.device)

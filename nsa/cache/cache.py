@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from nsa.cache.layer import LayerCache, Places
 from nsa.cache.pages import Copies, Pages
-from nsa.config import KV, NSAConfig
+from nsa.config import NSAConfig
 from nsa.core.rope import Angles
 from nsa.core.validate import as_device, check_config
-from nsa.errors import CacheError, is_int, require, show
+from nsa.errors import CacheError, is_int, require, require_known, show
 
 MAX_STEP = 8
 """New tokens of a sequence that go through one step; more are a chunk."""
@@ -46,6 +46,8 @@ class NSACache:
             ``max_length`` tokens from the start.
         page_size: tokens of a page, a multiple of ``select_block``; None is one block.
         max_crop: how many tokens can always be taken back (:meth:`crop`).
+        selected_dtype: "e4m3" keeps the selected branch's keys and values as e4m3 with a scale for
+            each token and head: half of bf16's bytes, and results that differ by e4m3's rounding.
 
     A sequence is known by its place in the batch. Lengths are known on the host; a step reads
     nothing back from the device. All operations leave the cache as it was if they raise.
@@ -63,6 +65,7 @@ class NSACache:
         pages: int | None = None,
         page_size: int | None = None,
         max_crop: int = MAX_STEP,
+        selected_dtype: str | None = None,
     ) -> None:
         check_config(config)
         size = config.select_block if page_size is None else page_size
@@ -79,7 +82,10 @@ class NSACache:
         )
         block = config.select_block
         require(size % block == 0, "page_size", f"a multiple of select_block={block}", size)
+        if selected_dtype is not None:
+            require_known("selected_dtype", selected_dtype, ["e4m3"])
         self.config, self.max_length, self.max_crop = config, max_length, max_crop
+        self.selected_dtype = selected_dtype
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self.device = as_device(torch.get_default_device() if device is None else device)
         self._spare = spare = MAX_STEP + max_crop
@@ -137,7 +143,7 @@ class NSACache:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        tensors = [x for layer in self.layers for x in (*layer.by_sequence(), *layer.pages)]
+        tensors = [x for layer in self.layers for x in (*layer.by_sequence(), *layer.by_page())]
         counters = (self.position, self._present, self.pages.table)
         return sum(x.nbytes for x in (*tensors, *counters))
 
@@ -332,12 +338,12 @@ class NSACache:
             if same:
                 for x, new in zip(layer.by_sequence(), moved, strict=True):
                     x.copy_(new)
-                self._copy_pages(layer.pages, layer.pages, copies)
+                self._copy_pages(layer.by_page(), layer.by_page(), copies)
             else:
-                pool = layer.pages
+                pool = layer.by_page()
                 if self.pages.fixed:
-                    pool = KV(*(x.new_zeros(self.pages.count + 1, *x.shape[1:]) for x in pool))
-                    self._copy_pages(layer.pages, pool, copies)
+                    pool = [x.new_zeros(self.pages.count + 1, *x.shape[1:]) for x in pool]
+                    self._copy_pages(layer.by_page(), pool, copies)
                 layer.replace(moved, pool)
         self._lengths = [self._lengths[b] for b in chosen]
         self._highest = [self._highest[b] for b in chosen]
@@ -372,7 +378,7 @@ class NSACache:
         self.pages.table = self.pages.table.to(self.device)
         for layer in self.layers:
             moved = [x.to(self.device) for x in layer.by_sequence()]
-            layer.replace(moved, KV(*(x.to(self.device) for x in layer.pages)))
+            layer.replace(moved, [x.to(self.device) for x in layer.by_page()])
         return self
 
     # What is kept of it elsewhere
@@ -386,13 +392,15 @@ class NSACache:
             "num_layers": len(self.layers),
             "max_length": self.max_length,
             "max_crop": self.max_crop,
+            "selected_dtype": self.selected_dtype,
             "page_size": pages.size,
             "pages": None if pages.fixed else pages.count,
             "lengths": list(self._lengths),
             "highest": list(self._highest),
             "rows": [list(row) for row in pages.rows],
             "tensors": [
-                [x.clone() for x in (*layer.by_sequence(), *layer.pages)] for layer in self.layers
+                [x.clone() for x in (*layer.by_sequence(), *layer.by_page())]
+                for layer in self.layers
             ],
         }
 
@@ -413,10 +421,11 @@ class NSACache:
                 pages=snapshot["pages"],
                 page_size=snapshot["page_size"],
                 max_crop=snapshot["max_crop"],
+                selected_dtype=snapshot["selected_dtype"],
             )
             cache.pages.restore(snapshot["rows"])
             for layer, saved in zip(cache.layers, tensors, strict=True):
-                for x, kept in zip((*layer.by_sequence(), *layer.pages), saved, strict=True):
+                for x, kept in zip((*layer.by_sequence(), *layer.by_page()), saved, strict=True):
                     x.copy_(kept)
             cache._lengths = list(snapshot["lengths"])
             cache._highest = list(snapshot["highest"])
@@ -452,10 +461,10 @@ class NSACache:
 
     def _copy(self, copies: Copies) -> None:
         for layer in self.layers:
-            self._copy_pages(layer.pages, layer.pages, copies)
+            self._copy_pages(layer.by_page(), layer.by_page(), copies)
 
     @staticmethod
-    def _copy_pages(source: KV, target: KV, copies: Copies) -> None:
+    def _copy_pages(source: list[Tensor], target: list[Tensor], copies: Copies) -> None:
         if copies.sources:
             for old, new in zip(source, target, strict=True):
                 new[copies.targets] = old[copies.sources]

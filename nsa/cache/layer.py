@@ -18,6 +18,7 @@ from torch import Tensor
 from nsa.config import KV, NSAConfig
 from nsa.core.inputs import DecodeInputs
 from nsa.core.rope import Angles, rope_angles
+from nsa.selection.fp8 import dequantize, quantize
 
 if TYPE_CHECKING:
     from nsa.cache.cache import NSACache
@@ -71,6 +72,11 @@ class LayerCache:
         """The same, of the tokens that φ reads."""
         self.pages = zeros(cache.pages.count + 1, cache.pages.size)
         """``[P + 1, L, K, D]`` and ``[P + 1, L, K, V]``; the last page is nobody's."""
+        self.scales: KV | None = None
+        """fp32 ``[P + 1, L, K]`` twice, where pages hold e4m3."""
+        if cache.selected_dtype == "e4m3":
+            self.scales = KV(*(x[..., 0].float() for x in self.pages))
+            self.pages = KV(*(x.to(torch.float8_e4m3fn) for x in self.pages))
         groups = cache.list_rows
         self.lists = torch.full(
             (B, groups, K, config.num_selected), -1, dtype=torch.int32, device=cache.device
@@ -88,15 +94,29 @@ class LayerCache:
         """The tensors that have a row for every sequence."""
         return [*self.compressed, *self.window, *self.tail, self.lists]
 
-    def replace(self, tensors: Sequence[Tensor], pages: KV) -> None:
-        """Put others in the place of :meth:`by_sequence` and of the pages."""
-        ck, cv, wk, wv, tk, tv, self.lists = tensors
-        self.compressed, self.window, self.tail, self.pages = (
-            KV(ck, cv),
-            KV(wk, wv),
-            KV(tk, tv),
-            pages,
-        )
+    def by_page(self) -> list[Tensor]:
+        """The tensors that have a row for every page; e4m3 as bytes, which can be moved."""
+        pages = [x.view(torch.uint8) if self.scales else x for x in self.pages]
+        return [*pages, *(self.scales or ())]
+
+    def replace(self, by_sequence: Sequence[Tensor], by_page: Sequence[Tensor]) -> None:
+        """Put others in the places of :meth:`by_sequence` and :meth:`by_page`."""
+        ck, cv, wk, wv, tk, tv, self.lists = by_sequence
+        self.compressed, self.window, self.tail = KV(ck, cv), KV(wk, wv), KV(tk, tv)
+        pages, scales = by_page[:2], by_page[2:]
+        self.pages = KV(*(x.view(torch.float8_e4m3fn) if scales else x for x in pages))
+        self.scales = KV(*scales) if scales else None
+
+    def _write_pages(self, page: Tensor, row: Tensor, selected: KV) -> None:
+        """Put keys and values ``[…, K, D]`` into rows of pages."""
+        if self.scales is None:
+            for pool, x in zip(self.pages, selected, strict=True):
+                pool[page, row] = x
+            return
+        for pool, scales, x in zip(self.pages, self.scales, selected, strict=True):
+            rounded, scale = quantize(x)
+            pool.view(torch.uint8)[page, row] = rounded.view(torch.uint8)
+            scales[page, row] = scale
 
     # One step: as many new tokens for every sequence, whatever their lengths
 
@@ -113,8 +133,7 @@ class LayerCache:
         ):
             for kept, x in zip(ring, new, strict=True):
                 kept[places.row, slot_BS] = x
-        for pool, x in zip(self.pages, selected, strict=True):
-            pool[places.page, places.offset] = x
+        self._write_pages(places.page, places.offset, selected)
         if places.blocks is None:
             return
         there, slot = places.blocks
@@ -169,6 +188,7 @@ class LayerCache:
             self.pages,
             cache.pages.table[:, :pages],
             self.window,
+            selected_scale=self.scales,
             list_before=self.list_before() if self.config.select_share > 1 else None,
         )
 
@@ -225,8 +245,7 @@ class LayerCache:
         L = self.cache.pages.size
         t = torch.arange(start, end, device=device)
         page = self.cache.pages.table[rows].long()[:, t // L]
-        for pool, new in zip(self.pages, selected, strict=True):
-            pool[page, t % L] = new
+        self._write_pages(page, t % L, selected)
 
     def compressed_until(self, rows: Sequence[int], end: int) -> KV:
         """The blocks that are whole in the first ``end`` tokens."""
@@ -238,13 +257,17 @@ class LayerCache:
     def selected_until(self, rows: Sequence[int], end: int) -> KV:
         """The first ``end`` tokens of the selected branch, from the pages: a view where every
         sequence has pages of its own, else a copy."""
-        pages, all_rows = self.cache.pages, list(range(self.cache.batch_size))
-        if pages.fixed and list(rows) == all_rows:
+        pages = self.cache.pages
+        if pages.fixed and self.scales is None and list(rows) == list(range(len(pages.rows))):
             B, M = pages.table.shape
             return KV(*(x[: B * M].unflatten(0, (B, M)).flatten(1, 2)[:, :end] for x in self.pages))
-        count = -(-end // pages.size)
-        table = pages.table[rows, :count].long()
-        return KV(*(x[table].flatten(1, 2)[:, :end] for x in self.pages))
+        table = pages.table[rows, : -(-end // pages.size)].long()
+        found = [x[table].flatten(1, 2)[:, :end] for x in self.by_page()]
+        if self.scales is None:
+            return KV(*found)
+        k, v, k_scale, v_scale = found
+        dtype = self.cache.dtype
+        return KV(dequantize(k, k_scale, dtype), dequantize(v, v_scale, dtype))
 
 
 def _whole_blocks(length: Tensor, config: NSAConfig) -> Tensor:

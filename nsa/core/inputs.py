@@ -78,6 +78,8 @@ class DecodeInputs(NamedTuple):
     ``config.window + S - 1``."""
     block_idx: Tensor | None = None
     """int32 ``[B, S, K, n]``, ascending, then −1; None: selected here."""
+    selected_scale: KV | None = None
+    """fp32 ``[P, L, K]`` twice where ``selected`` is e4m3: what a row is multiplied by."""
     list_before: Tensor | None = None
     """With ``select_share``: int32 ``[B, K, n]``, what each sequence's first query reads if the one
     whose list that is came before this step."""

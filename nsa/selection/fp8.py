@@ -1,4 +1,5 @@
-"""Selection scores from e4m3 (``score_dtype="fp8"``)."""
+"""Rows rounded to e4m3, each with a scale: for selection scores (``score_dtype="fp8"``), and for
+selected keys and values in a cache."""
 
 from __future__ import annotations
 
@@ -14,6 +15,11 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(-1, keepdim=True).float() / MAX
     scale = largest.masked_fill(largest == 0, 1.0)
     return (x.float() / scale).to(torch.float8_e4m3fn), scale[..., 0]
+
+
+def dequantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What :func:`quantize` made, in a dtype; x as e4m3 or as its bytes."""
+    return (x.view(torch.float8_e4m3fn).float() * scale[..., None]).to(dtype)
 
 
 def round_rows(x: Tensor) -> Tensor:

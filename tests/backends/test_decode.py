@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from nsa.backends.dispatch import load
 from nsa.registry import TABLE
+from nsa.testing.decoding import decode_whole, step_inputs
 from nsa.testing.selection import list_faults
 from nsa.testing.strategies import Case, cases
 from nsa.testing.tolerances import expected
-from tests.support.decoding import decode_whole, step_inputs
 
 DECODERS = [name for name, row in TABLE.items() if row.decodes]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -125,6 +125,11 @@ def test_pages_hold_whole_blocks() -> None:
         make(page_size=12)
 
 
+def test_e4m3_or_the_cache_dtype() -> None:
+    with pytest.raises(ConfigError, match="selected_dtype: expected one of the known names"):
+        make(selected_dtype="e5m2")
+
+
 def test_a_freed_sequence() -> None:
     cache = make(pages=20)
     call(cache, x(2, 9))

@@ -118,3 +118,18 @@ def call(
     out = layer(new, cache=cache.layers[0], counts=None if uniform else counts)
     for b, count in enumerate(counts):
         found[b].append(out[b, :count])
+
+
+def test_e4m3_differs_by_its_rounding_alone():
+    """Half a unit in the last place of 3 bits, times what attention adds up."""
+    torch.manual_seed(0)
+    layer = NSAttention(DIM, SMALL, backend="sdpa", dtype=torch.float64)
+    x = torch.randn(1, 60, DIM, dtype=torch.float64)
+    made = {"num_layers": 1, "batch_size": 1, "max_length": 60, "dtype": x.dtype}
+    exact, rounded = (NSACache(SMALL, **made, selected_dtype=d) for d in (None, "e4m3"))
+    with torch.no_grad():
+        for part in x.split([40, 1, 8, 11], 1):
+            out = [layer(part, cache=cache.layers[0]) for cache in (exact, rounded)]
+            error = (out[0] - out[1]).norm() / out[0].norm()
+            assert 1e-5 < error < 2**-4
+    assert rounded.layers[0].pages.k.dtype == torch.float8_e4m3fn

@@ -31,9 +31,12 @@ class Decoding(RuleBasedStateMachine):
         pages=st.sampled_from([None, 12, 30]),
         size=st.sampled_from([8, 16]),
         share=st.sampled_from([1, 4]),
+        selected_dtype=st.sampled_from([None, "e4m3"]),
         seed=st.integers(0, 9),
     )
-    def start(self, pages: int | None, size: int, share: int, seed: int) -> None:
+    def start(
+        self, pages: int | None, size: int, share: int, selected_dtype: str | None, seed: int
+    ) -> None:
         torch.manual_seed(seed)
         config = replace(CONFIG, select_share=share)
         self.layer = NSAttention(DIM, config, backend="sdpa", dtype=torch.float64)
@@ -46,9 +49,23 @@ class Decoding(RuleBasedStateMachine):
             pages=pages,
             page_size=size,
             max_crop=5,
+            selected_dtype=selected_dtype,
         )
         self.tokens: list[torch.Tensor | None] = [torch.zeros(0, DIM, dtype=torch.float64)] * 2
         self.highest = [0, 0]
+
+    def alone(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A fresh prefill; that it is one forward is test_layer's to show."""
+        fresh = NSACache(
+            self.layer.config,
+            num_layers=1,
+            batch_size=1,
+            max_length=LONGEST,
+            dtype=tokens.dtype,
+            selected_dtype=self.cache.selected_dtype,
+        )
+        with torch.no_grad():
+            return self.layer(tokens[None], cache=fresh.layers[0])[0]
 
     @property
     def B(self) -> int:
@@ -76,8 +93,7 @@ class Decoding(RuleBasedStateMachine):
                 continue
             self.tokens[b] = torch.cat([tokens, x[b, :count]])
             self.highest[b] = max(self.highest[b], len(self.tokens[b]))
-            with torch.no_grad():
-                whole = self.layer(self.tokens[b][None])[0, -count:]
+            whole = self.alone(self.tokens[b])[-count:]
             torch.testing.assert_close(out[b, :count], whole, rtol=0, atol=1e-11)
 
     @rule(data=st.data())

@@ -14,7 +14,7 @@ from nsa.config import KV, NSAConfig
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
 from nsa.core.geometry import num_select_blocks
 from nsa.core.inputs import DecodeInputs
-from nsa.selection.fp8 import round_rows
+from nsa.selection.fp8 import dequantize, round_rows
 from nsa.selection.regions import searched_blocks
 from nsa.selection.rules import choose, width
 
@@ -160,11 +160,20 @@ def _selected(
     within = torch.arange(block, device=row.device)
     head = torch.arange(K, device=row.device)[:, None, None, None]
     pool_row = ((row[..., None] * block + within) * K + head).flatten()
-    k, v = (
-        # whole rows: on a CPU a third of the time of indexing [row, head]
-        x.flatten(0, 2).index_select(0, pool_row).view(B, K, S, n * block, -1).to(wide)
-        for x in inputs.selected
-    )
+
+    def listed(x: Tensor) -> Tensor:
+        """``[P, L, K, …]`` -> ``[B, K, S, n * l', …]``; whole rows, on a CPU a third of the time of
+        indexing pages and heads."""
+        found = x.flatten(0, 2).index_select(0, pool_row)
+        return found.view(B, K, S, n * block, *x.shape[3:])
+
+    if inputs.selected_scale is None:
+        k, v = (listed(x).to(wide) for x in inputs.selected)
+    else:
+        k, v = (
+            dequantize(listed(x.view(torch.uint8)), listed(scale), wide)
+            for x, scale in zip(inputs.selected, inputs.selected_scale, strict=True)
+        )
     token = there[..., None] * block + within
     hidden = (token > t_BS[:, None, :, None, None]) | (index < 0)[..., None]
     hidden = hidden.flatten(3)[..., None, :]

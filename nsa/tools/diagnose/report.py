@@ -6,10 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from nsa.backends import unavailable
+from nsa.backends import load, unavailable
 from nsa.backends.fa2.providers import Report, collect_reports
+from nsa.backends.protocol import Decoder
 from nsa.registry import TABLE, fa2_names
 from nsa.settings import (
     FlagRow,
@@ -19,6 +20,7 @@ from nsa.settings import (
     explain_settings,
     use_settings,
 )
+from nsa.testing.decoding import decode_parity
 from nsa.testing.parity import attention_parity
 from nsa.testing.selection import selection_faults
 from nsa.tools.common.cli import choose_device
@@ -211,6 +213,10 @@ def _parity(name: str, trials: Sequence[Trial]) -> tuple[list[ParityResult], lis
         try:
             rows = [(row.name, row.error, row.bound) for row in attention_parity(name, inputs)]
             faults = selection_faults(name, inputs)
+            if TABLE[name].decodes and not trial.packed:
+                row, wrong = decode_parity(cast(Decoder, load(name)), inputs)
+                rows.append((row.name, row.error, row.bound))
+                faults += [f"in decode, {fault}" for fault in wrong]
         except failures() as failure:
             problems.append(f"{name} failed, {trial}: {one_line(failure)}")
             continue

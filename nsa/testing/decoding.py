@@ -1,17 +1,23 @@
-"""A whole sequence through steps of decode, from caches that tests lay out themselves.
+"""A whole sequence through steps of decode, from caches that are laid out here.
 
 B sequences, T tokens, S of them in a step, L tokens of a page.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.backends.protocol import Decoder
 from nsa.config import KV
 from nsa.core.inputs import DecodeInputs
-from nsa.testing import Inputs
+from nsa.testing.inputs import Inputs
+from nsa.testing.parity import ParityRow
+from nsa.testing.selection import list_faults
+from nsa.testing.tolerances import expected
 
 
 def paged(kv: KV, size: int, seed: int = 0) -> tuple[KV, Tensor]:
@@ -50,9 +56,8 @@ def step_inputs(inputs: Inputs, start: int, S: int, *, size: int, spare: int = 3
     here = slice(start, start + S)
     pages, table = paged(leaves.selected, size)
     q = leaves.q[:, here]
-    block_idx, m = leaves.block_idx, inputs.config.select_share
-    before = None
-    if m > 1 and block_idx is None:
+    block_idx = leaves.block_idx
+    if inputs.config.select_share > 1 and block_idx is None:
         raise ValueError("lists that queries share are given, or come from steps before")
     return DecodeInputs(
         q,
@@ -63,7 +68,6 @@ def step_inputs(inputs: Inputs, start: int, S: int, *, size: int, spare: int = 3
         table,
         ring(leaves.window, inputs.config.window + S - 1 + spare, start + S),
         None if block_idx is None else block_idx[:, here],
-        before,
     )
 
 
@@ -77,3 +81,17 @@ def decode_whole(decoder: Decoder, inputs: Inputs, S: int, *, size: int) -> tupl
         outs.append(out)
         lists.append(listed)
     return torch.cat(outs, 1), torch.cat(lists, 1)
+
+
+def decode_parity(decoder: Decoder, inputs: Inputs, S: int = 8) -> tuple[ParityRow, list[str]]:
+    """Hold steps of decode to the oracle's whole sequence: the output where ``inputs.block_idx`` is
+    given, and what is wrong with the lists where it is not."""
+    size = 2 * inputs.config.select_block
+    out, _ = decode_whole(decoder, inputs, S, size=size)
+    want = expected(inputs)["out"]
+    row = ParityRow("decode", want.error(out), want.bound)
+    config = replace(inputs.config, select_share=1)  # what queries share is a cache's to keep
+    free = replace(inputs, block_idx=None, config=config)
+    _, lists = decode_whole(decoder, free, S, size=size)
+    lists = F.pad(lists, (0, config.num_selected - lists.shape[-1]), value=-1)
+    return row, list_faults(lists, free)
