@@ -144,6 +144,7 @@ class Generation(Iterator[Any]):
         self._limit = limit if cache else None
         self._tails = [Tail(stops) for _ in self.prompts]
         self._drawn, self._read = [0] * len(self.prompts), 0
+        self._lengths = [len(prompt) for prompt in self.prompts]
         self._ready: deque[tuple[int, int]] = deque()
         device = next(model.parameters()).device
         self._draws = Draws(config.seed, len(self.prompts), device)
@@ -202,9 +203,9 @@ class Generation(Iterator[Any]):
             statistics.new_tokens += len(alive)
             statistics.read = None
             if read is not None:
-                self._read += sum(read[row] for row in alive)
+                self._read += sum([read[row] for row in alive])
                 statistics.read = self._read / self._source.lists
-            statistics.dense += sum(len(self.prompts[row]) + self._drawn[row] for row in alive)
+            statistics.dense += sum([self._lengths[row] for row in alive])
         for row in alive:
             self._take(row, drawn[row])
         over = [row for row in alive if self.ended[row]]
@@ -215,16 +216,17 @@ class Generation(Iterator[Any]):
         if token < 0:
             raise DataError("expected finite logits, got others: the model's weights are not sound")
         self._drawn[row] += 1
+        self._lengths[row] += 1
         certain, stopped = self._tails[row].add(token)
         if stopped:
             self.ended[row] = "stop"
         elif self._drawn[row] == self.config.max_new_tokens:
             self.ended[row] = "max_new_tokens"
-        elif len(self.prompts[row]) + self._drawn[row] == self._limit:
+        elif self._lengths[row] == self._limit:
             self.ended[row] = "max_length"
         if self.ended[row]:
             certain += self._tails[row].flush()
-        self._ready.extend((row, token) for token in certain)
+        self._ready.extend([(row, token) for token in certain])
 
 
 class _Source(Protocol):
@@ -319,10 +321,11 @@ class _Cached:
         return torch.stack([sample(logits, self._config, uniform), tokens_read(self._cache)])
 
     def _graphed(self) -> bool:
-        if self._graph is not None:
-            return self._graph
         runs = self._model.resolution
-        return self._device.type == "cuda" and (runs is None or runs.backend != "reference")
+        able = runs is None or runs.backend != "reference"
+        if self._graph and not able:
+            raise ConfigError(f"graph: expected a backend that decodes on a GPU alone, got {runs}")
+        return able and self._device.type == "cuda" if self._graph is None else self._graph
 
 
 class _Uncached:

@@ -51,10 +51,13 @@ class Tail:
 
     def __init__(self, stops: Sequence[tuple[int, ...]]) -> None:
         self._stops = stops
+        self._edges = {stop[0] for stop in stops} | {stop[-1] for stop in stops}
         self._held: list[int] = []
 
     def add(self, token: int) -> tuple[list[int], bool]:
         """Take one more token: those that are certain now, and whether a stop has come."""
+        if not self._held and token not in self._edges:
+            return [token], False
         held = [*self._held, token]
         ended = [len(stop) for stop in self._stops if tuple(held[-len(stop) :]) == stop]
         if ended:
