@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.backends.protocol import Decoder
-from nsa.config import KV
+from nsa.config import KV, NSAConfig
 from nsa.core.inputs import DecodeInputs
 from nsa.testing.inputs import Inputs
 from nsa.testing.parity import ParityRow
@@ -81,6 +81,39 @@ def decode_whole(decoder: Decoder, inputs: Inputs, S: int, *, size: int) -> tupl
         outs.append(out)
         lists.append(listed)
     return torch.cat(outs, 1), torch.cat(lists, 1)
+
+
+def random_step(
+    config: NSAConfig,
+    B: int,
+    T: int,
+    S: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> DecodeInputs:
+    """The last S of T tokens of B sequences: random keys and values in pages of one block, in no
+    order; drawn on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    K, H, size = config.num_kv_heads, config.num_heads, config.select_block
+    drawn = {"dtype": dtype, "device": device, "generator": generator}
+
+    def keys(*shape: int) -> KV:
+        sizes = (config.head_dim, config.dv)
+        return KV(*(torch.randn(*shape, K, each, **drawn) for each in sizes))  # type: ignore[call-overload]
+
+    pages = -(-T // size)
+    order = torch.randperm(B * pages, generator=torch.Generator().manual_seed(seed))
+    return DecodeInputs(
+        torch.randn(B, S, H, config.head_dim, **drawn),  # type: ignore[call-overload]
+        torch.full((B,), T - S, dtype=torch.int32, device=device),
+        torch.rand(B, S, H, 3, **drawn),  # type: ignore[call-overload]
+        keys(B, config.num_compressed(T)),
+        keys(B * pages, size),
+        order.view(B, pages).to(device, torch.int32),
+        keys(B, config.window + S - 1),
+    )
 
 
 def decode_parity(decoder: Decoder, inputs: Inputs, S: int = 8) -> tuple[ParityRow, list[str]]:

@@ -24,12 +24,13 @@ from rich.text import Text
 from nsa.backends import unavailable
 from nsa.settings import Settings, current_settings, use_settings
 from nsa.tools.bench.advice import advice
+from nsa.tools.bench.decode import DecodeRow, as_dict, decode_rows, print_decode
 from nsa.tools.bench.flags import Plan, make_plan
 from nsa.tools.bench.plot import draw, require_matplotlib
 from nsa.tools.bench.report import header, heading, print_header, print_rows
 from nsa.tools.bench.rows import Row, groups, write_line
 from nsa.tools.bench.run import Runner
-from nsa.tools.bench.timing import make_clock, measure_ceilings
+from nsa.tools.bench.timing import Clock, make_clock, measure_ceilings
 from nsa.tools.common.cli import fail, run
 from nsa.tools.common.progress import Bar
 from nsa.tools.common.streams import Output
@@ -73,8 +74,11 @@ def _bench(plan: Plan, settings: Settings, file: Output | None, argv: Sequence[s
     ceilings = measure_ceilings(plan.device, dtypes, clock)
     known = header(plan.device, settings, ceilings, argv)
     write_line(file, known)
-    runner = Runner(plan, settings, clock)
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+    if plan.decode is not None:
+        print_header(known, {}, console)
+        return _decode(plan, plan.decode, settings, clock, file, console)
+    runner = Runner(plan, settings, clock)
     print_header(known, runner.skipped, console)
     rows: list[Row] = []
     try:
@@ -87,6 +91,22 @@ def _bench(plan: Plan, settings: Settings, file: Output | None, argv: Sequence[s
             text = "plot written to" if drawn else "nothing of the whole to draw in"
             console.print(Text(f"{text} {plan.plot}"), soft_wrap=True)
     return 1 if runner.faults else 0
+
+
+def _decode(
+    plan: Plan, step: int, settings: Settings, clock: Clock, file: Output | None, console: Console
+) -> int:
+    rows: list[DecodeRow] = []
+    try:
+        with Bar(len(plan.trials)) as bar:
+            bar.show(description="one step of decode")
+            for row in decode_rows(plan.trials, plan.backends, step, settings, clock, plan.runs):
+                rows.append(row)
+                write_line(file, as_dict(row))
+                bar.show(completed=len({(row.heads, row.dtype, row.length) for row in rows}))
+    finally:  # Ctrl-C keeps what was measured
+        print_decode(rows, console)
+    return 1 if any(row.note for row in rows) else 0
 
 
 def _measure(runner: Runner, file: Output | None, rows: list[Row], console: Console) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from nsa.backends import TABLE
+from nsa.cache import MAX_STEP
 from nsa.config import PRESETS, NSAConfig
 from nsa.errors import ConfigError, UsageError, show
 from nsa.settings import PROVIDERS
@@ -49,6 +50,7 @@ examples:
   python -m nsa.tools.bench
   python -m nsa.tools.bench --lengths 8192,65536 --heads 64/4:128,64/4:192/128 --plot bench.png
   python -m nsa.tools.bench --backends sdpa,fa2-varlen --packed 4 --jsonl bench.jsonl
+  python -m nsa.tools.bench --decode --batch 32 --lengths 65536
   python -m nsa.tools.bench --find-fa2-min-len
 """
 
@@ -65,6 +67,8 @@ class Plan:
     branches: tuple[str, ...]
     provider: str | None
     """Where FA-2 comes from; None leaves that to the settings."""
+    decode: int | None
+    """New tokens of a sequence in the step of decode that alone is timed; None: training."""
     find_min_len: bool
     """Whether only what decides FA-2's least lengths is timed."""
     seconds: float
@@ -105,6 +109,8 @@ def bench_parser() -> Parser:
     add("--provider", type=one_of("--provider", PROVIDERS), metavar="NAME", help=text)
     text = "time only what decides NSA_FA2_MIN_LEN_WIN and _CMP, and print both"
     add("--find-fa2-min-len", action="store_true", help=text, dest="find_min_len")
+    text = f"time one step of decode, of S new tokens (1 to {MAX_STEP}; default: 1)"
+    add("--decode", type=integer, nargs="?", const=1, metavar="S", help=text)
     how = parser.add_argument_group("how")
     text = "about, of each timing (default: 0.2)"
     how.add_argument("--seconds", type=number, default=0.2, metavar="S", help=text)
@@ -129,6 +135,13 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     for name in ("backends", "branches", "plot") if given.find_min_len else ():
         if getattr(given, name) is not None:
             raise UsageError(f"--find-fa2-min-len: expected no --{name}, which it chooses itself")
+    for name in ("branches", "plot", "packed", "provider") if given.decode is not None else ():
+        if getattr(given, name) is not None:
+            raise UsageError(f"--decode: expected no --{name}, which it does not have")
+    if given.decode is not None and given.find_min_len:
+        raise UsageError("--decode: expected no --find-fa2-min-len, which times training")
+    if given.decode is not None and not 1 <= given.decode <= MAX_STEP:
+        raise UsageError(f"--decode: expected an int from 1 to {MAX_STEP}, got {given.decode}")
     if packed and given.batch > 1:
         raise UsageError(f"--packed: expected --batch 1, got --batch {given.batch}")
     backends, branches = given.backends or (), given.branches or BRANCHES
@@ -151,6 +164,7 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
         backends=backends,
         branches=branches,
         provider=given.provider,
+        decode=given.decode,
         find_min_len=given.find_min_len,
         seconds=given.seconds,
         runs=given.runs,
