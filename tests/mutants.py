@@ -11,20 +11,25 @@ first. A mutant that survives is an error unless ``tests/mutants.txt`` says why 
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import libcst as cst
 import mutmut.__main__ as mutmut
-from libcst.matchers import Arg, Name, matches
+from hypothesis import Phase, settings
+from hypothesis.internal.conjecture import providers
+from libcst.matchers import Arg, Attribute, Call, Name, matches
 from mutmut.configuration import config
 from mutmut.mutation import file_mutation
 from mutmut.mutation.data import MutantLineSpans, SourceFileMutationData
-from mutmut.mutation.diff_apply import find_mutant, get_diff_for_mutant
+from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.mutation.file_mutation import (
     FailedTypeCheckMutant,
     MutatedMethodLocation,
@@ -37,19 +42,22 @@ from mutmut.stats import status_by_exit_code
 from mutmut.type_checking import run_type_checker
 from mutmut.utils.file_utils import change_cwd, walk_mutatable_files
 from mutmut.utils.format_utils import get_mutant_name
+from mutmut.workers.isolation import ForkServerRunner, MutantResult
 
 EXPLAINED = Path(__file__).with_suffix(".txt")
 JUDGES = {
     "nsa.reference.unavailable": ("tests/backends/dispatch/",),
     "nsa.reference": ("tests/reference/", "tests/api/test_defaults.py"),
-    "nsa.backends": ("tests/backends/", "tests/core/", "tests/api/"),
+    "nsa.backends": ("tests/backends/", "tests/core/", "tests/api/", "tests/cache/"),
     "nsa.training": ("tests/training/", "tests/tools/"),
-    "nsa": ("tests/api/", "tests/backends/", "tests/core/"),
+    "nsa": ("tests/api/", "tests/backends/", "tests/core/", "tests/cache/"),
 }
 """Whose tests must notice a change there, the first that fits: not whoever happens to run it."""
 STRICT = Arg(keyword=Name("strict"))
-NO_TESTS = 33
+SIGNAL = Call(func=Attribute(Name("os"), Name("kill")))
 SKIPPED = 34
+ERROR = 255
+"""Of pytest or mutmut itself, which takes it for a timeout."""
 CAUGHT = ("killed", "caught by type check", "timeout", "segfault", "suspicious")
 """The last: its tests died in another way."""
 
@@ -77,7 +85,8 @@ def results(patterns: Sequence[str]) -> Iterator[tuple[str, str, str]]:
         data.load()
         for name, code in data.exit_code_by_key.items():
             if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
-                yield name, status_by_exit_code[code], describe(name, path)
+                status = "error" if code == ERROR else status_by_exit_code[code]
+                yield name, status, describe(name, path)
 
 
 def describe(name: str, path: Path) -> str:
@@ -135,32 +144,70 @@ def _caught_by_types() -> dict[str, FailedTypeCheckMutant]:
     return found
 
 
-def _by_its_judges(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[str]) -> int:
-    """The tests of a mutant, the fastest first, as mutmut's plain forks run them.
+def _submit(
+    self: ForkServerRunner, mutant_name: str, tests: list[str], limit: float, estimate: float
+) -> None:
+    """Its judges alone run, the fastest first.
 
     None for one that is explained: all of its tests would run, and take half the time of the whole.
     """
-    if mutant_name is not None:
-        if names_of(describe(mutant_name, find_mutant(mutant_name).path)) & explained().keys():
-            return SKIPPED
-        judges = next(
-            names
-            for part, names in JUDGES.items()
-            if mutant_name.replace(".x_", ".").startswith(part)
-        )
-        tests = [test for test in tests if test.startswith(judges)]
-        if not tests:
-            return NO_TESTS
-    durations = state().duration_by_test
-    tests = sorted(tests, key=lambda test: durations.get(test, 0.0))
-    return _run_tests(self, mutant_name=mutant_name, tests=tests)
+    path = mutant_name.rpartition(".")[0].replace(".", "/")
+    path = f"{path}.py" if Path(f"{path}.py").exists() else f"{path}/__init__.py"
+    if names_of(describe(mutant_name, Path(path))) & explained().keys():
+        self._no_tests_results.append(MutantResult(mutant_name, SKIPPED, 0.0))
+        return
+    judges = next(
+        names for part, names in JUDGES.items() if mutant_name.replace(".x_", ".").startswith(part)
+    )
+    durations, seconds = state().duration_by_test, Counter[str]()
+    tests = [test for test in tests if test.startswith(judges)]
+    for test in tests:
+        seconds[_file(test)] += durations[test]
+    # file by file, for the sake of what the tests of one share
+    tests.sort(key=lambda test: (seconds[_file(test)], _file(test), durations[test]))
+    estimate = seconds.total()
+    limit = (estimate + config().timeout_constant) * config().timeout_multiplier * 2
+    _submit_as_told(self, mutant_name, tests, round(limit), estimate)
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
+
+
+def _warm_up(self: PytestRunner) -> None:
+    """What a training step imports late is there before the forks."""
+    _collect(self)
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("nsa.tools.train.flags").train_parser()
+
+
+def _execute(self: PytestRunner, params: list[str], **options: Any) -> int:
+    """A parser reads the source of its classes, here a long one, once in a process."""
+    cli = importlib.import_module("nsa.tools.common.cli")
+    assert Path("nsa").resolve() in Path(cli.__file__ or "").parents, cli
+    if not hasattr(cli._docs_of_fields, "cache_info"):
+        cli._docs_of_fields = cache(cli._docs_of_fields)
+    if "plugins" in options:
+        options["plugins"].append(_WithSetup())
+    return _execute_pytest(self, params, **options)
+
+
+class _WithSetup:
+    """Counts what a test sets up to its time, too."""
+
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
+        if call.when == "setup" and item.nodeid in state().duration_by_test:
+            state().duration_by_test[item.nodeid] += call.duration
 
 
 def _skips(self: MutationVisitor, node: cst.CSTNode) -> bool:
-    """Decorated functions are changed too; ``strict=True``, a check of our own sums, is not."""
+    """Decorated functions are changed too. Not so ``strict=True``, a check of our own sums; text of
+    several words, which a test could only repeat; and signals, which would end other processes."""
     if isinstance(node, cst.FunctionDef) and node.decorators:
         return False
-    return matches(node, STRICT) or _skip(self, node)
+    if isinstance(node, cst.SimpleString) and " " in node.value:
+        return True
+    return matches(node, STRICT) or matches(node, SIGNAL) or _skip(self, node)
 
 
 def _removes(self: MutationVisitor, node: cst.CSTNode, mutated: cst.CSTNode) -> bool:
@@ -178,12 +225,26 @@ def _decorated_once(function: cst.FunctionDef, *args: Any, **kwargs: Any) -> Any
     return declared, [trampoline, *copies], assigned, names
 
 
-_run_tests = PytestRunner.run_tests
+# Hypothesis draws what numbers it reads in the code, too: every mutant would get other examples.
+providers.is_local_module_file = lambda path: False
+# One that fails is enough; to look for the smallest takes a minute.
+settings.register_profile(
+    "mutants",
+    derandomize=True,
+    max_examples=25,
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate),
+)
+_submit_as_told = ForkServerRunner.submit
+_collect = PytestRunner.warm_up
+_execute_pytest = PytestRunner.execute_pytest
 _skip = MutationVisitor._skip_node_and_children
 _remove = MutationVisitor._removes_ignored_code
 _arrange = file_mutation.function_trampoline_arrangement
 mutmut.filter_mutants_with_type_checker = _caught_by_types
-PytestRunner.run_tests = _by_its_judges  # type: ignore[method-assign]
+ForkServerRunner.submit = _submit  # type: ignore[method-assign]
+PytestRunner.warm_up = _warm_up  # type: ignore[method-assign]
+PytestRunner.execute_pytest = _execute  # type: ignore[method-assign]
 MutationVisitor._skip_node_and_children = _skips  # type: ignore[method-assign]
 MutationVisitor._removes_ignored_code = _removes  # type: ignore[method-assign]
 file_mutation.function_trampoline_arrangement = _decorated_once

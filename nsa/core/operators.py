@@ -37,7 +37,7 @@ def define(
     cuda: Forward | None = None,
     count: flops.Count | None = None,
 ) -> Any:
-    """Registers ``nsa::`` + schema and returns the operator.
+    """Registers ``nsa::`` + schema and returns the operator, as a function.
 
     Args:
         schema: ``name(Tensor q, ...) -> (Tensor, Tensor)``.
@@ -87,9 +87,17 @@ def define(
     _LIBRARY.impl(
         name, _differentiable(operator, setup, backward, count), "Autograd", with_keyset=True
     )
-    if count is not None:
-        flops.register(operator, count)
-    return operator
+    if count is None:
+        return operator
+    flops.register(operator, count)
+
+    def counted(*args: Any) -> Any:
+        # here, too: without gradients the dispatcher does not pass by what Autograd runs
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+            flops.register(operator, count)
+        return operator(*args)
+
+    return counted
 
 
 def _differentiable(

@@ -164,30 +164,25 @@ def call():
     "code",
     [
         """
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter, torch.inference_mode():
     call()  # defines the operators, which the counter has not heard of
 """,
         """
 call()
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
     call()
 """,
+        """
+with torch.inference_mode():
+    call()
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    call()
+""",
     ],
-    ids=["counter first", "operators first"],
+    ids=["counter first", "operators first", "operators first, without gradients"],
 )
 def test_in_a_fresh_process(code):
     root = Path(__file__).resolve().parents[2]

@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 
-from nsa import ConfigError
 from nsa.tools.train import __main__ as train
 from nsa.tools.train.display import Display
 from nsa.tools.train.flags import run_config
@@ -116,20 +115,6 @@ def test_the_time_left_without_a_bar(capsys):
     assert 5 <= int(hours) < 50  # 0.2 s a step and whatever the machine adds
 
 
-def test_learning_rate():
-    values = {
-        "data": "x", "device": "cpu", "precision": "fp32", "backend": None, "seq_len": 8,
-        "batch_size": 1, "steps": 20, "lr": 1.0, "warmup": 4, "min_lr": 0.1, "eval_every": 1,
-        "eval_windows": 1, "save_every": 1, "log_every": 1,
-    }  # fmt: skip
-    rate = TrainConfig(**values).learning_rate
-    assert [rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert rate(4) == 1.0
-    assert rate(12) == pytest.approx(0.55)
-    assert rate(20) == pytest.approx(0.1)
-    assert TrainConfig(**{**values, "warmup": 0}).learning_rate(0) == 1.0
-
-
 def test_gradient_accumulation_is_the_mean_over_the_batches(data):
     corpus = load_corpus(str(data))
     trainer = Trainer(config_of(data, accumulate=3, grad_clip=1e9), corpus)
@@ -172,13 +157,6 @@ def test_validation_changes_nothing(data):
             trainer.validate()
         losses.append(trainer.train_step().loss)
     assert torch.equal(*losses)
-
-
-def test_runs_from_before_a_setting_can_be_read(data):
-    config = config_of(data)
-    values = config.to_dict()
-    del values["train"]["compile"], values["train"]["recompute"]
-    assert RunConfig.from_dict(values) == config
 
 
 @pytest.mark.parametrize(
@@ -303,18 +281,6 @@ def test_a_reader_that_leaves(data, tmp_path):
         f"error: stdout: Broken pipe; stopped and saved at step {load_checkpoint(out, ()).step}; "
         f"resume with: python -m nsa.tools.train --out {out} --resume\n"
     )
-
-
-def test_config_checks_its_values(data):
-    config = config_of(data)
-    with pytest.raises(ConfigError, match="expected one of the known names, got 'bf61'; did you"):
-        TrainConfig(**{**config.to_dict()["train"], "precision": "bf61"})
-    with pytest.raises(ConfigError, match="--lr: expected a number > 0, got 'x'"):
-        TrainConfig(**{**config.to_dict()["train"], "lr": "x"})
-    with pytest.raises(ConfigError, match="got an unknown name for 'stepps'"):
-        RunConfig.from_dict(
-            {**config.to_dict(), "train": {**config.to_dict()["train"], "stepps": 1}}
-        )
 
 
 def test_help(capsys):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,103 @@ def test_latest_must_name_a_checkpoint(store, name):
         store.latest()
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=9)
+    for step in (0, 999_999, 1_000_000, 1, 2, 3, 4):
+        save(store, step)
+    (store.folder / "step-file").touch()
+    (store.folder / "other").mkdir()
+    (store.folder / "latest").write_text("step-000077")
+    with pytest.raises(CheckpointError) as error:
+        store.latest()
+    assert str(error.value) == (
+        f"{store.folder / 'latest'}: expected the name of a checkpoint beside it, got "
+        "'step-000077' (found: step-000002, step-000003, step-000004, step-999999, step-1000000); "
+        "write one of those into it to resume from it"
+    )
+    assert store.newest() is None
+    (store.folder / "latest").write_text(" step-999999 \n\n")
+    assert store.latest() == store.newest() == store.folder / "step-999999"
+    (store.folder / "latest").unlink()
+    assert store.latest() == store.folder / "step-1000000"
+    few = CheckpointStore(store.folder, keep=2)
+    save(few, 5)
+    assert sorted(os.listdir(store.folder)) == [
+        "latest", "other", "step-000005", "step-1000000", "step-999999", "step-file",
+    ]  # fmt: skip
+    save(CheckpointStore(store.folder, keep=1), 6)
+    assert sorted(path.name for path in store.folder.glob("step-*0")) == ["step-1000000"]
+    assert sorted(path.name for path in store.folder.glob("step-*[69]")) == ["step-000006"]
+
+
+def test_a_latest_that_is_too_long_or_no_text(store):
+    save(store, 3)
+    for content, told in (
+        (b"x" * 1025, "expected at most 1024 bytes, got 1025"),
+        (b"step-000003" + b" " * 1013, None),
+        (b"\xff", "got '\ufffd' (found: step-000003)"),
+    ):
+        (store.folder / "latest").write_bytes(content)
+        if told is None:
+            assert store.latest() == store.folder / "step-000003"
+            continue
+        with pytest.raises(CheckpointError) as error:
+            store.latest()
+        assert told in str(error.value)
+
+
+def test_a_folder_that_cannot_be_listed(store, monkeypatch):
+    save(store, 3)
+
+    def refuse(path, reason="Input/output error"):
+        raise OSError(errno.EIO, reason) if reason else OSError("odd")
+
+    for reason in ("Input/output error", None):
+        monkeypatch.setattr("pathlib.Path.iterdir", lambda path, told=reason: refuse(path, told))
+        with pytest.raises(CheckpointError) as error:
+            store.latest()
+        assert str(error.value) == f"cannot read {store.folder}: {reason or 'odd'}"
+
+
+def test_what_a_path_means(tmp_path):
+    for name in ("step-best", "step-000009"):
+        (tmp_path / name).mkdir()
+        assert find_checkpoint(tmp_path / name) == tmp_path / name  # to be refused when it is read
+    path = save(CheckpointStore(tmp_path / "run" / "checkpoints", keep=2), 3)
+    renamed = tmp_path / "good"
+    shutil.copytree(path, renamed)
+    assert find_checkpoint(renamed) == renamed
+    (tmp_path / "step-file").touch()
+    with pytest.raises(CheckpointError) as error:
+        find_checkpoint(tmp_path / "step-file")
+    assert str(error.value) == (
+        f"{tmp_path / 'step-file'}: expected a run or a checkpoint folder, got a file"
+    )
+    assert load_checkpoint(tmp_path / "run", ["optimizer"]).tensors.keys() == {"optimizer"}
+
+
+def test_a_checkpoint_that_is_gone_is_written_again(store):
+    shutil.rmtree(save(store, 3))
+    assert load_checkpoint(save(store, 3), ()).step == 3
+
+
+def test_the_first_save_that_fails(store, monkeypatch):
+    for reason in ("Input/output error", None):
+
+        def refuse(path, *rest, told=reason):
+            raise OSError(errno.EIO, told) if told else OSError("odd")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("nsa.training.checkpoint.write_checkpoint", refuse)
+            with pytest.raises(CheckpointError) as error:
+                save(store, 3)
+        assert str(error.value) == (
+            f"could not save {store.folder / 'step-000003'}: {reason or 'odd'}; there is no "
+            "earlier one"
+        )
+        assert os.listdir(store.folder) == []
+
+
 def test_the_latest_is_not_written_twice(store):
     manifest = save(store, 3) / "manifest.json"
     before = manifest.stat().st_mtime_ns
@@ -139,13 +237,15 @@ def test_what_has_the_name_of_a_new_checkpoint_makes_way(store):
     os.rename(store.folder / "step-000002", store.folder.parent / "elsewhere")
     os.symlink(store.folder.parent / "elsewhere", store.folder / "step-000002")
     resumed = CheckpointStore(store.folder, keep=2)
+    (store.folder / "step-000004.aside1").mkdir()
     for step in (2, 3, 4):
         path = save(resumed, step)
         assert load_checkpoint(path, ("model",)).step == step
     assert sorted(os.listdir(store.folder)) == [
         "latest", "step-000002.aside1", "step-000003", "step-000004", "step-000004.aside1",
+        "step-000004.aside2",
     ]  # fmt: skip
-    assert os.listdir(store.folder / "step-000004.aside1") == ["junk"]
+    assert os.listdir(store.folder / "step-000004.aside2") == ["junk"]
     assert load_checkpoint(store.folder.parent / "elsewhere", ("model",)).step == 2
 
 
@@ -159,6 +259,67 @@ def test_leftovers_of_a_killed_save_are_removed(store, gone):
         (store.folder / name).mkdir()
     save(store, 4)
     assert sorted(os.listdir(store.folder)) == sorted([*others, "latest", path.name, "step-000004"])
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_what_is_left_of_a_removed_checkpoint_goes_with_a_later_save(store, monkeypatch, last):
+    """Of one that is too old, and of one that another takes the place of."""
+    original, refused = shutil.rmtree, []
+
+    def refuse(path, ignore_errors=False):
+        if ".old." in str(path):
+            refused.append(path)
+            if not ignore_errors:
+                raise OSError(errno.EIO, "Input/output error")
+        else:
+            original(path, ignore_errors)
+
+    for step in (1, 2):
+        save(store, step)
+    again = CheckpointStore(store.folder, keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", refuse)
+        save(again, last)
+    (left,) = refused
+    assert left.name.startswith(".step-000001.")
+    assert left.exists()
+    save(again, 4)
+    found = sorted(os.listdir(store.folder))
+    assert found == ["latest", "step-000002" if last == 1 else "step-000003", "step-000004"]
+
+
+def test_a_store_is_used_once_something_was_saved(store):
+    assert not store.is_used()
+    path = save(store, 3)
+    assert store.is_used()
+    (store.folder / "latest").rename(store.folder / "aside")
+    assert store.is_used()
+    path.rename(store.folder / "elsewhere")
+    assert not store.is_used()
+    (store.folder / "latest").symlink_to("nowhere")
+    assert store.is_used()
+
+
+@pytest.mark.parametrize("reason", ["Input/output error", None])
+def test_files_that_cannot_be_read(store, monkeypatch, reason):
+    """With the system's reason, or where it has none, what Python says."""
+    path = save(store, 3)
+
+    def refuse(file, **options):
+        raise OSError(errno.EIO, reason) if reason else OSError("odd")
+
+    told = reason or "odd"
+    for name, place, groups, act in (
+        ("manifest.json", "checkpoint_format.read_file", (), load_checkpoint),
+        ("state.json", "checkpoint_format.open_regular", (), load_checkpoint),
+        ("latest", "checkpoint.read_file", (), lambda path, groups: store.latest()),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"nsa.training.{place}", refuse)
+            with pytest.raises(CheckpointError) as error:
+                act(path, groups)
+        file = store.folder / name if name == "latest" else path / name
+        assert str(error.value) == f"cannot read {file}: {told}"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(store, monkeypatch):

@@ -1,5 +1,6 @@
 """Training data: which files, which split, which batches, and the entropies of counting."""
 
+import hashlib
 import math
 import os
 import subprocess
@@ -104,6 +105,14 @@ def test_the_split_of_old_runs(tmp_path):
     assert corpus.fingerprint.startswith("dcadc57055f79036")
 
 
+@pytest.mark.parametrize(("files", "expected"), [(2, 1), (29, 1), (31, 2), (50, 2), (51, 3)])
+def test_the_split_of_old_runs_is_a_20th_of_the_files(tmp_path, files, expected):
+    for number in range(files):
+        (tmp_path / f"{number}.txt").write_text("x")
+    corpus = load_corpus(str(tmp_path), "files")
+    assert (corpus.train_files, corpus.validation_files) == (files - expected, expected)
+
+
 def test_what_is_not_text_is_skipped_and_counted(tmp_path):
     write_texts(tmp_path)
     clean = load_corpus(str(tmp_path))
@@ -120,13 +129,115 @@ def test_what_is_not_text_is_skipped_and_counted(tmp_path):
     assert corpus.fingerprint == clean.fingerprint
 
 
+def test_every_text_below_a_folder_is_read_once_in_order(tmp_path):
+    names = ["b.txt", "a/z", "a/b/c.md", "z/y/x/w", "B", "node", "test/t", "tests/u"]
+    left_out = [
+        "node_modules/x", "a/__pycache__/x", ".git/config", "a/.hidden", "__pycache__/deep/x",
+    ]  # fmt: skip
+    for name in names + left_out:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {name}")
+    for split in ("bytes", "files"):
+        corpus = load_corpus(str(tmp_path), split)
+        assert (corpus.source, corpus.skipped) == (str(tmp_path), 0)
+        parts = [x.tobytes().split(b"\0")[1:] for x in (corpus.train, corpus.validation)]
+        assert sorted(parts[0] + parts[1]) == sorted(f"text of {x}".encode() for x in names)
+        for part in parts:
+            assert part == sorted(part)
+        assert corpus.train.dtype == corpus.validation.dtype == np.uint8
+
+
+def test_a_split_by_hand(tmp_path):
+    """SHA-256 of the names gives the order d, c, b, a; of 1,000 bytes the split takes at least 50,
+    and at most 200 uncut."""
+    order = ["d", "c", "b", "a"]
+    for sizes, validation, cut in (
+        ({"d": 50, "a": 950}, 50, None),
+        ({"d": 49, "c": 1, "a": 950}, 50, None),
+        ({"d": 49, "c": 151, "a": 800}, 200, None),
+        ({"d": 49, "c": 152, "a": 799}, 100, "c"),
+        ({"d": 200, "a": 800}, 200, None),
+        ({"d": 201, "a": 799}, 100, "d"),
+        ({"d": 20, "c": 20, "b": 300, "a": 660}, 100, "b"),
+    ):
+        folder = tmp_path / "-".join(map(str, sizes.values()))
+        folder.mkdir()
+        for name, size in sizes.items():
+            (folder / name).write_text(name * size)
+        assert sorted(sizes, key=order.index) == list(sizes)
+        corpus = load_corpus(str(folder))
+        assert len(corpus.validation) - corpus.validation_files == validation
+        assert corpus.cut == cut
+
+
+def test_the_smallest_texts(tmp_path):
+    path = tmp_path / "x"
+    for text, end in ((b"ab", b"b"), (b"abcdefghi", b"i"), (b"abcdefghijklmnopqrst", b"st")):
+        path.write_bytes(text)
+        assert load_corpus(str(path)).validation.tobytes() == b"\0" + end
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda path: None,
+            "expected a file or folder of text, got {path!r}, which is not there (or 'stdlib' for "
+            "Python's own source)",
+        ),
+        (lambda path: path.write_text(" \n"), "expected text in {path}, got an empty file"),
+        (
+            lambda path: path.write_bytes(b"a\0b"),
+            "expected text in {path}, got a binary file (it has NUL bytes)",
+        ),
+        (
+            lambda path: (path.mkdir(), (path / "x").touch(), (path / "y").touch()),
+            "expected text files in {path}, got 2 files, none of them readable, non-empty text",
+        ),
+    ],
+)
+def test_what_is_said_of_bad_paths(tmp_path, make, text):
+    make(tmp_path / "data")
+    with pytest.raises(DataError) as error:
+        load_corpus(str(tmp_path / "data"))
+    assert str(error.value) == "--data: " + text.format(path=str(tmp_path / "data"))
+
+
+def test_what_is_said_of_too_little_text():
+    with pytest.raises(DataError) as error:
+        require_length(corpus_of(b"x" * 11, b"y" * 10), 10)
+    assert str(error.value) == (
+        "--data: expected at least 11 bytes in the validation split (--seq-len 10 and one more), "
+        "got 10; give more text or a shorter --seq-len"
+    )
+
+
+def test_a_fingerprint_by_hand():
+    expected = hashlib.sha256(b"\3\0\0\0\0\0\0\0abc\2\0\0\0\0\0\0\0de").hexdigest()
+    assert corpus_of(b"abc", b"de").fingerprint == expected
+
+
+def test_batches_by_hand():
+    """Runs that were begun with an earlier version go on with the same ones."""
+    corpus = corpus_of(bytes(range(256)), b"")
+    tokens, targets = training_batch(corpus, seed=5, index=7, batch_size=3, seq_len=100)
+    starts = np.random.default_rng([5, 7]).integers(0, 156, size=3)
+    assert tokens.tolist() == [list(range(start, start + 100)) for start in starts]
+    assert targets.tolist() == [list(range(start + 1, start + 101)) for start in starts]
+    assert tokens.is_contiguous()
+    assert targets.is_contiguous()
+
+
 def test_a_single_file_is_cut_at_its_last_tenth(tmp_path):
     path = tmp_path / "book.txt"
     path.write_bytes(bytes(range(1, 101)))
     corpus = load_corpus(str(path))
     assert corpus.train.tobytes() == b"\0" + bytes(range(1, 91))
     assert corpus.validation.tobytes() == b"\0" + bytes(range(91, 101))
-    assert load_corpus(str(tmp_path)).fingerprint == corpus.fingerprint
+    assert (corpus.train_files, corpus.validation_files, corpus.skipped) == (1, 1, 0)
+    for split in ("bytes", "files"):
+        assert load_corpus(str(tmp_path), split).fingerprint == corpus.fingerprint
 
 
 def test_a_file_name_that_is_not_utf8(tmp_path):
@@ -179,8 +290,9 @@ def test_the_standard_library():
     assert b"class ThreadPoolExecutor" in corpus.train.tobytes() + corpus.validation.tobytes()
 
 
-def test_the_standard_library_leaves_out_tests_and_packages(tmp_path, monkeypatch):
-    for name in ("a.py", "b/c.py", "b/test/d.py", "tests/e.py", "site-packages/f.py", "g.txt"):
+def test_of_pythons_own_source_tests_and_packages_are_left_out(tmp_path, monkeypatch):
+    names = ("a.py", "b/c.py", "b/test/d.py", "tests/e.py", "site-packages/f.py", "g.txt")
+    for name in (*names, "__pycache__/h.py", "b/node_modules/i.py"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"text of {name}")
@@ -250,10 +362,12 @@ def test_entropies_of_what_was_never_seen_are_finite():
 
 
 def test_entropies_do_not_hang_on_the_chunk(monkeypatch):
-    corpus = corpus_of(bytes(np.random.default_rng(0).integers(97, 105, 1000)), b"abcabcabc")
-    whole = baselines(corpus, count=4, seq_len=2)
-    monkeypatch.setattr("nsa.training.data._COUNTED_AT_ONCE", 7)
-    assert baselines(corpus, count=4, seq_len=2) == whole
+    drawn = np.random.default_rng(0).integers(97, 105, 1000)
+    corpus = corpus_of(bytes(drawn.tolist()), b"abcdefgh" * 2)
+    whole = baselines(corpus, count=99, seq_len=1)
+    for size in (7, 499, 1000):  # at 499 one pair is left for the last
+        monkeypatch.setattr("nsa.training.data._COUNTED_AT_ONCE", size)
+        assert baselines(corpus, count=99, seq_len=1) == whole
 
 
 def test_the_split_is_the_same_in_another_process(tmp_path):

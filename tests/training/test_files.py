@@ -1,8 +1,10 @@
 """Files of strangers, permissions, and what killed processes leave."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import time
@@ -12,13 +14,16 @@ import pytest
 from nsa import DataError
 from nsa.errors import show
 from nsa.training.files import (
+    open_regular,
     parse_json,
     read_file,
     remove_leftovers,
     replace_atomically,
     sealed,
     temporary_of,
+    to_json,
     unsealed,
+    write_durably,
 )
 from nsa.training.metrics import JsonlWriter
 
@@ -40,8 +45,16 @@ ODD = {
 def test_only_regular_files_are_read(tmp_path, kind):
     path = tmp_path / "x"
     ODD[kind](path)
-    with pytest.raises(OSError, match=f"expected a regular file, got {kind}"):
+    with pytest.raises(OSError, match=f"expected a regular file, got {kind}") as error:
         read_file(path, limit=10)
+    assert (error.value.errno, error.value.filename) == (errno.EINVAL, str(path))
+
+
+def test_a_kind_without_a_name(tmp_path, monkeypatch):
+    nothing = os.stat_result((0,) * 10)
+    monkeypatch.setattr("os.stat", lambda *args, **options: nothing)
+    with pytest.raises(OSError, match="expected a regular file, got something else"):
+        open_regular(tmp_path / "x")
 
 
 def test_the_size_is_looked_at_first(tmp_path):
@@ -49,13 +62,98 @@ def test_the_size_is_looked_at_first(tmp_path):
     path.write_bytes(b"0123456789")
     assert read_file(path, limit=10) == b"0123456789"
     os.truncate(path, 1 << 43)
-    with pytest.raises(OSError, match=f"expected at most 10 bytes, got {1 << 43}"):
+    with pytest.raises(OSError, match=f"expected at most 10 bytes, got {1 << 43}") as error:
         read_file(path, limit=10)
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(path))
+
+
+def test_a_file_that_changes_its_kind_while_it_is_opened(tmp_path, monkeypatch):
+    """It is opened without waiting, looked at again, and closed."""
+    path, opened, original = tmp_path / "x", [], os.open
+    os.mkfifo(path)
+
+    def note(name, flags, *rest):
+        opened.append((original(name, flags | os.O_NONBLOCK, *rest), flags))
+        return opened[-1][0]
+
+    regular = os.stat(__file__)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.stat", lambda *args, **options: regular)
+        patch.setattr("os.open", note)
+        with pytest.raises(OSError, match="expected a regular file, got a pipe"):
+            open_regular(path)
+    ((descriptor, flags),) = opened
+    assert flags & os.O_NONBLOCK
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_errors_name_their_file_and_leave_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(FileExistsError) as error:
+        write_durably(path, b"new")
+    assert error.value.filename == str(path)
+
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_durably(tmp_path / "y", b"new")
+    assert error.value.filename == str(tmp_path / "y")
+    (tmp_path / "y").unlink()
+    with pytest.raises(OSError, match="No space left"):
+        replace_atomically(path, b"new")
+    assert os.listdir(tmp_path) == ["x"]
+    assert path.read_text() == "old"
+
+
+def test_permissions_of_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        replace_atomically(tmp_path / "x", b"new")
+        write_durably(tmp_path / "y", b"new", mode=0o604)
+        (tmp_path / "link").symlink_to("x")
+        replace_atomically(tmp_path / "link", b"new")
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).lstat().st_mode) for name in ("x", "y", "link")]
+    assert modes == [0o640, 0o600, 0o640]
+    before = os.umask(0)
+    try:
+        write_durably(tmp_path / "z", b"new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "z").stat().st_mode) == 0o666
+
+
+def test_odd_permissions_are_dropped(tmp_path):
+    path = tmp_path / "x"
+    path.touch()
+    path.chmod(0o4755)
+    replace_atomically(path, b"new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    seen, original = [], os.fsync
+
+    def note(descriptor):
+        seen.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        original(descriptor)
+
+    monkeypatch.setattr("os.fsync", note)
+    before = len(os.listdir("/proc/self/fd"))
+    replace_atomically(tmp_path / "x", b"new")
+    assert seen == [str(temporary_of(tmp_path / "x")), str(tmp_path)]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_without_a_size_is_none_of_ours():
-    with pytest.raises(OSError, match="expected a file at rest"):
-        read_file("/proc/self/status", limit=1 << 20)
+    with pytest.raises(OSError, match="expected a file at rest, got one that grows") as error:
+        read_file(path := "/proc/self/status", limit=1 << 20)
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, path)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +172,10 @@ def test_what_is_no_json_object(data, text):
         parse_json(data)
     assert str(error.value).isprintable()
     assert "secret" not in str(error.value)
+
+
+def test_json_that_people_may_read():
+    assert to_json({"a": [1], "b": "é"}) == b'{\n "a": [\n  1\n ],\n "b": "\\u00e9"\n}\n'
 
 
 def test_a_seal_holds_its_values():
@@ -152,6 +254,44 @@ def test_leftovers_of_processes_that_are_gone(tmp_path, gone):
     remove_leftovers(tmp_path, "x|y")
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
     remove_leftovers(tmp_path / "not there", "x")
+
+
+def test_leftovers_that_are_links_or_cannot_be_removed(tmp_path, gone, monkeypatch):
+    """Links are removed, not what they lead to; what stays stops nothing."""
+    target, original = tmp_path / "target", shutil.rmtree
+    (target / "inside").mkdir(parents=True)
+    for number, to in enumerate((target, tmp_path / "nowhere")):
+        (tmp_path / f".x{number}.{gone}.tmp").symlink_to(to)
+    for number in range(2, 5):
+        (tmp_path / f".x{number}.{gone}.tmp").mkdir()
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError
+        if not path.endswith(f".x3.{gone}.tmp"):
+            original(path, ignore_errors)
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    remove_leftovers(tmp_path, "x.")
+    assert sorted(os.listdir(tmp_path)) == [f".x3.{gone}.tmp", "target"]
+    assert os.listdir(target) == ["inside"]
+
+
+def test_leftovers_of_another_user(tmp_path, gone, monkeypatch):
+    """Whose processes may not be signalled, and so are there."""
+    name = temporary_of(tmp_path / "x").name.replace(str(os.getpid()), str(gone))
+    (tmp_path / name).touch()
+
+    def refuse(process, number):
+        assert (process, number) == (gone, 0)
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.kill", refuse)
+        remove_leftovers(tmp_path, "x")
+    assert os.listdir(tmp_path) == [name]
+    remove_leftovers(tmp_path, "x")
+    assert os.listdir(tmp_path) == []
 
 
 def test_metrics_that_vanish_are_spoken_of(tmp_path):
