@@ -4,7 +4,8 @@
 - select: scores and a running top-n in one kernel (``select/``);
 - selected: several tokens on the union of their block lists (``selected/``);
 - window: a sliding window (``window/``);
-- their gated sum: the last two with the sum, and one backward for all (``gated/``).
+- their gated sum: the last two with the sum, and one backward for all (``gated/``);
+- a step of decode: three kernels of its own (``decode/``).
 
 What is around them (rotary embedding, gates) is plain PyTorch for Inductor to compile:
 :mod:`nsa.core.compile` does so for callers that compile nothing. On a CPU that is all it does: the
@@ -28,7 +29,7 @@ from nsa.backends.compiled.ops import window_attention as window_op
 from nsa.backends.protocol import STEPS, Problem
 from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
-from nsa.core.inputs import AttentionInputs
+from nsa.core.inputs import AttentionInputs, DecodeInputs
 from nsa.core.packing import block_bounds, packed_tokens
 from nsa.core.toolchain import cpu_refusal, gpu_refusal
 from nsa.settings import Settings, foreign_variable
@@ -185,6 +186,13 @@ def gated_attention(
         gates_in_unit_interval,
     )
     return sum_
+
+
+def decode_attention(inputs: DecodeInputs, config: NSAConfig) -> tuple[Tensor, Tensor]:
+    """One step of decode: ``(out, block_idx)``; see :mod:`nsa.backends.compiled.decode.launch`."""
+    from nsa.backends.compiled.decode.launch import decode_attention
+
+    return decode_attention(inputs, config)
 
 
 def _bounds(

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from nsa import NSAConfig
 from nsa.backends.compiled.selected.tiles import dq_dtype
+from nsa.config import KV
+from nsa.core.inputs import DecodeInputs
 from tests.support.kernel_code import Code, compile_launch, kernel_modules, recorded
 
 FIGURES_OF = "3.6"
@@ -70,13 +72,15 @@ STEPS = (
     "gated",
     "gated backward",
     "gated backward, any gates",
+    "decode",
+    "decode, eight tokens and every option",
 )
 OPTIONS, SHARED = STEPS[5:7], STEPS[9]
 SLOW = {
     # the kernels of the other steps, with other flags
     "paper": (*STEPS[2:4], *OPTIONS, *STEPS[9:]),
-    "wide": STEPS[-1:],
-    "small": (*OPTIONS, SHARED, *STEPS[-1:]),
+    "wide": STEPS[12:13],
+    "small": (*OPTIONS, SHARED, *STEPS[12:]),
 }
 MAX_ARGUMENTS = 30
 """Of a kernel, compile-time constants apart; a tuple counts as one."""
@@ -84,6 +88,7 @@ MAX_ARGUMENTS = 30
 
 def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
     """Compiles what one step launches, in bf16, at T = 8192."""
+    from nsa.backends.compiled.decode import launch as decode
     from nsa.backends.compiled.gated import launch as gated
     from nsa.backends.compiled.select import launch as select
     from nsa.backends.compiled.selected import launch as selected
@@ -118,6 +123,17 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
         score_dtype="fp8",
     )
     band = {"window": 512, "start": None, "scale": scale}
+
+    def one_step(S: int) -> DecodeInputs:
+        def room(*size: int) -> KV:
+            return KV(*(torch.empty(*size, K, x, dtype=torch.bfloat16) for x in (D, V)))
+
+        table = torch.zeros(1, T // 64, dtype=torch.int32)
+        caches = room(1, N), room(T // 64, 64), table, room(1, 512 + S - 1)
+        position = torch.zeros(1, dtype=torch.int32)
+        return DecodeInputs(empty(S, H, D), position, empty(S, H, 3), *caches)
+
+    of_lists = replace(config, select_schedule=((1024, 8),), select_mass=0.8)
     steps: dict[str, Callable[[], object]] = {
         "window": lambda: window.window_forward(q, k, v, **band),
         "window backward": lambda: window.window_backward(dout, q, k, v, out, lse, **band),
@@ -147,6 +163,8 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
         "gated backward, any gates": lambda: gated.gated_backward(
             dout, q, ks, vs, gates, *of_all, gates_in_unit_interval=False, dq_dtype=dtype
         ),
+        STEPS[-2]: lambda: decode.decode_attention(one_step(1), config),
+        STEPS[-1]: lambda: decode.decode_attention(one_step(8), of_lists),
     }
     with recorded(*kernel_modules()) as launches:
         steps[step]()
@@ -190,7 +208,7 @@ def test_what_ptxas_complains_of_is_seen() -> None:
     assert code.registers <= 96
 
 
-@pytest.mark.parametrize("step", ["gated", "gated backward"])
+@pytest.mark.parametrize("step", ["gated", "gated backward", "decode"])
 def test_strides_of_one_compile(step: str) -> None:
     """To Triton, but not to its interpreter, an argument of 1 is a constant without a dtype."""
     assert launch((1, 1, 1, 1), step)

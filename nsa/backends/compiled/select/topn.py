@@ -58,19 +58,31 @@ def least_bits(topn):
 
 
 @triton.jit
+def score_bits(score, ranked):
+    """int32 like score, fp32: what ranks it; −1 where not ``ranked``."""
+    # not a number would sort as an enormous score or as no block at all
+    bits = tl.minimum(tl.maximum(score.to(tl.int32, bitcast=True), 0), INFINITY_BITS)
+    return tl.where(ranked, bits, -1)
+
+
+@triton.jit
+def score_keys(bits, j, C: tl.constexpr):
+    """The keys of blocks ``j`` ``[BLOCKS]`` with bits ``[TOKENS, BLOCKS]``; −1 of none."""
+    inverted = tl.broadcast_to((j ^ NO_BLOCK)[None, :], (C.TOKENS, j.shape[0]))
+    return tl.where(bits < 0, -1, (bits.to(tl.int64) << 32) | inverted.to(tl.int64))
+
+
+@triton.jit
 def add_scores(topn, least, score, ranked, j, C: tl.constexpr):
     """Merges blocks ``j`` ``[BLOCK_N]``, ascending and higher than all before, where ``ranked``.
 
     score fp32 and ranked ``[TOKENS, BLOCK_N]``; returns topn and its :func:`least_bits`.
     """
-    # not a number would sort as an enormous score or as no block at all
-    bits = tl.minimum(tl.maximum(score.to(tl.int32, bitcast=True), 0), INFINITY_BITS)
-    bits = tl.where(ranked, bits, -1)
+    bits = score_bits(score, ranked)
     # an equal score gets in by its lower index alone, and these are higher than all before
     better = (bits > least[:, None]).to(tl.int32)
     if tl.max(tl.max(better, 1), 0) > 0:
-        inverted = tl.broadcast_to((j ^ NO_BLOCK)[None, :], (C.TOKENS, C.BLOCK_N))
-        keys = tl.where(bits < 0, -1, (bits.to(tl.int64) << 32) | inverted.to(tl.int64))
+        keys = score_keys(bits, j, C)
         # an ascending list against a descending one: the pairwise maxima are the largest of both,
         # and they rise and fall once, which is what the last step of a bitonic sort puts in order
         topn = tl.bitonic_merge(tl.maximum(topn, tl.topk(keys, C.SLOTS)))
