@@ -22,11 +22,11 @@ from nsa.compression import PHI, Compress, compress_both
 from nsa.config import KV, MOST, NSAConfig
 from nsa.core import validate
 from nsa.core.compile import compile_glue
-from nsa.core.dtypes import autocast_dtype
+from nsa.core.dtypes import accumulation_dtype, autocast_dtype
 from nsa.core.inputs import BRANCHES, AttentionInputs, Probe
 from nsa.core.linear import project
 from nsa.core.packing import packed_tokens
-from nsa.core.rope import apply_rope
+from nsa.core.rope import Angles, apply_rope
 from nsa.errors import ShapeError, is_int, require
 from nsa.gates import GATES
 from nsa.registry import TABLE
@@ -194,8 +194,7 @@ class NSAttention(nn.Module):
 
     def _attend_cached(self, x: Tensor, layer: LayerCache, counts: list[int] | None) -> Tensor:
         """The same of the next tokens of a cache's sequences."""
-        positions = layer.cache.position[:, None] + torch.arange(x.shape[1], device=x.device)
-        projected = self._project(x, positions)
+        projected = self._project(x, layer.angles(x.shape[1], accumulation_dtype(x)))
         q = projected.q
         longest = layer.cache.max_length
         problem = Problem(self.config, q.device, q.dtype, longest, packed=False, needs_grad=False)
@@ -209,7 +208,7 @@ class NSAttention(nn.Module):
         out = attend(layer, projected, counts, chosen, decoder, phi)
         return self.o_proj(out.flatten(2))
 
-    def _project(self, x: Tensor, positions: Tensor | None) -> Projected:
+    def _project(self, x: Tensor, positions: Tensor | Angles | None) -> Projected:
         """Apply the projections, RoPE at ``positions`` and the activation of the gates.
 
         The product of all projections dies here: what is kept of it are copies.
@@ -281,7 +280,10 @@ class NSAttention(nn.Module):
         return next((weight for weight in found if isinstance(weight, Tensor)), None)
 
     def _keys_and_values(
-        self, projected: dict[str, Tensor], positions: Tensor | None, dtype: torch.dtype
+        self,
+        projected: dict[str, Tensor],
+        positions: Tensor | Angles | None,
+        dtype: torch.dtype,
     ) -> tuple[KV, ...]:
         """Those of every branch, in the order of BRANCHES; one pair for all when shared."""
         if not self.config.independent_kv:
@@ -291,14 +293,16 @@ class NSAttention(nn.Module):
             for branch in BRANCHES
         )
 
-    def _kv(self, k: Tensor, v: Tensor, positions: Tensor | None, dtype: torch.dtype) -> KV:
+    def _kv(
+        self, k: Tensor, v: Tensor, positions: Tensor | Angles | None, dtype: torch.dtype
+    ) -> KV:
         k = k.to(dtype).unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
         # a copy: a part that is kept for the backward pass would keep the whole product
         v = v.to(dtype).contiguous().unflatten(-1, (self.config.num_kv_heads, self.config.dv))
         return KV(self._rotate(k, positions), v)
 
-    def _rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """RoPE at ``positions``, ``[T]`` or ``[B, T]``; None counts from 0."""
+    def _rotate(self, x: Tensor, positions: Tensor | Angles | None) -> Tensor:
+        """RoPE at ``positions``; see :func:`apply_rope`."""
         theta = self.config.rope_theta
         return x.contiguous() if theta is None else apply_rope(x, theta, positions)
 

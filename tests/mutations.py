@@ -63,6 +63,12 @@ def folder(name: str, file: str, old: str, new: str, tests: str) -> Mutation:
     return Mutation(f"folder: {name}", f"nsa/training/{file}", old, new, (tests,))
 
 
+def generation(name: str, file: str, old: str, new: str) -> Mutation:
+    tests = ("generation", "sampling", "decode_graph")
+    paths = tuple(f"tests/models/test_{test}.py" for test in tests)
+    return Mutation(f"generation: {name}", f"nsa/{file}", old, new, paths)
+
+
 MUTATIONS = (
     oracle("window off by one", "masks.py", "t - config.window < s", "t - config.window <= s"),
     oracle("visibility < for <=", "masks.py", "(last_token <= t)", "(last_token < t)"),
@@ -184,6 +190,12 @@ MUTATIONS = (
     inspection("visibility < for <=", "inspection/scores.py", "(last > t[:, None])", "(last >= t[:, None])"),
     inspection("weights of scores", "inspection/scores.py", "alpha=weight", "alpha=1"),
     inspection("the own block counts whole", "inspection/sinks.py", "config.select_block - 1 - t % config.select_block", "0 * t"),
+    generation("blocks that are not listed count", "models/tokens_read.py", ".masked_fill_(listed < 0, 0)", ""),
+    generation("sequences share their draws", "models/sampling.py", "(seed + row) % 2**63", "seed"),
+    generation("the chunk is each sequence's", "models/generation.py", "max(1, self._chunk // B)", "self._chunk"),
+    generation("the shorter of two stops", "models/stopping.py", "held) - max(ended)", "held) - min(ended)"),
+    generation("a dense query does not see itself", "models/dense_cache.py", "(token <= position[:, None])", "(token < position[:, None])"),
+    generation("freed sequences go on in a graph", "cache/cache.py", "self.position.add_(self._present, alpha=step.uniform)", "self.position.add_(step.uniform)"),
 )  # fmt: skip
 
 

@@ -5,15 +5,17 @@ B sequences, P pages of L tokens, K key/value heads, n listed blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nsa.cache.layer import LayerCache
+from nsa.cache.layer import LayerCache, Places
 from nsa.cache.pages import Copies, Pages
 from nsa.config import NSAConfig
+from nsa.core.rope import Angles
 from nsa.core.validate import as_device, check_config
 from nsa.errors import CacheError, is_int, require, require_known, show
 
@@ -98,9 +100,14 @@ class NSACache:
         rings hold ends there."""
         self._step: _Step | None = None
         self._static = False
+        self.angles: Angles | None = None
+        self.places: Places | None = None
+        """What the first layer of a step works out for all of them."""
         with torch.inference_mode(False), torch.no_grad():
             self.position = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
             """int32 ``[B]``, tokens of each sequence: where the next one goes."""
+            self._present = torch.ones_like(self.position)
+            """int32 ``[B]``, 0 for a sequence that was freed: it stays at position 0."""
             per_sequence = -(-max_length // size)
             self.pages = Pages(batch_size, per_sequence, size, pages, self.device)
             self.layers = [LayerCache(self, number) for number in range(num_layers)]
@@ -137,7 +144,8 @@ class NSACache:
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         tensors = [x for layer in self.layers for x in (*layer.by_sequence(), *layer.by_page())]
-        return sum(x.nbytes for x in (*tensors, self.position, self.pages.table))
+        counters = (self.position, self._present, self.pages.table)
+        return sum(x.nbytes for x in (*tensors, *counters))
 
     # A step, from its first layer to its last
 
@@ -151,6 +159,11 @@ class NSACache:
         Raises:
             CacheError: there is no room, or ``counts`` does not fit.
         """
+        if self._static:  # what a graph captures is the device's work; the host's is done
+            step = self.step()
+            if tokens != step.uniform or counts is not None:
+                raise CacheError(f"expected capturing({tokens}), got capturing({step.uniform})")
+            return step
         B = self.batch_size
         if counts is not None and not (
             len(counts) == B and all(is_int(c) and 0 <= c <= tokens for c in counts)
@@ -198,14 +211,48 @@ class NSACache:
     def commit(self) -> None:
         """The last layer has run: the new tokens belong to their sequences."""
         step = self.step()
+        if not self._static:
+            self._keep(step)
+        if step.uniform is not None:
+            self.position.add_(self._present, alpha=step.uniform)
+        else:
+            self._write_positions()
+
+    def _keep(self, step: _Step) -> None:
+        """The host's part of :meth:`commit`."""
         for b, end in enumerate(step.ends):
             if self._lengths[b] is not None:
                 self._lengths[b] = end
-        if step.uniform is not None and None not in self._lengths:
-            self.position.add_(step.uniform)
-        else:
-            self._write_positions()
         self._step = None
+
+    # A step in a CUDA graph
+
+    @contextmanager
+    def capturing(self, tokens: int = 1) -> Iterator[None]:
+        """While a graph of one step is captured: shapes are those of ``max_length``, and the step
+        adds nothing. What is run in place of captured leaves no trace either, for warming up.
+
+        Args:
+            tokens: of every sequence that a replay adds.
+        """
+        self.begin(tokens)
+        self._static = True
+        try:
+            yield
+        finally:
+            self._static, self._step = False, None
+            self._write_positions()
+
+    def advance(self, tokens: int = 1) -> None:
+        """Make room for what a replay is about to add; call it before each one.
+
+        The graph counts the device's positions itself. Freeing, resetting and cropping sequences
+        between replays is allowed, and so is what keeps the batch as large as it is.
+
+        Raises:
+            CacheError: there is no room; nothing has changed.
+        """
+        self._keep(self.begin(tokens))
 
     def completes_blocks(self, tokens: int) -> bool:
         """Whether a step completes a compressed block, as far as the host may know."""
@@ -302,6 +349,7 @@ class NSACache:
         self._highest = [self._highest[b] for b in chosen]
         if not same:
             self.position = self.position.index_select(0, index)
+            self._present = torch.ones_like(self.position)
         self._write_positions()
 
     reorder = select
@@ -320,12 +368,13 @@ class NSACache:
         finally:
             for i in freed:
                 self._lengths[i] = None
+            self._write_positions()
         return self.batch_size - 1
 
     def to(self, device: torch.device | str) -> NSACache:
         """Move every tensor to a device; returns the cache itself."""
         self.device = as_device(device)
-        self.position = self.position.to(self.device)
+        self.position, self._present = (x.to(self.device) for x in (self.position, self._present))
         self.pages.table = self.pages.table.to(self.device)
         for layer in self.layers:
             moved = [x.to(self.device) for x in layer.by_sequence()]
@@ -394,6 +443,8 @@ class NSACache:
     def _write_positions(self) -> None:
         lengths = [length or 0 for length in self._lengths]
         self.position.copy_(torch.tensor(lengths, dtype=torch.int32))
+        present = [length is not None for length in self._lengths]
+        self._present.copy_(torch.tensor(present, dtype=torch.int32))
 
     def _rows(self, rows: Iterable[int] | None) -> list[int]:
         B = self.batch_size

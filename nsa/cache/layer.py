@@ -10,13 +10,14 @@ key/value heads, D key size, V value size, n listed blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
 from nsa.core.inputs import DecodeInputs
+from nsa.core.rope import Angles, rope_angles
 from nsa.selection.fp8 import dequantize, quantize
 
 if TYPE_CHECKING:
@@ -24,6 +25,24 @@ if TYPE_CHECKING:
 
 Compressor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """φ of keys and of values: ``[B, T, K, D]`` and ``[B, T, K, V]`` -> as many blocks as are whole."""
+
+
+class Places(NamedTuple):
+    """Where a step's tokens stand, the same in every layer."""
+
+    row: Tensor
+    """int64 ``[B, 1]``, the sequence."""
+    window: Tensor
+    """int64 ``[B, S]``, of the window's ring."""
+    tail: Tensor
+    """int64 ``[B, S]``, of the ring that φ reads."""
+    page: Tensor
+    """int64 ``[B, S]``"""
+    offset: Tensor
+    """int64 ``[B, S]``, of a page."""
+    blocks: tuple[Tensor, Tensor] | None
+    """Of the compressed blocks that may be whole now: int64 ``[B, X]``, where they go, and ``[B, X,
+    l]``, where their tokens stand in the ring; None: there is none."""
 
 
 class LayerCache:
@@ -104,31 +123,57 @@ class LayerCache:
     def write_step(self, tokens: KV, selected: KV, window: KV, compress: Compressor) -> None:
         """Put a step's keys and values ``[B, S, K, …]`` where they belong, and compress the blocks
         that it completes. The device's positions are read on the device alone."""
-        cache, config = self.cache, self.config
-        B, S = selected.k.shape[:2]
-        t_BS = cache.position.long()[:, None] + torch.arange(S, device=cache.device)
-        row_B1 = torch.arange(B, device=cache.device)[:, None]
-        for ring, new in ((self.window, window), (self.tail, tokens)):
-            slot_BS = t_BS % ring.k.shape[1]
+        if self.number == 0:
+            self.cache.places = self._places(selected.k.shape[1])
+        places = self.cache.places
+        assert places is not None
+        for ring, new, slot_BS in (
+            (self.window, window, places.window),
+            (self.tail, tokens, places.tail),
+        ):
             for kept, x in zip(ring, new, strict=True):
-                kept[row_B1, slot_BS] = x
+                kept[places.row, slot_BS] = x
+        self._write_pages(places.page, places.offset, selected)
+        if places.blocks is None:
+            return
+        there, slot = places.blocks
+        blocks = [kept[places.row[..., None], slot].flatten(0, 1) for kept in self.tail]
+        for kept, x in zip(self.compressed, compress(*blocks), strict=True):
+            kept[places.row, there] = x.view(*there.shape, *x.shape[2:]).to(kept.dtype)
+
+    def _places(self, S: int) -> Places:
+        cache, config = self.cache, self.config
+        t_BS = cache.position.long()[:, None] + torch.arange(S, device=cache.device)
         L = cache.pages.size
         place = (t_BS // L).clamp_max(cache.pages.table.shape[1] - 1)
-        page_BS = cache.pages.table.long().gather(1, place)
-        self._write_pages(page_BS, t_BS % L, selected)
-        if not cache.completes_blocks(S):
-            return
-        before = _whole_blocks(t_BS[:, 0], config)
-        after = _whole_blocks(t_BS[:, -1] + 1, config)
-        most = -(-S // config.compress_stride)
-        block = before[:, None] + torch.arange(most, device=cache.device)
-        t = torch.arange(config.compress_block, device=cache.device)
-        t = block[..., None] * config.compress_stride + t
-        blocks = [kept[row_B1[..., None], t % kept.shape[1]].flatten(0, 1) for kept in self.tail]
-        made = compress(*blocks)
-        there = block.where(block < after[:, None], self.compressed.k.shape[1] - 1)
-        for kept, x in zip(self.compressed, made, strict=True):
-            kept[row_B1, there] = x.view(B, most, *x.shape[2:]).to(kept.dtype)
+        blocks = None
+        if cache.completes_blocks(S):
+            before = _whole_blocks(t_BS[:, 0], config)
+            after = _whole_blocks(t_BS[:, -1] + 1, config)
+            most = -(-S // config.compress_stride)
+            block = before[:, None] + torch.arange(most, device=cache.device)
+            t = torch.arange(config.compress_block, device=cache.device)
+            t = block[..., None] * config.compress_stride + t
+            there = block.where(block < after[:, None], self.compressed.k.shape[1] - 1)
+            blocks = there, t % cache.tail_rows
+        return Places(
+            torch.arange(cache.batch_size, device=cache.device)[:, None],
+            t_BS % cache.window_rows,
+            t_BS % cache.tail_rows,
+            cache.pages.table.gather(1, place).long(),
+            t_BS % L,
+            blocks,
+        )
+
+    def angles(self, T: int, dtype: torch.dtype) -> Angles | None:
+        """Of RoPE, for the next tokens ``[B, T]``; None without it."""
+        cache, theta = self.cache, self.config.rope_theta
+        if theta is None:
+            return None
+        if self.number == 0:
+            positions = cache.position[:, None] + torch.arange(T, device=cache.device)
+            cache.angles = rope_angles(positions, self.config.head_dim, theta, dtype)
+        return cache.angles
 
     def inputs(self, q: Tensor, gates: Tensor) -> DecodeInputs:
         """What a step reads; :meth:`write_step` has been. As far as lengths are known on the host,

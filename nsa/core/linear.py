@@ -48,10 +48,8 @@ def project(x: Tensor, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     gradient of x. If one of them is more than a linear map (:func:`is_unmodified`), each is called
     as it is.
     """
-    join = all(is_unmodified(linear) for linear in linears.values())
-    if not torch.compiler.is_compiling() and x.shape[0] * x.shape[1] < MIN_ROWS_TO_JOIN:
-        join = False
-    if not join:
+    few = not torch.compiler.is_compiling() and x.shape[0] * x.shape[1] < MIN_ROWS_TO_JOIN
+    if few or not all(is_unmodified(linear) for linear in linears.values()):
         return {name: linear(x) for name, linear in linears.items()}
     layers = {name: cast(nn.Linear, linear) for name, linear in linears.items()}
     weights = [layer.weight for layer in layers.values()]

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, H heads, D head size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,15 +14,28 @@ from nsa.core.dtypes import accumulation_dtype
 from nsa.core.operators import define
 
 
-def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
+class Angles(NamedTuple):
+    """Cosines and sines of some positions, ``[T, 1, D/2]`` or ``[B, T, 1, D/2]``."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_angles(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> Angles:
+    """What :func:`apply_rope` makes of positions: heads of ``size`` can share it."""
+    tables = rope_table(positions.flatten(), size, theta, dtype)
+    return Angles(*(x.view(*positions.shape, 1, x.shape[-1]) for x in tables))
+
+
+def apply_rope(x: Tensor, theta: float, positions: Tensor | Angles | None = None) -> Tensor:
     """Rotates each pair ``(x[i], x[i + D/2])`` by ``position * theta**(-2i/D)``.
 
     Args:
         x: ``[B, T, H, D]``, D even, any float dtype; the rotation is computed in fp32 (fp64 for
             fp64) and rounded once.
         theta: the base of the frequencies.
-        positions: integer ``[T]``, the position of each token in its own sequence, or ``[B, T]``;
-            None counts from 0.
+        positions: integer ``[T]``, the position of each token in its own sequence, or ``[B, T]``,
+            or what :func:`rope_angles` made of them; None counts from 0.
 
     Returns:
         ``[B, T, H, D]`` in x's dtype.
@@ -28,8 +43,9 @@ def apply_rope(x: Tensor, theta: float, positions: Tensor | None = None) -> Tens
     dtype = accumulation_dtype(x)
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)
-    tables = rope_table(positions.flatten(), x.shape[-1], theta, dtype)
-    cos_T1D, sin_T1D = (x.view(*positions.shape, 1, x.shape[-1]) for x in tables)
+    if not isinstance(positions, Angles):
+        positions = rope_angles(positions, x.shape[-1], theta, dtype)
+    cos_T1D, sin_T1D = positions
     low, high = x.to(dtype).chunk(2, dim=-1)
     rotated = torch.cat([low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D], dim=-1)
     return rotated.to(x.dtype)

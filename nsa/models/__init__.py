@@ -2,7 +2,17 @@
 
 from nsa.models.config import ModelConfig
 from nsa.models.dense import DenseAttention
-from nsa.models.generation import GenerationConfig, generate
+from nsa.models.dense_cache import DenseCache
+from nsa.models.generation import Generation, generate
 from nsa.models.language_model import LanguageModel
+from nsa.models.sampling import GenerationConfig
 
-__all__ = ["DenseAttention", "GenerationConfig", "LanguageModel", "ModelConfig", "generate"]
+__all__ = [
+    "DenseAttention",
+    "DenseCache",
+    "Generation",
+    "GenerationConfig",
+    "LanguageModel",
+    "ModelConfig",
+    "generate",
+]

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nsa.config import NSAConfig
+from nsa.core.dtypes import accumulation_dtype
 from nsa.core.rope import apply_rope
-from nsa.errors import ShapeError
+from nsa.errors import CacheError, ShapeError, show
+from nsa.models.dense_cache import DenseLayer
 
 
 class DenseAttention(nn.Module):
@@ -47,7 +49,13 @@ class DenseAttention(nn.Module):
             projection.reset_parameters()
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: DenseLayer | None = None,
+        counts: list[int] | None = None,
     ) -> Tensor:
         """Attend over a regular batch.
 
@@ -55,12 +63,17 @@ class DenseAttention(nn.Module):
             x: ``[B, T, dim]``.
             cu_seqlens, max_seqlen: must be None: packed input needs block-diagonal attention, which
                 this layer does not have.
+            cache: this layer's of a :class:`nsa.models.DenseCache`, without gradients: x are the
+                next tokens of its sequences, which are added to it.
+            counts: with a cache, how many of the T tokens, from the left, each sequence has; None:
+                all. Rows of the output past them mean nothing.
 
         Returns:
             ``[B, T, dim]``.
 
         Raises:
             ShapeError: for packed input.
+            CacheError: a cache that does not fit, or has no room.
         """
         if cu_seqlens is not None or max_seqlen is not None:
             raise ShapeError(
@@ -72,9 +85,16 @@ class DenseAttention(nn.Module):
         q_BTHD = self.q_proj(x).view(batch, length, config.num_heads, config.head_dim)
         k_BTKD = self.k_proj(x).view(batch, length, config.num_kv_heads, config.head_dim)
         v_BTKV = self.v_proj(x).view(batch, length, config.num_kv_heads, config.dv)
+        angles = None
+        if cache is not None:
+            _check(cache, x)
+            angles = cache.angles(length, accumulation_dtype(x))
         if config.rope_theta is not None:
-            q_BTHD = apply_rope(q_BTHD, config.rope_theta)
-            k_BTKD = apply_rope(k_BTKD, config.rope_theta)
+            q_BTHD = apply_rope(q_BTHD, config.rope_theta, angles)
+            k_BTKD = apply_rope(k_BTKD, config.rope_theta, angles)
+        if cache is not None:
+            out_BTHV = cache.attend(q_BTHD, k_BTKD, v_BTKV, counts)
+            return self.o_proj(out_BTHV.flatten(2))
         out_BHTV = F.scaled_dot_product_attention(
             q_BTHD.transpose(1, 2),
             k_BTKD.transpose(1, 2),
@@ -84,3 +104,20 @@ class DenseAttention(nn.Module):
             enable_gqa=config.group > 1,
         )
         return self.o_proj(out_BHTV.transpose(1, 2).reshape(batch, length, -1))
+
+
+def _check(layer: object, x: Tensor) -> None:
+    if not isinstance(layer, DenseLayer):
+        raise CacheError(
+            f"cache: expected a layer of a DenseCache (cache.layers[i]), got {show(layer)}"
+        )
+    if torch.is_grad_enabled():
+        raise CacheError(
+            "cache: expected torch.no_grad() or torch.inference_mode() around the call"
+        )
+    sequences, device = layer.cache.batch_size, layer.cache.device
+    if (len(x), x.device) != (sequences, device):
+        raise CacheError(
+            f"cache: expected input of {sequences} sequences on {device}, as it has, got {len(x)} "
+            f"on {x.device}"
+        )

@@ -22,6 +22,10 @@ from nsa.core.validate import check_factory, check_tensor
 from nsa.errors import CacheError, ConfigError, ShapeError, require, show
 from nsa.models.config import ModelConfig
 from nsa.models.dense import DenseAttention
+from nsa.models.dense_cache import DenseCache, DenseLayer
+from nsa.models.generation import DEFAULT_CHUNK, Generation, Prompts
+from nsa.models.sampling import GenerationConfig
+from nsa.models.stopping import Stop
 from nsa.module import NSAttention
 
 _INIT_STD = 0.02
@@ -203,7 +207,7 @@ class LanguageModel(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        cache: NSACache | None = None,
+        cache: NSACache | DenseCache | None = None,
         counts: list[int] | None = None,
         last_only: bool = False,
     ) -> Tensor:
@@ -214,8 +218,8 @@ class LanguageModel(nn.Module):
             cu_seqlens: int32 ``[n_seq + 1]`` when ``tokens`` is ``[1, total]`` of sequences packed
                 end to end; None for a regular batch.
             max_seqlen: length of the longest packed sequence; None means ``total``.
-            cache: holds the tokens before these, and takes these; see :class:`nsa.NSACache`. It is
-                for regular batches, under ``torch.no_grad()``.
+            cache: holds the tokens before these, and takes these: what :meth:`new_cache` makes. It
+                is for regular batches, under ``torch.no_grad()``.
             counts: with a cache, how many of the T tokens, from the left, each sequence has; None:
                 all. Logits past them mean nothing.
             last_only: score what follows the last token of each sequence alone.
@@ -251,15 +255,66 @@ class LanguageModel(nn.Module):
             x = _last(x, counts)
         return F.linear(self.norm(x), weight)
 
-    def _layers_of(self, cache: NSACache | None) -> Sequence[LayerCache | None]:
+    def new_cache(self, batch_size: int, max_length: int, **options: Any) -> NSACache | DenseCache:
+        """Make an empty cache for sequences of up to ``max_length`` tokens, on the model's device
+        and in its dtype.
+
+        Args:
+            batch_size, max_length: of the sequences.
+            options: of :class:`nsa.NSACache` besides; a dense model's cache has none.
+        """
+        if self.config.attention == "nsa":
+            sizes = {"batch_size": batch_size, "max_length": max_length}
+            return NSACache.for_model(self, **sizes, **options)
+        weight = self.embedding.weight
+        return DenseCache(
+            self.config.nsa,
+            num_layers=len(self.blocks),
+            batch_size=batch_size,
+            max_length=max_length,
+            device=weight.device,
+            dtype=weight.dtype,
+            **options,
+        )
+
+    def generate(
+        self,
+        prompt: Prompts,
+        config: GenerationConfig | None = None,
+        *,
+        context: int,
+        max_length: int | None = None,
+        stop: Stop = None,
+        cache: bool = True,
+        chunk: int = DEFAULT_CHUNK,
+        graph: bool | None = None,
+    ) -> Generation:
+        """Continue a prompt, or a batch of them: see :func:`nsa.models.generate`."""
+        return Generation(
+            self,
+            prompt,
+            GenerationConfig() if config is None else config,
+            context=context,
+            max_length=max_length,
+            stop=stop,
+            cache=cache,
+            chunk=chunk,
+            graph=graph,
+        )
+
+    def _layers_of(
+        self, cache: NSACache | DenseCache | None
+    ) -> Sequence[LayerCache | DenseLayer | None]:
         """One for each block."""
         if cache is None:
             return [None] * len(self.blocks)
-        if not isinstance(cache, NSACache) or len(cache.layers) != len(self.blocks):
-            got = f"one of {len(cache.layers)}" if isinstance(cache, NSACache) else show(cache)
+        nsa = self.config.attention == "nsa"
+        fits = isinstance(cache, NSACache if nsa else DenseCache)
+        if not fits or len(cache.layers) != len(self.blocks):
+            kind = "an NSACache" if nsa else "a DenseCache"
+            got = f"one of {len(cache.layers)}" if fits else show(cache)
             raise CacheError(
-                f"cache: expected an NSACache of {len(self.blocks)} layers, as the model has, got "
-                f"{got}"
+                f"cache: expected {kind} of {len(self.blocks)} layers, as the model has, got {got}"
             )
         return cache.layers
 

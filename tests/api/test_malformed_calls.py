@@ -258,10 +258,13 @@ def model(rng: random.Random) -> tuple[Callable[..., Any], dict[str, Any], Any]:
         given |= {"targets": tokens.roll(-1, 1)}
         return made.loss, given, lambda out, **called: _shape(out, ())
     few = GenerationConfig(max_new_tokens=2, temperature=rng.choice([0, 1e-300, 0.8]))
-    given = {"prompt": [1, 2, 3], "config": few, "context": 8}
+    given = {"prompt": [1, 2, 3], "config": few, "context": 8, "max_length": None}
+    given |= {"stop": 0, "cache": rng.random() < 0.7, "chunk": 2, "graph": None}
 
     def write(**called: Any) -> list[int]:
-        return list(generate(made, **called))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of texts longer than the context
+            return list(generate(made, **called))
 
     return write, given, lambda out, **called: [made.embedding.weight[x] for x in out]
 

@@ -201,4 +201,4 @@ def test_bytes_of_a_token() -> None:
     assert (sizes[1] - sizes[0]) / 800 == pair * (1 + 1 / SMALL.compress_stride) + table
     rings = SMALL.window + SMALL.compress_block + 2 * 16
     edges = pair * (rings + SMALL.select_block + 1 + SMALL.num_compressed(800) - 400)
-    assert sizes[0] == 800 * pair * 1.5 + 800 * table + edges + 4
+    assert sizes[0] == 800 * pair * 1.5 + 800 * table + edges + 2 * 4  # position, there or freed

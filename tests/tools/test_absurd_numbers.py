@@ -10,7 +10,7 @@ import torch
 
 from nsa import ConfigError, NSAError
 from nsa.models import GenerationConfig, ModelConfig
-from nsa.models.generation import sample
+from nsa.models.sampling import sample
 from nsa.tools.bench.flags import bench_parser, make_plan
 from nsa.tools.common.cli import choose_device, integer, number, run
 from nsa.tools.generate import __main__ as generate
@@ -149,8 +149,9 @@ def test_steps_into_nowhere(data, tmp_path, capsys, changes):
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-308, 1e-30])
 def test_a_temperature_of_almost_zero(temperature):
-    logits = torch.tensor([1.0, 30.0, -30.0], dtype=torch.float64)
-    assert sample(logits, GenerationConfig(temperature=temperature)) == 1
+    logits = torch.tensor([[1.0, 30.0, -30.0]], dtype=torch.float64)
+    uniform = torch.tensor([0.9], dtype=torch.float64)
+    assert sample(logits, GenerationConfig(temperature=temperature), uniform).item() == 1
 
 
 # What no estimate sees
