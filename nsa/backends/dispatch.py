@@ -107,17 +107,21 @@ def decoding(
     None with the oracle, which runs its steps on keys and values gathered from the cache.
     ``e4m3``: whether selected keys and values are kept so.
     """
-    name = chosen.backend
-    if name == "reference":
+    if chosen.backend == "reference":
         return chosen, None
-    why_not: str | None = f"{name} has none"
-    if TABLE[name].decodes:
-        check = getattr(_module(name), "decode_unavailable", None)
-        why_not = None if check is None else check(problem, e4m3=e4m3)
+    why_not = no_decode(chosen.backend, problem, e4m3=e4m3)
     if why_not is None:
-        return chosen, cast(Decoder, load(name))
+        return chosen, cast(Decoder, load(chosen.backend))
     reason = f"{chosen.reason}; decode on sdpa: {why_not}"
     return chosen._replace(reason=reason), cast(Decoder, load("sdpa"))
+
+
+def no_decode(name: str, problem: Problem, *, e4m3: bool = False) -> str | None:
+    """Why a backend that can run a problem runs no step of decode of it, or None if it does."""
+    if not TABLE[name].decodes:
+        return f"{name} has none"
+    check = getattr(_module(name), "decode_unavailable", None)
+    return None if check is None else check(problem, e4m3=e4m3)
 
 
 def delegated(name: str, problem: Problem, settings: Settings) -> dict[str, str]:

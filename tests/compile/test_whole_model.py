@@ -50,7 +50,7 @@ def batch(length: int, packed: bool) -> tuple[tuple[Tensor, Tensor], dict[str, o
     return (tokens, targets), {"cu_seqlens": cu_seqlens, "max_seqlen": max(length - cut, 2)}
 
 
-QUICK = {("sdpa", False), ("fa2-varlen", True), ("compiled", True)}
+QUICK = {("sdpa", False), ("compiled", True)}
 
 
 def runs() -> Iterator[Any]:

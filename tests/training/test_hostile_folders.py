@@ -285,6 +285,9 @@ def test_a_hostile_folder(finished, run, capsys, seed):
                 assert line.startswith("error: ")
                 assert line.isprintable()
                 assert len(line) < 2100
+            elif tool is generate:  # says what ran, and how fast
+                assert all(line.isprintable() for line in printed.err.splitlines())
+                assert "SECRET" not in printed.err
             else:
                 assert printed.err == ""
     finally:

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from nsa.backends import load, unavailable
-from nsa.backends.dispatch import decoding
+from nsa.backends.dispatch import no_decode
 from nsa.backends.protocol import Decoder
 from nsa.config import NSAConfig
 from nsa.core.inputs import DecodeInputs
@@ -151,14 +151,8 @@ def _runs(name: str, trial: Trial, settings: Settings) -> bool:
 
 
 def _why_not(name: str, trial: Trial, settings: Settings) -> str | None:
-    if not TABLE[name].decodes:
-        return f"{name} has no decode of its own: sdpa runs it there"
-    why_not = unavailable(name, trial.problem, settings)
-    if why_not is None:
-        chosen, problem = trial.resolve(name, settings), trial.problem
-        reason = decoding(chosen, problem, e4m3=False)[0].reason
-        why_not = reason.partition("decode on sdpa: ")[2] or None
-    return why_not
+    why_not = unavailable(name, trial.problem, settings) or no_decode(name, trial.problem)
+    return why_not and f"{why_not}; sdpa decodes anywhere"
 
 
 def _parity(name: str, trial: Trial, settings: Settings) -> float | str:

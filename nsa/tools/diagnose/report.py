@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from nsa.backends import load, unavailable
-from nsa.backends.dispatch import decoding
+from nsa.backends.dispatch import no_decode
 from nsa.backends.fa2.providers import Report, collect_reports
+from nsa.backends.protocol import Decoder
 from nsa.registry import TABLE, fa2_names
 from nsa.settings import (
     FlagRow,
@@ -213,9 +214,8 @@ def _parity(name: str, trials: Sequence[Trial]) -> tuple[list[ParityResult], lis
         try:
             rows = [(row.name, row.error, row.bound) for row in attention_parity(name, inputs)]
             faults = selection_faults(name, inputs)
-            _, decoder = decoding(trial.resolve(name), trial.problem, e4m3=False)
-            if decoder is not None and decoder is cast(object, load(name)) and not trial.packed:
-                row, wrong = decode_parity(decoder, inputs)
+            if not trial.packed and no_decode(name, trial.problem) is None:
+                row, wrong = decode_parity(cast(Decoder, load(name)), inputs)
                 rows.append((row.name, row.error, row.bound))
                 faults += [f"in decode, {fault}" for fault in wrong]
         except failures() as failure:

@@ -79,7 +79,7 @@ OPTIONS, SHARED = STEPS[5:7], STEPS[9]
 SLOW = {
     # the kernels of the other steps, with other flags
     "paper": (*STEPS[2:4], *OPTIONS, *STEPS[9:]),
-    "wide": STEPS[12:13],
+    "wide": (STEPS[12], STEPS[-1]),
     "small": (*OPTIONS, SHARED, *STEPS[12:]),
 }
 MAX_ARGUMENTS = 30
@@ -208,7 +208,9 @@ def test_what_ptxas_complains_of_is_seen() -> None:
     assert code.registers <= 96
 
 
-@pytest.mark.parametrize("step", ["gated", "gated backward", "decode"])
+@pytest.mark.parametrize(
+    "step", ["gated", "gated backward", pytest.param("decode", marks=pytest.mark.slow)]
+)
 def test_strides_of_one_compile(step: str) -> None:
     """To Triton, but not to its interpreter, an argument of 1 is a constant without a dtype."""
     assert launch((1, 1, 1, 1), step)
