@@ -1,6 +1,7 @@
 """A step of decode against the oracle: the last rows of the whole sequence's attention."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from nsa import NSAConfig
 from nsa.backends.dispatch import load
 from nsa.registry import TABLE
-from nsa.testing.decoding import decode_whole, step_inputs
+from nsa.testing.decoding import decode_whole, random_step, step_inputs
 from nsa.testing.selection import list_faults
 from nsa.testing.strategies import Case, cases
 from nsa.testing.tolerances import expected
@@ -63,3 +65,30 @@ def test_a_sequence_alone_and_in_a_batch_has_the_same_bits(name: str, case: Case
         alone, listed = load(name).decode_attention(row, config)
         assert torch.equal(alone[0], out[b])
         assert torch.equal(listed[0], lists[b])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"select_share": 2}, {"select_regions": (2, 1)}, {"score_dtype": "fp8"}],
+    ids=["exact", "share", "regions", "fp8"],
+)
+def test_every_tensor_is_made_on_the_device_of_the_queries(options: dict[str, Any]):
+    """One that is not lands on the default device, which is none that can be read here."""
+    config = NSAConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        compress_block=4,
+        compress_stride=2,
+        select_block=8,
+        num_selected=3,
+        window=7,
+        **options,
+    )
+    step = random_step(config, 2, 40, 3, dtype=torch.float32, device="cpu")
+    step = step._replace(list_before=torch.tensor([0, 3, -1], dtype=torch.int32).expand(2, 2, 3))
+    want, listed = load("sdpa").decode_attention(step, config)
+    with torch.device("meta"):
+        out, lists = load("sdpa").decode_attention(step, config)
+    assert torch.equal(out, want)
+    assert torch.equal(lists, listed)
