@@ -133,3 +133,24 @@ def test_e4m3_differs_by_its_rounding_alone():
             error = (out[0] - out[1]).norm() / out[0].norm()
             assert 1e-5 < error < 2**-4
     assert rounded.layers[0].pages.k.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [
+        ("sdpa", ""),
+        ("reference", ""),
+        ("fa2-dense", "; decode on sdpa: fa2-dense has none"),
+        ("compiled", "; decode on sdpa: compiled has kernels for a GPU alone"),
+    ],
+)
+def test_the_layer_says_what_runs_a_step(backend: str, why: str):
+    cache = NSACache(SMALL, num_layers=1, batch_size=1, max_length=9)
+    with fa2_by_math("cpu"), torch.no_grad():
+        layer = NSAttention(DIM, SMALL, backend=backend)
+        layer(torch.randn(1, 1, DIM), cache=cache.layers[0])
+    assert layer.resolution is not None
+    assert layer.resolution.backend == backend
+    assert layer.resolution.reason.startswith(f"backend={backend!r}")
+    assert layer.resolution.reason.endswith(why)
+    assert ("decode on" in layer.resolution.reason) == bool(why)
