@@ -122,8 +122,8 @@ def _chunks(
     B, T, H, _ = new.q.shape
     config = layer.config
     out = new.q.new_zeros(B, T, H, config.dv)
-    lists = torch.full((B, T, config.num_kv_heads, config.num_selected), -1, dtype=torch.int32)
-    layer.listed = lists.to(new.q.device)
+    shape = (B, T, config.num_kv_heads, config.num_selected)
+    layer.listed = torch.full(shape, -1, dtype=torch.int32, device=new.q.device)
     groups: dict[tuple[int, int], list[int]] = {}
     for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
         if end > start:

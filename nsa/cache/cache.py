@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa.cache.layer import LayerCache, Places
+from nsa.cache.layer import LayerCache, WriteRows
 from nsa.cache.pages import Copies, Pages
 from nsa.config import NSAConfig
 from nsa.core.rope import Angles
@@ -101,7 +101,7 @@ class NSACache:
         self._step: _Step | None = None
         self._static = False
         self.angles: Angles | None = None
-        self.places: Places | None = None
+        self.write_rows: WriteRows | None = None
         """What the first layer of a step works out for all of them."""
         with torch.inference_mode(False), torch.no_grad():
             self.position = torch.zeros(batch_size, dtype=torch.int32, device=self.device)

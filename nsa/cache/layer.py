@@ -27,7 +27,7 @@ Compressor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """φ of keys and of values: ``[B, T, K, D]`` and ``[B, T, K, V]`` -> as many blocks as are whole."""
 
 
-class Places(NamedTuple):
+class WriteRows(NamedTuple):
     """Where a step's tokens stand, the same in every layer."""
 
     row: Tensor
@@ -124,24 +124,24 @@ class LayerCache:
         """Put a step's keys and values ``[B, S, K, …]`` where they belong, and compress the blocks
         that it completes. The device's positions are read on the device alone."""
         if self.number == 0:
-            self.cache.places = self._places(selected.k.shape[1])
-        places = self.cache.places
-        assert places is not None
+            self.cache.write_rows = self._write_rows(selected.k.shape[1])
+        to = self.cache.write_rows
+        assert to is not None
         for ring, new, slot_BS in (
-            (self.window, window, places.window),
-            (self.tail, tokens, places.tail),
+            (self.window, window, to.window),
+            (self.tail, tokens, to.tail),
         ):
             for kept, x in zip(ring, new, strict=True):
-                kept[places.row, slot_BS] = x
-        self._write_pages(places.page, places.offset, selected)
-        if places.blocks is None:
+                kept[to.row, slot_BS] = x
+        self._write_pages(to.page, to.offset, selected)
+        if to.blocks is None:
             return
-        there, slot = places.blocks
-        blocks = [kept[places.row[..., None], slot].flatten(0, 1) for kept in self.tail]
+        there, slot = to.blocks
+        blocks = [kept[to.row[..., None], slot].flatten(0, 1) for kept in self.tail]
         for kept, x in zip(self.compressed, compress(*blocks), strict=True):
-            kept[places.row, there] = x.view(*there.shape, *x.shape[2:]).to(kept.dtype)
+            kept[to.row, there] = x.view(*there.shape, *x.shape[2:]).to(kept.dtype)
 
-    def _places(self, S: int) -> Places:
+    def _write_rows(self, S: int) -> WriteRows:
         cache, config = self.cache, self.config
         t_BS = cache.position.long()[:, None] + torch.arange(S, device=cache.device)
         L = cache.pages.size
@@ -156,7 +156,7 @@ class LayerCache:
             t = block[..., None] * config.compress_stride + t
             there = block.where(block < after[:, None], self.compressed.k.shape[1] - 1)
             blocks = there, t % cache.tail_rows
-        return Places(
+        return WriteRows(
             torch.arange(cache.batch_size, device=cache.device)[:, None],
             t_BS % cache.window_rows,
             t_BS % cache.tail_rows,

@@ -93,11 +93,10 @@ class FolderLock:
             self._descriptor = None
 
     def __enter__(self) -> FolderLock:
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(self._close)
             self.hold()
-        except BaseException:
-            self._close()
-            raise
+            undone.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
