@@ -105,3 +105,12 @@ def of_sequence(inputs: DecodeInputs, b: int) -> DecodeInputs:
         page_table=inputs.page_table[part],
         window=KV(*(x[part] for x in inputs.window)),
     )
+
+
+def on_device(inputs: DecodeInputs, device: str) -> DecodeInputs:
+    """A copy there."""
+
+    def move(x: Tensor | KV | None) -> Tensor | KV | None:
+        return KV(*map(move, x)) if isinstance(x, KV) else None if x is None else x.to(device)
+
+    return DecodeInputs(*map(move, inputs))

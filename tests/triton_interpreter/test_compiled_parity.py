@@ -104,7 +104,8 @@ def test_selection_under_every_option(shape: dict[str, object]) -> None:
     assert selection_faults("compiled", x) == []
 
 
-SHARING = replace(CONFIG, select_share=3)
+SHARING = replace(CONFIG, select_share=8, select_block=8)
+"""Eight tokens of two heads fill a tile of fp32."""
 
 
 @pytest.mark.parametrize("shape", [{"length": 33}, {"lengths": (17, 0, 9, 1)}], ids=str)

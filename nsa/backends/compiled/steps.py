@@ -26,6 +26,7 @@ from nsa.backends.compiled.gated.op import gated_attention as gated_op
 from nsa.backends.compiled.ops import compressed_attention as compressed_op
 from nsa.backends.compiled.ops import selected_attention as selected_op
 from nsa.backends.compiled.ops import window_attention as window_op
+from nsa.backends.compiled.selected.tiles import shared_tokens
 from nsa.backends.protocol import STEPS, Problem
 from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
@@ -169,6 +170,9 @@ def gated_attention(
 ) -> Tensor:
     """See :class:`nsa.backends.protocol.Gated`."""
     cu_seqlens = inputs.cu_seqlens
+    share = 1  # a caller's lists may be any
+    if inputs.block_idx is None:
+        share = shared_tokens(inputs.q, inputs.selected.v, config.select_share)
     cmp_start, start, *seen = _bounds(
         cu_seqlens, inputs.q.shape[1], inputs.compressed.k.shape[1], config
     )
@@ -182,7 +186,7 @@ def gated_attention(
         *seen,
         _sequences(cu_seqlens),
         config.key,
-        config.select_share if inputs.block_idx is None else 1,  # a caller's lists may be any
+        share,
         gates_in_unit_interval,
     )
     return sum_

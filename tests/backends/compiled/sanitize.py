@@ -23,10 +23,12 @@ import torch
 
 import nsa
 from nsa import NSAConfig, nsa_attention
+from nsa.backends.compiled.steps import decode_attention
 from nsa.core import compile as core_compile
 from nsa.core.inputs import BRANCHES
 from nsa.testing import Inputs, make_inputs, random_blocks
 from nsa.testing.parity import planned
+from tests.support.decoding import make_step, on_device
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SMALL = NSAConfig(num_heads=12, num_kv_heads=2, head_dim=64, num_selected=4, num_local=1, window=99)
@@ -41,7 +43,7 @@ ODD = replace(
     select_block=6,
     window=7,
 )
-SHARED = replace(SMALL, select_share=4, select_schedule=((99, 3),))
+SHARED = replace(SMALL, select_share=16, select_schedule=((99, 3),))
 OPTIONS = replace(SHARED, select_mass=0.8, select_regions=(1, 2), score_dtype="fp8")
 SHAPES: tuple[dict[str, Any], ...] = (
     {"length": 1},
@@ -76,7 +78,8 @@ def problems() -> Iterator[Inputs]:
 
 
 def run() -> None:
-    """Forward and backward: the call as a whole, then each branch, then φ's blocks of tokens."""
+    """Forward and backward: the call as a whole, then each branch, then φ's blocks of tokens; at
+    last steps of decode."""
     core_compile.COMPILER = None  # what stands between the kernels is PyTorch's, not Inductor's
     for x in problems():
         out = x.attend(nsa_attention, backend="compiled")
@@ -90,6 +93,10 @@ def run() -> None:
         k = x.selected.k
         blocks = torch.ops.nsa.block_tokens(k, x.cu_seqlens, x.config.key)
         torch.autograd.grad(blocks.sum(), k)
+    for config, dtype in ((SMALL, torch.bfloat16), (SMALL, torch.float32), (WIDE, torch.bfloat16)):
+        for tokens in (1, 3):
+            step = make_step(replace(config, rope_theta=None), (0, 700, 31), tokens, dtype=dtype)
+            decode_attention(on_device(step.inputs, "cuda"), config)
     torch.cuda.synchronize()
     idle = sorted(
         name for name, kernel in kernels().items() if not any(kernel.device_caches.values())

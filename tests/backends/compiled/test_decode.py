@@ -11,22 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsa import NSAConfig
 from nsa.backends.compiled.decode.tiles import ENOUGH_PROGRAMS
-from nsa.config import KV
 from nsa.core.inputs import DecodeInputs
-from tests.support.decoding import make_step, of_sequence
+from tests.support.decoding import make_step, of_sequence, on_device
 
 pytestmark = pytest.mark.gpu
 
 CONFIG = NSAConfig(num_heads=16, num_kv_heads=1, rope_theta=None)
 SMALL = NSAConfig.preset("small", window=99, num_selected=4)
 LENGTHS = (0, 1100, 31, 640)
-
-
-def on_gpu(inputs: DecodeInputs) -> DecodeInputs:
-    def move(x: Tensor | KV | None) -> Tensor | KV | None:
-        return KV(*map(move, x)) if isinstance(x, KV) else None if x is None else x.cuda()
-
-    return DecodeInputs(*map(move, inputs))
 
 
 def step_of(inputs: DecodeInputs, config: NSAConfig) -> tuple[Tensor, Tensor]:
@@ -40,7 +32,7 @@ def step_of(inputs: DecodeInputs, config: NSAConfig) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_equals_a_full_forward(dtype: torch.dtype, S: int, config: NSAConfig) -> None:
     step = make_step(config, LENGTHS, S, dtype=dtype, page_blocks=1 if S == 1 else 4)
-    out, lists = (x.cpu() for x in step_of(on_gpu(step.inputs), config))
+    out, lists = (x.cpu() for x in step_of(on_device(step.inputs, "cuda"), config))
     assert step.faults(lists) == []
     step.check(out, lists)
 
@@ -48,7 +40,7 @@ def test_equals_a_full_forward(dtype: torch.dtype, S: int, config: NSAConfig) ->
 def test_rows_do_not_depend_on_the_batch() -> None:
     """Alone, with many programs for each, and in a batch with few."""
     lengths = LENGTHS * (1 + ENOUGH_PROGRAMS // len(LENGTHS))
-    inputs = on_gpu(make_step(CONFIG, lengths, 2, dtype=torch.bfloat16).inputs)
+    inputs = on_device(make_step(CONFIG, lengths, 2, dtype=torch.bfloat16).inputs, "cuda")
     out, lists = step_of(inputs, CONFIG)
     for b in range(len(LENGTHS)):
         alone = step_of(of_sequence(inputs, b), CONFIG)
@@ -59,7 +51,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
 def test_equal_scores_go_to_the_lower_block() -> None:
     """Keys of four blocks, repeated over all splits of the keys."""
     step = make_step(CONFIG, (8000,), dtype=torch.float32)
-    inputs = on_gpu(step.inputs)
+    inputs = on_device(step.inputs, "cuda")
     k = inputs.compressed.k
     k.copy_(k[:, :16].repeat(1, -(-k.shape[1] // 16), 1, 1)[:, : k.shape[1]])
     q = torch.randn_like(inputs.q)
@@ -70,7 +62,7 @@ def test_equal_scores_go_to_the_lower_block() -> None:
 
 def test_a_graph_reads_what_changed_in_place() -> None:
     step = make_step(CONFIG, (700, 1000), 2, dtype=torch.bfloat16)
-    inputs = on_gpu(step.inputs)
+    inputs = on_device(step.inputs, "cuda")
     graph = captured(lambda: step_of(inputs, CONFIG))
     for length in (300, 1, 700):
         inputs.position.copy_(torch.tensor([length, length + 211]))
@@ -100,7 +92,7 @@ def captured(call: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Te
 
 
 def test_three_launches_and_nothing_else() -> None:
-    inputs = on_gpu(make_step(CONFIG, (300, 40), dtype=torch.bfloat16).inputs)
+    inputs = on_device(make_step(CONFIG, (300, 40), dtype=torch.bfloat16).inputs, "cuda")
     step_of(inputs, CONFIG)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -156,6 +156,14 @@ def has_union(tokens: int, width: int) -> bool:
     return tokens <= MASK_BITS and next_power_of_2(tokens * width) <= MAX_SLOTS
 
 
+def shared_tokens(q: Tensor, v: Tensor, share: int) -> int:
+    """``share`` where the rows of so many tokens fill a tile of q ``[B, T, H, D]`` and v
+    ``[B, S, K, V]``, else 1: the union of several such lists fills it better (H100, 12/2:64, T =
+    2048, ``select_share=4``: a forward of 0.69 ms on unions, 1.79 without)."""
+    G = q.shape[2] // v.shape[2]
+    return share if share * G >= tile_row(q.shape[3], v.shape[3], G, q.dtype).rows else 1
+
+
 def tiles_for(
     D: int,
     V: int,
