@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=numbers, default=[65536], help="tokens of all prompts")
     parser.add_argument("--new", type=int, default=128, help="tokens to generate")
     parser.add_argument("--new-uncached", type=int, default=8, help="the same without a cache")
+    parser.add_argument("--attention", default="nsa,dense")
     parser.add_argument("--ways", default=",".join(WAYS).replace(", ", " "))
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -86,7 +87,7 @@ def main() -> None:
         f"{'attention':9} {'way':12}{'B':>4}{'T':>8}{'chunk':>8}{'prefill/s':>12}{'decode/s':>12}"
         f"{'ms a step':>11}{'GiB':>8}{'K/V read':>10}{'dense':>10}"
     )
-    for attention in ("nsa", "dense"):
+    for attention in args.attention.split(","):
         torch.manual_seed(0)
         config = ModelConfig.preset(args.preset, attention=attention)
         backend = args.backend if attention == "nsa" else None
