@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,6 +22,8 @@ from nsa.models.stopping import Stop, Tail, is_token, stop_sequences
 from nsa.models.tokens_read import tokens_read
 
 if TYPE_CHECKING:
+    from nsa.cache import NSACache
+    from nsa.models.dense_cache import DenseCache
     from nsa.models.language_model import LanguageModel
 
 DEFAULT_CHUNK = 4096
@@ -63,7 +65,7 @@ def generate(
     context: int,
     max_length: int | None = None,
     stop: Stop = None,
-    cache: bool = True,
+    cache: bool | Mapping[str, Any] = True,
     chunk: int = DEFAULT_CHUNK,
     graph: bool | None = None,
 ) -> Generation:
@@ -80,7 +82,8 @@ def generate(
         stop: what ends a text, and is left out of it: a token, bytes (a sequence of tokens), or a
             list of these. Tokens that may be the start of one are held back until it is clear.
         cache: False: without a cache, by a full forward for each token over the ``max_length``
-            before it, which a text may then exceed.
+            before it, which a text may then exceed. A mapping: options of :class:`nsa.NSACache`,
+            such as ``{"selected_dtype": "e4m3"}``.
         chunk: tokens of all prompts together that go through the model at once: the memory that
             prefill takes is for so many.
         graph: whether steps are replays of a CUDA graph; None: on CUDA, where the backend can.
@@ -114,14 +117,15 @@ class Generation(Iterator[Any]):
         context: int,
         max_length: int | None = None,
         stop: Stop = None,
-        cache: bool = True,
+        cache: bool | Mapping[str, Any] = True,
         chunk: int = DEFAULT_CHUNK,
         graph: bool | None = None,
     ) -> None:
         require(isinstance(config, GenerationConfig), "config", "a GenerationConfig", config)
         require(is_int(context) and context >= 1, "context", "an int >= 1", context)
         require(is_int(chunk) and chunk >= 1, "chunk", "an int >= 1", chunk)
-        require(isinstance(cache, bool), "cache", "True or False", cache)
+        known = isinstance(cache, (bool, Mapping))
+        require(known, "cache", "True, False or options of an NSACache", cache)
         known = graph is None or isinstance(graph, bool)
         require(known, "graph", "None, True or False", graph)
         limit = context if max_length is None else max_length
@@ -133,7 +137,7 @@ class Generation(Iterator[Any]):
                 f"max_length={limit}: the model was trained on {context} tokens; more is untested",
                 stacklevel=3,
             )
-        if cache:
+        if cached := cache is not False:
             self._check_lengths(limit, context)
         self.config = config
         self.new: list[list[int]] = [[] for _ in self.prompts]
@@ -141,7 +145,7 @@ class Generation(Iterator[Any]):
         self.ended: list[Reason | None] = [None for _ in self.prompts]
         """Why each sequence ended; None: it has not."""
         self.statistics = Statistics(prompt_tokens=sum(map(len, self.prompts)))
-        self._limit = limit if cache else None
+        self._limit = limit if cached else None
         self._tails = [Tail(stops) for _ in self.prompts]
         self._drawn, self._read = [0] * len(self.prompts), 0
         self._lengths = [len(prompt) for prompt in self.prompts]
@@ -149,10 +153,12 @@ class Generation(Iterator[Any]):
         device = next(model.parameters()).device
         self._draws = Draws(config.seed, len(self.prompts), device)
         self._source: _Source
-        if cache:
+        if cached:
             longest = max(map(len, self.prompts))
             room = min(limit, longest + config.max_new_tokens)
-            self._source = _Cached(model, self.prompts, config, room, chunk, graph)
+            options = cache if isinstance(cache, Mapping) else {}
+            kept = model.new_cache(len(self.prompts), room, **options)
+            self._source = _Cached(model, self.prompts, config, kept, chunk, graph)
         else:
             self._source = _Uncached(model, self.prompts, config, limit)
         if config.max_new_tokens == 0:
@@ -257,13 +263,13 @@ class _Cached:
         model: LanguageModel,
         prompts: list[list[int]],
         config: GenerationConfig,
-        room: int,
+        cache: NSACache | DenseCache,
         chunk: int,
         graph: bool | None,
     ) -> None:
         self._model, self._prompts, self._config = model, prompts, config
         self._chunk, self._graph = chunk, graph
-        self._cache = model.new_cache(len(prompts), room)
+        self._cache = cache
         self._device = self._cache.device
         if graph and self._device.type != "cuda":
             raise ConfigError(f"graph: expected a model on CUDA, got one on {self._device}")

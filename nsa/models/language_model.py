@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -263,7 +263,9 @@ class LanguageModel(nn.Module):
             batch_size, max_length: of the sequences.
             options: of :class:`nsa.NSACache` besides; a dense model's cache has none.
         """
-        if self.config.attention == "nsa":
+        dense = self.config.attention == "dense"
+        require(not (dense and options), "options", "none for a dense model's cache", options)
+        if not dense:
             sizes = {"batch_size": batch_size, "max_length": max_length}
             return NSACache.for_model(self, **sizes, **options)
         weight = self.embedding.weight
@@ -274,7 +276,6 @@ class LanguageModel(nn.Module):
             max_length=max_length,
             device=weight.device,
             dtype=weight.dtype,
-            **options,
         )
 
     def generate(
@@ -285,7 +286,7 @@ class LanguageModel(nn.Module):
         context: int,
         max_length: int | None = None,
         stop: Stop = None,
-        cache: bool = True,
+        cache: bool | Mapping[str, Any] = True,
         chunk: int = DEFAULT_CHUNK,
         graph: bool | None = None,
     ) -> Generation:

@@ -101,6 +101,20 @@ def test_options_of_the_attention(changes):
     assert texts(model, few, GREEDY) == texts(model, few, GREEDY, cache=False)
 
 
+@torch.no_grad()
+def test_options_of_the_cache():
+    model, options = make(), {"selected_dtype": "e4m3"}
+    prompt, few = list(PROMPTS[1]), GenerationConfig(max_new_tokens=12, temperature=0)
+    cache = model.new_cache(1, len(prompt) + 12, **options)
+    row, want = prompt, []
+    for _ in range(12):
+        row = [int(model(torch.tensor([row]), cache=cache)[0, -1].argmax())]
+        want += row
+    assert list(model.generate(prompt, few, context=200, cache=options)) == want
+    with pytest.raises(ConfigError, match="options: expected none for a dense model's cache"):
+        make("dense").generate(prompt, few, context=200, cache=options)
+
+
 def test_the_memory_of_prefill_is_that_of_a_chunk(monkeypatch):
     shapes = []
     model = make()
@@ -285,7 +299,8 @@ def test_prompts_of_other_kinds():
         ({"context": 0}, ConfigError, "context: expected an int >= 1, got 0"),
         ({"max_length": 0}, ConfigError, "max_length: expected None or an int >= 1, got 0"),
         ({"chunk": 0}, ConfigError, "chunk: expected an int >= 1, got 0"),
-        ({"cache": 1}, ConfigError, "cache: expected True or False, got 1"),
+        ({"cache": 1}, ConfigError, "cache: expected True, False or options of an NSACache, got 1"),
+        ({"cache": {"selected_dtype": "e5m2"}}, ConfigError, "selected_dtype: .*, got 'e5m2'"),
         ({"graph": 1}, ConfigError, "graph: expected None, True or False, got 1"),
         ({"graph": True}, ConfigError, "graph: expected a model on CUDA, got one on cpu"),
         ({"stop": "x"}, ConfigError, "stop: expected a token .*, got 'x'"),

@@ -65,6 +65,9 @@ def test_the_cache_changes_no_text(run, capsys):
     uncached, other = printed(capsys, *argv, "--no-cache")
     assert text == uncached
     assert printed(capsys, *argv, "--chunk", 1)[0] == text
+    assert len(printed(capsys, *argv, "--selected-dtype", "e4m3")[1]) == 3
+    assert generate.main([*map(str, argv), "--selected-dtype", "e4m3", "--no-cache"]) == 2
+    assert capsys.readouterr().err.endswith("expected no --no-cache beside it, got 'e4m3'\n")
     assert [line.split()[0] for line in lines] == ["backend", "prefill", "K/V"]
     assert [line.split()[0] for line in other] == ["backend", "prefill"]
     assert re.fullmatch(r"prefill 2 tokens at [\d,]+/s; decode 39 tokens at [\d,]+/s", lines[1])

@@ -78,6 +78,11 @@ def _parser() -> Parser:
         action="store_true",
         help="compute everything anew for each byte, from the last --max-length ones",
     )
+    parser.add_argument(
+        "--selected-dtype",
+        choices=["e4m3"],
+        help="keep the selected branch's keys and values in 8 bits, with scales",
+    )
     parser.add_argument("--no-graph", action="store_true", help="take no CUDA graph for the steps")
     add_backend_and_device(parser)
     return parser
@@ -91,7 +96,12 @@ def _main(argv: Sequence[str] | None) -> int:
     max_length, chunk = given.pop("max_length", None), given.pop("chunk", DEFAULT_CHUNK)
     for flag, value in (("--max-length", max_length), ("--chunk", chunk)):
         require(value is None or value >= 1, flag, "an int >= 1", value)
-    cache, graph = not given.pop("no_cache", False), None
+    graph: bool | None = None
+    cache: bool | dict[str, str] = not given.pop("no_cache", False)
+    if "selected_dtype" in given:
+        selected_dtype = given.pop("selected_dtype")
+        require(cache is True, "--selected-dtype", "no --no-cache beside it", selected_dtype)
+        cache = {"selected_dtype": selected_dtype}
     if given.pop("no_graph", False):
         graph = False
     config = GenerationConfig(**given)
