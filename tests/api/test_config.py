@@ -253,7 +253,7 @@ def test_the_presets_sizes():
 def test_an_unknown_preset():
     with refused(
         "preset: expected one of the known names, got 'papr'; "
-        "did you mean 'paper'? (known: paper, small, tiny, s2048, long, cpu)"
+        "did you mean 'paper'? (known: paper, small, tiny, s2048, short, long, cpu)"
     ):
         NSAConfig.preset("papr")
 

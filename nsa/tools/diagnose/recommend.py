@@ -21,7 +21,7 @@ from nsa.tools.diagnose.measured import gain_of
 
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 8192}
 SHORT, LONG = 4096, 65536
-"""Up to and from which length the presets "s2048" and "long" are for."""
+"""Up to and from which length the presets "short" and "long" are for."""
 WIDTH = 80
 """Columns that comments keep to; commands are left whole."""
 
@@ -106,7 +106,7 @@ def preset_for(device: torch.device, length: int) -> str | None:
     if device.type == "cpu":
         return "cpu"
     if length <= SHORT:
-        return "s2048"
+        return "short"
     return "long" if length >= LONG else None
 
 
