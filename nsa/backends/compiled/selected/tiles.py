@@ -157,9 +157,12 @@ def has_union(tokens: int, width: int) -> bool:
 
 
 def shared_tokens(q: Tensor, v: Tensor, share: int) -> int:
-    """``share`` where the rows of so many tokens fill three quarters of a tile of q ``[B, T, H, D]``
-    and v ``[B, S, K, V]``, else 1: tiles of several lists' unions are fuller then (H200, 12/2:64, T
-    32768: 0.82 ms a forward against 1.13 with ``select_share=4``, 0.61 against 0.44 with 8)."""
+    """``share`` where the rows of so many tokens fill three quarters of a tile, else 1.
+
+    Then tiles of several lists' unions are fuller (H200, 12/2:64, T 32768: 0.82 ms a forward
+    against 1.13 with ``select_share=4``, 0.61 against 0.44 with 8). q ``[B, T, H, D]``, v ``[B, S,
+    K, V]``.
+    """
     G = q.shape[2] // v.shape[2]
     rows = tile_row(q.shape[3], v.shape[3], G, q.dtype).rows
     return share if 4 * share * G >= 3 * rows else 1
