@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +29,7 @@ from triton.testing import do_bench
 from nsa import KV, NSAConfig, nsa_attention
 from nsa.backends import load
 from nsa.backends.compiled.select.launch import select_forward
-from nsa.backends.compiled.select.tiles import SelectTiles
+from nsa.backends.compiled.select.tiles import SearchTiles, SelectTiles
 
 EXACT = NSAConfig(num_heads=64, num_kv_heads=4, head_dim=128)
 OPTIONS = {
@@ -57,9 +58,16 @@ TILES = [  # of the pass over all blocks, or over all regions
     SelectTiles(64, 32, 4, 3, 128),
 ]
 SEARCH_TILES = [  # of the pass within regions
-    SelectTiles(16, blocks, warps, stages)
-    for blocks, warps in ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (128, 4))
-    for stages in (2, 3, 4)
+    SearchTiles(64, 512, 1, 2),
+    SearchTiles(32, 512, 1, 2),
+    SearchTiles(128, 512, 1, 2),
+    SearchTiles(64, 512, 1, 2, 128),
+    SearchTiles(64, 512, 2, 2),
+    SearchTiles(128, 512, 2, 2),
+    SearchTiles(64, 512, 2, 3),
+    SearchTiles(64, 512, 4, 2),
+    SearchTiles(128, 512, 4, 2),
+    SearchTiles(64, 1024, 2, 2),
 ]
 LAST = 4096
 """Queries whose lists are compared."""
@@ -88,7 +96,7 @@ def in_common(exact: Tensor, lists: Tensor) -> float:
 
 def try_tiles(call: Callable[..., Tensor], config: NSAConfig) -> None:
     """A table of times by tiles."""
-    rows = [("tiles", tiles) for tiles in TILES]
+    rows: list[tuple[str, SelectTiles | SearchTiles]] = [("tiles", tiles) for tiles in TILES]
     if config.select_regions is not None:
         rows += [("search", tiles) for tiles in SEARCH_TILES]
     for name, tiles in rows:
@@ -160,7 +168,7 @@ def main() -> None:
         for name in args.options:
             config = OPTIONS[name]
 
-            def call(config: NSAConfig = config, **tiles: SelectTiles) -> Tensor:
+            def call(config: NSAConfig = config, **tiles: Any) -> Tensor:
                 return select_forward(q, k, lse, config, **tiles)
 
             common = in_common(exact, call())

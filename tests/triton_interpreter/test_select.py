@@ -16,7 +16,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from nsa import NSAConfig, reference
 from nsa.backends.compiled.select.launch import select_forward
-from nsa.backends.compiled.select.tiles import ROWS, SelectTiles, select_tiles, tile_row
+from nsa.backends.compiled.select.tiles import (
+    ROWS,
+    SearchTiles,
+    SelectTiles,
+    select_tiles,
+    tile_row,
+)
 from nsa.backends.compiled.tiling import UNTUNED
 from nsa.reference.packing import spans
 from nsa.testing import Inputs, make_inputs
@@ -27,6 +33,7 @@ from tests.triton_interpreter import triton_fixes
 triton_fixes.apply()
 
 SMALL = SelectTiles(rows=64, blocks=16, num_warps=4, num_stages=2)
+SEARCH = SearchTiles(keys=16, chunk=32, num_warps=1, num_stages=2)
 CONFIG = NSAConfig(
     num_heads=4,
     num_kv_heads=2,
@@ -64,7 +71,9 @@ def select(
         _, lse = reference.compressed_attention(q, k, k, config, q_start=q_start)
     else:
         _, lse = reference.compressed_attention(q, k, k, config, cu_seqlens)
-    return select_forward(q, k, lse, config, cu_seqlens, q_start=q_start, tiles=tiles, search=SMALL)
+    return select_forward(
+        q, k, lse, config, cu_seqlens, q_start=q_start, tiles=tiles, search=SEARCH
+    )
 
 
 def faults(inputs: Inputs, chosen: Tensor) -> list[str]:
@@ -233,6 +242,21 @@ def test_options_equal_the_oracle(option: str, packed: bool) -> None:
     assert torch.equal(chosen, reference.select_blocks(q, k, config, inputs.cu_seqlens)[:, first:])
 
 
+@pytest.mark.parametrize("chunk", [16, 64, 512])
+@pytest.mark.parametrize("regions", [(6, 2), (5, 1)])
+def test_regions_in_pieces(regions: tuple[int, int], chunk: int) -> None:
+    """Of one block, of several and whole; one chunk or many: the same lists, ties included."""
+    config = replace(CONFIG, compress_block=6, num_initial=2, select_regions=regions)
+    inputs = make_inputs(config, length=170)
+    k = inputs.compressed.k.detach().round()
+    k[:, 30:60] = k[:, :30]  # blocks that score alike
+    q, first = inputs.q.detach().round(), 165
+    _, lse = reference.compressed_attention(q[:, first:], k, k, config, q_start=first)
+    search = SearchTiles(16, chunk, 1, 2)
+    chosen = select_forward(q[:, first:], k, lse, config, q_start=first, search=search)
+    assert torch.equal(chosen, reference.select_blocks(q, k, config)[:, first:])
+
+
 def test_tied_regions_go_to_the_lower_index() -> None:
     config = replace(CONFIG, num_initial=0, select_regions=(2, 2), compress_block=2)
     inputs = make_inputs(config, length=80)
@@ -244,10 +268,12 @@ def test_tied_regions_go_to_the_lower_index() -> None:
     assert chosen[0, -1, 0].tolist() == [0, 1, 2, 13]
 
 
-def test_no_compressed_block() -> None:
-    inputs = make_inputs(CONFIG, length=3, batch=2)
+@pytest.mark.parametrize("options", [{}, OPTIONS["mass"] | OPTIONS["regions"]], ids=str)
+def test_no_compressed_block(options: dict[str, Any]) -> None:
+    config = replace(CONFIG, **options)
+    inputs = make_inputs(config, length=3, batch=2)
     assert inputs.compressed.k.shape[1] == 0
-    chosen = select(inputs.q.detach(), inputs.compressed.k.detach(), CONFIG)
+    chosen = select(inputs.q.detach(), inputs.compressed.k.detach(), config)
     assert chosen.unique(dim=1).tolist() == [[[[0, -1, -1, -1]] * 2]] * 2
 
 

@@ -121,7 +121,10 @@ def _add_scored(
             s = tl.where(last_token[None, :] <= row_position[:, None], s, float("-inf"))
         p = probabilities(s, scale, lse, C)
         # compressed block j*R + m begins m strides into selection block j and is SPAN strides long
-        own_part += p * (tl.minimum(m + SPAN, RATIO) - m)
+        if RATIO == 1:
+            own_part = p
+        else:
+            own_part += p * (tl.minimum(m + SPAN, RATIO) - m)
         if SPAN > 1:
             beyond = m + SPAN - RATIO
             if beyond > 0:
@@ -136,6 +139,10 @@ def _add_scored(
                 score += tl.where(column[None, :] == 0, carry[:, None], from_left)
                 carry = tl.sum(tl.where(column[None, :] == C.BLOCK_N - 1, next_part, 0.0), 1)
                 next_part = tl.full((C.TOKENS, C.BLOCK_N), 0.0, tl.float32)
+            else:
+                # threads hold copies of a sum over heads; gathered, it is sorted once
+                own = tl.broadcast_to(column[None, :], (C.TOKENS, C.BLOCK_N))
+                score = tl.gather(score, own, 1)
             j = j0 + column
             ranked = (j[None, :] <= last_ranked[:, None]) & (j >= C.NUM_INITIAL)[None, :]
             if C.ENOUGH is not None:

@@ -13,7 +13,13 @@ from torch import Tensor
 from nsa.backends.compiled.common import LOG2E, positive
 from nsa.backends.compiled.select.kernel import nsa_select_topn
 from nsa.backends.compiled.select.regions import nsa_select_in_regions
-from nsa.backends.compiled.select.tiles import Constants, SelectTiles, search_tiles, select_tiles
+from nsa.backends.compiled.select.tiles import (
+    Constants,
+    SearchTiles,
+    SelectTiles,
+    search_tiles,
+    select_tiles,
+)
 from nsa.backends.compiled.tiling import launch_options, next_power_of_2, padded
 from nsa.config import NSAConfig
 from nsa.core.packing import packed_blocks, packed_tokens
@@ -64,7 +70,7 @@ def select_forward(
     q_start: int = 0,
     longest: int | None = None,
     tiles: SelectTiles | None = None,
-    search: SelectTiles | None = None,
+    search: SearchTiles | None = None,
 ) -> Tensor:
     """The blocks each query selects; nothing of size T x N or T x J is stored.
 
@@ -138,12 +144,11 @@ def _launch_search(
     regions: Tensor,
     block_idx: Tensor,
     C: Constants,
-    tiles: SelectTiles | None,
+    tiles: SearchTiles | None,
 ) -> None:
-    if tiles is None:
-        tiles = search_tiles(queries.q.dtype, C.NUM_SELECTED)
-    assert tiles.blocks >= C.SLOTS, f"expected at least {C.SLOTS} blocks, got {tiles.blocks}"
-    C = replace(C, TOKENS=1, BLOCK_GROUP=max(16, C.BLOCK_GROUP), BLOCK_N=max(16, tiles.blocks))
+    tiles = tiles or search_tiles(queries.q.dtype)
+    chunk = max(tiles.keys, tiles.chunk, next_power_of_2(C.keys_of(1)))
+    C = replace(C, BLOCK_GROUP=max(16, C.BLOCK_GROUP), BLOCK_N=tiles.keys, CHUNK=chunk)
     nsa_select_in_regions[(regions.shape[:3].numel(),)](
         *_arguments(queries, keys, C),
         *(regions, block_idx),

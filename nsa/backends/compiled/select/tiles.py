@@ -24,6 +24,21 @@ class SelectTiles:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchTiles:
+    """How one launch of :mod:`.regions` is tiled."""
+
+    keys: int
+    """Compressed keys of a step, a power of two."""
+    chunk: int
+    """Those whose probabilities are held at a time, a power of two; more if one block needs more.
+    Regions in excess of it take another pass."""
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+    """Registers of a thread; None leaves it to the compiler."""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """Tiles of one shape, before they are fitted to n and the length of the sequences."""
 
@@ -48,9 +63,9 @@ ROWS = (LARGE_GROUP, SMALL_GROUP, LARGE_HEAD, FP32)
 
 # Untuned from here on. The scales of e4m3 keys take registers: three smaller programs, no spills.
 FP8_LARGE_GROUP = SelectTiles(64, 64, 4, 3, maxnreg=168)
-# Of :mod:`.regions`: one token in a program.
-SEARCH = SelectTiles(16, 32, 2, 3)
-SEARCH_FP32 = SelectTiles(16, 32, 4, 2)
+# One warp: nothing waits for another. The chunk holds all keys of the usual regions.
+SEARCH = SearchTiles(64, 512, 1, 2)
+SEARCH_FP32 = SearchTiles(16, 512, 4, 2)
 
 
 def tile_row(dtype: torch.dtype, D: int, G: int) -> Row:
@@ -83,10 +98,9 @@ def select_tiles(
     return replace(tiles, blocks=min(most, max(tiles.blocks, least)))
 
 
-def search_tiles(dtype: torch.dtype, num_selected: int) -> SelectTiles:
-    """Tiles of :mod:`.regions`, whose rows are the heads of one group."""
-    blocks = max(32, next_power_of_2(num_selected))
-    return replace(SEARCH_FP32 if dtype == torch.float32 else SEARCH, blocks=blocks)
+def search_tiles(dtype: torch.dtype) -> SearchTiles:
+    """Tiles of :mod:`.regions` for sm_90: dtype of q."""
+    return SEARCH_FP32 if dtype == torch.float32 else SEARCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +123,7 @@ class Constants:
     BLOCK_GROUP: int
     """G, padded to a power of two."""
     BLOCK_N: int
-    """Selection blocks of a step, and so the keys of one product."""
+    """Selection blocks of a step, and so the keys of one product; in a search: its keys."""
     BLOCK_D: int
     SLOTS: int
     """n, padded to a power of two."""
@@ -125,6 +139,33 @@ class Constants:
     """Blocks of a region, r; 0: no regions."""
     NUM_REGIONS: int = 0
     """Regions that are chosen, k."""
+    CHUNK: int = 0
+    """Of :class:`SearchTiles`."""
+
+    def keys_of(self, blocks: int) -> int:
+        """Compressed blocks that overlap so many consecutive ones."""
+        return (blocks * self.SELECT_BLOCK + self.COMPRESS_BLOCK) // self.COMPRESS_STRIDE - 1
+
+    @property
+    def PIECE(self) -> int:
+        """Blocks that a search reads as one: the largest divisor of r whose keys fit a chunk."""
+        sizes = (x for x in range(self.REGION, 1, -1) if self.REGION % x == 0)
+        return next((x for x in sizes if self.keys_of(x) <= self.CHUNK), 1)
+
+    @property
+    def PIECE_KEYS(self) -> int:
+        """Keys of a piece."""
+        return self.keys_of(self.PIECE)
+
+    @property
+    def PIECES(self) -> int:
+        """Pieces of a chunk."""
+        return self.CHUNK // self.PIECE_KEYS
+
+    @property
+    def CHUNK_BLOCKS(self) -> int:
+        """Blocks of a chunk or of a list, whichever are more, padded to a power of two."""
+        return max(self.SLOTS, next_power_of_2(self.PIECES * self.PIECE))
 
     @property
     def SCORES_EARLY(self) -> bool:
