@@ -39,6 +39,7 @@ GAINS = (
     Gain("NSA_BACKEND=compiled", 32768, f"2.02× the {_STEP}", _H100, "2026-11-26"),
     Gain("NSA_BACKEND=compiled", 65536, f"2.8× / 3.7× {_DENSE}", _H100, "2026-11-26"),
     Gain("--compile model", 8192, f"1.17× the {_COMPILE}", _H100, "2026-11-25"),
+    Gain("preset short", 2048, f"0.91× the {_STEP} (default: 0.74×)", _H100, "2026-11-27"),
     *(
         Gain("select_share=4", length, f"{times} {_CALL}", _H100, "2026-11-26")
         for length, times in (
@@ -48,7 +49,7 @@ GAINS = (
         )
     ),
     Gain("preset long", 65536, f"1.7× / 1.5× {_CALL}", _H100, "2026-11-26"),
-    Gain("preset long", 262144, "selection 7× as fast as the default's", _H100, "2026-11-26"),
+    Gain("preset long", 262144, "selection 15× as fast as the default's", _H100, "2026-11-27"),
     Gain(
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", 16384, _ALLOCATOR, "H200", "2026-11-27"
     ),
