@@ -143,7 +143,7 @@ MUTATIONS = (
     fa2("tiles with another scale", "fa2/selected.py", "scale=config.softmax_scale, causal=False", "scale=1.0, causal=False"),
     fa2("window off by one", "fa2/steps.py", "window=config.window,", "window=config.window + 1,"),
     Mutation("fa2: another implementation goes unnoticed", "nsa/backends/fa2/providers.py", 'impl = active_impl() if source == "aten" else None', "impl = None", ("tests/backends/fa2/test_aten.py",)),
-    Mutation("fa2: a resolution outlives the implementation", "nsa/backends/dispatch.py", "return _resolve(problem, backend, settings, fa2_providers.active_impl())", "return _resolve(problem, backend, settings, None)", ("tests/backends/fa2/test_aten.py",)),
+    Mutation("fa2: a resolution outlives the implementation", "nsa/backends/dispatch.py", "        fa2_providers.active_impl(),", "        None,", ("tests/backends/fa2/test_aten.py",)),
     Mutation("workspace: a buffer for every call", "nsa/backends/shared/workspace.py", "buffer = self._buffers.get((name, dtype))", "buffer = None", ("tests/backends/fa2/test_workspace.py",)),
     Mutation("φ: a token's blocks are not summed", "nsa/core/block_tokens/op.py", "total[:, m * stride : (m + N) * stride] += tokens", "total[:, m * stride : (m + N) * stride] = tokens", LAYER),
     Mutation("combine: views of gates are saved", "nsa/attention.py", "gate.to(wide, copy=True)[..., None]", "gate.to(wide)[..., None]", ("tests/compile/test_saved_tensors.py",)),
