@@ -144,6 +144,13 @@ def _is_continued(block_ids_ptr, begin, block_id, CHUNK: tl.constexpr):
     return tl.load(block_ids_ptr + begin - CHUNK, mask=begin >= CHUNK, other=-1) == block_id
 
 
+@triton.jit
+def _part_row(begin, part, CHUNK: tl.constexpr, C: tl.constexpr):
+    """Where the sums of such a chunk stand: no two begin less than CHUNK apart."""
+    n = tl.arange(0, C.BLOCK_N)[:, None]
+    return (begin // CHUNK - 1).to(tl.int64) * C.SELECT_BLOCK + part + n
+
+
 @triton.jit(do_not_specialize=["T", "S", "q_start", "num_blocks"])
 def nsa_selected_bwd_dkv(
     q_ptr,
@@ -189,10 +196,7 @@ def nsa_selected_bwd_dkv(
         end = tl.load(offsets_ptr + chunk + 1)
         block_id = tl.load(block_ids_ptr + begin).to(tl.int64)
         b, kv_head, first_row = _locate_block(block_id, part, num_blocks, KV_HEADS, BLOCK_PITCH)
-        continued = False
-        if CHUNK is not None:
-            continued = _is_continued(block_ids_ptr, begin, block_id, CHUNK)
-            part_row = (begin // CHUNK - 1).to(tl.int64) * C.SELECT_BLOCK + part + n[:, None]
+        entry = begin
         begin *= SHARE
         end *= SHARE
         b64 = b.to(tl.int64)
@@ -235,13 +239,15 @@ def nsa_selected_bwd_dkv(
         grad_row = (b64 * S + first_row + n[:, None]) * KV_HEADS + kv_head
         if not SCALE_DS:
             dk *= scale
-        if continued:
-            parts_ptr += part_row * (C.D + C.V)
-            tl.store(parts_ptr + d[None, :], dk, mask=k_mask)
-            tl.store(parts_ptr + C.D + e[None, :], dv, mask=v_mask)
-        else:
-            tl.atomic_add(dk_ptr + grad_row * C.D + d[None, :], dk, mask=k_mask, sem="relaxed")
-            tl.atomic_add(dv_ptr + grad_row * C.V + e[None, :], dv, mask=v_mask, sem="relaxed")
+        if CHUNK is not None:
+            continued = _is_continued(block_ids_ptr, entry, block_id, CHUNK)
+            part_row = _part_row(entry, part, CHUNK, C)
+            part_ptr = parts_ptr + part_row * (C.D + C.V)
+            tl.store(part_ptr + d[None, :], dk, mask=k_mask & continued)
+            tl.store(part_ptr + C.D + e[None, :], dv, mask=v_mask & continued)
+            k_mask, v_mask = k_mask & (continued == 0), v_mask & (continued == 0)
+        tl.atomic_add(dk_ptr + grad_row * C.D + d[None, :], dk, mask=k_mask, sem="relaxed")
+        tl.atomic_add(dv_ptr + grad_row * C.V + e[None, :], dv, mask=v_mask, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["S", "num_blocks", "entries"])
@@ -278,12 +284,11 @@ def nsa_selected_bwd_sum(
             v_mask = tile_mask(exists, e, C.V, C.BLOCK_DV)
             dk = tl.full([C.BLOCK_N, C.BLOCK_D], 0.0, tl.float32)
             dv = tl.full([C.BLOCK_N, C.BLOCK_DV], 0.0, tl.float32)
-            same = True
+            same = second
             while same:
-                part_row = (at // CHUNK - 1).to(tl.int64) * C.SELECT_BLOCK + part + n[:, None]
-                from_ptr = parts_ptr + part_row * (C.D + C.V)
-                dk += tl.load(from_ptr + d[None, :], mask=k_mask, other=0.0)
-                dv += tl.load(from_ptr + C.D + e[None, :], mask=v_mask, other=0.0)
+                part_ptr = parts_ptr + _part_row(at, part, CHUNK, C) * (C.D + C.V)
+                dk += tl.load(part_ptr + d[None, :], mask=k_mask, other=0.0)
+                dv += tl.load(part_ptr + C.D + e[None, :], mask=v_mask, other=0.0)
                 at += CHUNK
                 same = tl.load(block_ids_ptr + at, mask=at < entries, other=-1) == block_id
             grad_row = (b.to(tl.int64) * S + first_row + n[:, None]) * KV_HEADS + kv_head
