@@ -27,6 +27,7 @@ LAYER = ("tests/api/test_module.py",)
 OPERATORS = ("tests/core/test_operators.py",)
 FUNC = ("tests/api/test_torch_func.py",)
 FLOPS = ("tests/core/test_flops.py",)
+DETERMINISTIC = ("tests/backends/test_deterministic.py",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,10 @@ MUTATIONS = (
     fa2("tiles with another scale", "fa2/selected.py", "scale=config.softmax_scale, causal=False", "scale=1.0, causal=False"),
     fa2("window off by one", "fa2/steps.py", "window=config.window,", "window=config.window + 1,"),
     Mutation("fa2: another implementation goes unnoticed", "nsa/backends/fa2/providers.py", 'impl = active_impl() if source == "aten" else None', "impl = None", ("tests/backends/fa2/test_aten.py",)),
-    Mutation("fa2: a resolution outlives the implementation", "nsa/backends/dispatch.py", "return _resolve(problem, backend, settings, fa2_providers.active_impl())", "return _resolve(problem, backend, settings, None)", ("tests/backends/fa2/test_aten.py",)),
+    Mutation("fa2: a resolution outlives the implementation", "nsa/backends/dispatch.py", "        fa2_providers.active_impl(),", "        None,", ("tests/backends/fa2/test_aten.py",)),
+    Mutation("deterministic: the oracle is not refused", "nsa/reference/__init__.py", "strict = torch.are_deterministic_algorithms_enabled()", "strict = False", DETERMINISTIC),
+    Mutation("deterministic: a resolution outlives the mode", "nsa/backends/dispatch.py", "        torch.are_deterministic_algorithms_enabled(),\n        torch.is_deterministic_algorithms_warn_only_enabled(),\n", "", DETERMINISTIC),
+    Mutation("deterministic: flash_attn is not told", "nsa/backends/fa2/calls.py", '"deterministic": deterministic}', '"deterministic": False}', DETERMINISTIC),
     Mutation("workspace: a buffer for every call", "nsa/backends/shared/workspace.py", "buffer = self._buffers.get((name, dtype))", "buffer = None", ("tests/backends/fa2/test_workspace.py",)),
     Mutation("φ: a token's blocks are not summed", "nsa/core/block_tokens/op.py", "total[:, m * stride : (m + N) * stride] += tokens", "total[:, m * stride : (m + N) * stride] = tokens", LAYER),
     Mutation("combine: views of gates are saved", "nsa/attention.py", "gate.to(wide, copy=True)[..., None]", "gate.to(wide)[..., None]", ("tests/compile/test_saved_tensors.py",)),

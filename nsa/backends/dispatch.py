@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache, lru_cache
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -167,7 +167,7 @@ def resolve(
     require(isinstance(settings, Settings), "settings", "Settings", settings)
     _check_name(backend)
     problem = Problem(config, as_device(device), dtype, length, packed, needs_grad)
-    return _resolve(problem, backend, settings, fa2_providers.active_impl())
+    return _resolve(problem, backend, settings, _process_state())
 
 
 def plan(problem: Problem, backend: str | None, settings: Settings) -> Resolution:
@@ -225,18 +225,28 @@ def _plan_by_key(
 
 
 def _plan(problem: Problem, backend: str | None, settings: Settings) -> Resolution:
-    found = _resolve(problem, backend, settings, fa2_providers.active_impl())
+    found = _resolve(problem, backend, settings, _process_state())
     for name, key in zip(found.steps, found.keys, strict=True):
         if key not in BOUND:
             BOUND[key] = load(name, settings)
     return found
 
 
+def _process_state() -> Hashable:
+    """What else decides, and a program may change at any time; torch guards its graphs by the
+    second and third."""
+    return (
+        fa2_providers.active_impl(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
 @lru_cache(maxsize=1024)
 def _resolve(
-    problem: Problem, backend: str | None, settings: Settings, active_impl: str | None
+    problem: Problem, backend: str | None, settings: Settings, process_state: Hashable
 ) -> Resolution:
-    """``active_impl`` is a part of the key: whoever activates another gets another answer."""
+    """``process_state`` is a part of the key: whoever changes it gets another answer."""
     name, source = _requested(problem, backend, settings)
     if name != "auto":
         why_not = unavailable(name, problem, settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nsa.config import KV, NSAConfig
@@ -34,6 +35,14 @@ def unavailable(problem: Any, settings: Any) -> str | None:
     """Why the oracle cannot run a problem, or None; it reads ``cu_seqlens``."""
     if problem.packed and problem.device.type == "meta":
         return "reference reads cu_seqlens, which has no values on the meta device"
+    mass = problem.config.select_mass is not None and problem.config.select_mass < 1
+    strict = torch.are_deterministic_algorithms_enabled()
+    strict &= not torch.is_deterministic_algorithms_warn_only_enabled()
+    if mass and strict and problem.device.type == "cuda":
+        return (
+            "reference needs torch.cumsum for select_mass, which is not deterministic on CUDA, and "
+            "torch.use_deterministic_algorithms(True) is in force: use warn_only=True"
+        )
     return None
 
 

@@ -96,11 +96,21 @@ def choose(
         there = index.clamp_max(J - 1)
         score = scores.gather(-1, there).masked_fill(index == J, 0.0)
         is_forced = forced.expand_as(scores).gather(-1, there)
-        before = score.cumsum(-1) - score
+        before = _sums(score) - score
         index = index.masked_fill((before >= enough) & ~is_forced, J)
     index = index.sort(dim=-1).values
     blocks = index.masked_fill(index == J, -1)
     return F.pad(blocks, (0, n - blocks.shape[-1]), value=-1).to(torch.int32)
+
+
+def _sums(x: Tensor) -> Tensor:
+    """``x.cumsum(-1)``, whose order of additions torch fixes on no GPU: it refuses floats there
+    under ``torch.use_deterministic_algorithms``."""
+    shift = 1
+    while shift < x.shape[-1]:
+        x = x + F.pad(x[..., :-shift], (shift, 0))
+        shift *= 2
+    return x
 
 
 def first_block_only(n: int, device: torch.device) -> Tensor:

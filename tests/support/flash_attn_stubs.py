@@ -105,6 +105,7 @@ NO_KERNEL = _spoiled(
     "_flash_attn_forward", "raise RuntimeError('CUDA error: no kernel image is available')"
 )
 OLD_SIGNATURE = f"{RIGHT}\ndef _flash_attn_forward(q, k, v, dropout_p, window_size):\n    pass\n"
+NOT_DETERMINISTIC = RIGHT.replace(" deterministic,", "")
 IMPORT_ERROR = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E')\n"
 OS_ERROR = "raise OSError('libcudart.so.12: cannot open shared object file')\n"
 RUNTIME_ERROR = "raise RuntimeError('no good,\\nreally')\n"

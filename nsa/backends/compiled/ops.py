@@ -2,6 +2,7 @@
 
 Schemas and empty results need torch alone; triton is imported when a kernel first runs. Under
 ``TRITON_INTERPRET=1`` the same operators take CPU tensors. ``config`` is :attr:`NSAConfig.key`.
+A backward looks at ``torch.use_deterministic_algorithms`` when it runs, as torch's own do.
 
 B batch, T query tokens, S key tokens, N compressed blocks, H query heads, K key/value heads, D key
 size, V value size, n listed blocks.
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nsa.core import flops
@@ -34,7 +36,10 @@ def _over_keys(options: Options) -> tuple[Callable[..., Any], Callable[..., Any]
         from nsa.backends.compiled.window.launch import window_backward
 
         v, out, lse, *call = given
-        return window_backward(dout, q, k, v, out, lse, **options(k, *call))
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return window_backward(
+            dout, q, k, v, out, lse, **options(k, *call), deterministic=deterministic
+        )
 
     return forward, backward
 
@@ -105,7 +110,10 @@ def _selected_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, seq_start, sequences, key, q_start = given
     options = _lists(tensors[2], seq_start, key, q_start)
     return selected_backward(
-        *tensors, **options, sequences=None if seq_start is None else sequences
+        *tensors,
+        **options,
+        sequences=None if seq_start is None else sequences,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 

@@ -185,7 +185,8 @@ class FlashAttn:
         """See :class:`Provider`."""
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         given = (dout, q, k, v, out, _heads_first(lse), dq, dk, dv)
-        options = {**_options(call), "deterministic": False}
+        deterministic = torch.are_deterministic_algorithms_enabled()  # aten looks at it itself
+        options = {**_options(call), "deterministic": deterministic}
         if call.cu_q is None:
             self._interface._flash_attn_backward(*given, **options)
         else:

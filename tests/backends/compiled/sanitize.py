@@ -29,6 +29,7 @@ from nsa.core.inputs import BRANCHES
 from nsa.testing import Inputs, make_inputs, random_blocks
 from nsa.testing.parity import planned
 from tests.support.decoding import make_step, on_device
+from tests.support.deterministic import deterministic
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SMALL = NSAConfig(num_heads=12, num_kv_heads=2, head_dim=64, num_selected=4, num_local=1, window=99)
@@ -93,6 +94,10 @@ def run() -> None:
         k = x.selected.k
         blocks = torch.ops.nsa.block_tokens(k, x.cu_seqlens, x.config.key)
         torch.autograd.grad(blocks.sum(), k)
+    # the last again, which is long enough for several chunks of one block
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would hide what is not written
+    with deterministic():
+        torch.autograd.grad(x.attend(nsa_attention, backend="compiled"), x.leaves(), x.dout)
     for config, dtype in ((SMALL, torch.bfloat16), (SMALL, torch.float32), (WIDE, torch.bfloat16)):
         for tokens in (1, 3):
             step = make_step(replace(config, rope_theta=None), (0, 700, 31), tokens, dtype=dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nsa import NSAConfig
-from nsa.backends.compiled.selected.tiles import dq_dtype
+from nsa.backends.compiled.selected.tiles import dq_dtype, tiles_for
 from nsa.config import KV
 from nsa.core.inputs import DecodeInputs
 from tests.support.kernel_code import Code, compile_launch, kernel_modules, recorded
@@ -69,6 +69,7 @@ STEPS = (
     "selected",
     "selected backward",
     "selected, shared lists",
+    "selected, in order",
     "gated",
     "gated backward",
     "gated backward, any gates",
@@ -79,8 +80,8 @@ OPTIONS, SHARED = STEPS[5:7], STEPS[9]
 SLOW = {
     # the kernels of the other steps, with other flags
     "paper": (*STEPS[2:4], *OPTIONS, *STEPS[9:]),
-    "wide": (STEPS[12], STEPS[-1]),
-    "small": (*OPTIONS, SHARED, *STEPS[12:]),
+    "wide": (STEPS[13], STEPS[-1]),
+    "small": (*OPTIONS, *STEPS[9:11], *STEPS[13:]),
 }
 MAX_ARGUMENTS = 30
 """Of a kernel, compile-time constants apart; a tuple counts as one."""
@@ -155,6 +156,18 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
         "selected, shared lists": lambda: (
             selected.selected_forward(q, k, v, lists, **chosen, share=4),
             selected.selected_dq(dout, q, k, v, lse, lists, **chosen, out=out, share=4),
+        ),
+        "selected, in order": lambda: selected.selected_dkv(
+            *(dout, q, k, v, lse, lse, lists),
+            **chosen,
+            tiles=tiles_for(
+                *(D, V, H // K),
+                width=16,
+                select_block=64,
+                dtype=q.dtype,
+                length=T,
+                deterministic=True,
+            ).dkv,
         ),
         "gated": lambda: gated.gated_forward(q, ks, vs, gates, out, lists, layout),
         "gated backward": lambda: gated.gated_backward(

@@ -63,6 +63,11 @@ BROKEN = {
         stubs.NO_KERNEL,
         "a small call failed (RuntimeError: CUDA error: no kernel image is available)",
     ),
+    "no deterministic backward": (
+        stubs.NOT_DETERMINISTIC,
+        "a small call failed (TypeError: _flash_attn_backward() got an unexpected keyword argument "
+        "'deterministic'",
+    ),
     "old signature": (stubs.OLD_SIGNATURE, "a small call failed (TypeError: _flash_attn_forward()"),
 }
 WRONG = {

@@ -114,6 +114,7 @@ def gated_backward(
     *,
     gates_in_unit_interval: bool,
     dq_dtype: torch.dtype,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Branches, Branches, Tensor]:
     """Gradients of the sum.
 
@@ -122,6 +123,7 @@ def gated_backward(
         out, lse: of every branch.
         gates_in_unit_interval: that every gate is in 0…1, which saves a product for every score.
         dq_dtype: fp32, or q's dtype.
+        deterministic: that every sum has one order, in every run and every batch.
 
     Returns:
         dq in ``dq_dtype``; dk and dv, in fp32 for the selected branch, else in k's dtype; and the
@@ -146,13 +148,24 @@ def gated_backward(
         start=layout.cmp_start,
         scale=scale,
         blocks=layout.blocks,
+        deterministic=deterministic,
     )
     dk_win, dv_win = key_gradients(
-        dout, q, k.window, v.window, rows[2], window=layout.window, start=start, scale=scale
+        dout,
+        q,
+        k.window,
+        v.window,
+        rows[2],
+        window=layout.window,
+        start=start,
+        scale=scale,
+        deterministic=deterministic,
     )
     chosen: dict[str, Any] = {"start": start, "select_block": layout.select_block, "scale": scale}
     chosen |= {"share": layout.share, "sequences": None if start is None else layout.sequences}
-    tiles = default_tiles(q, v.selected, block_idx, layout.select_block, layout.share)
+    tiles = default_tiles(
+        *(q, v.selected, block_idx, layout.select_block, layout.share), deterministic=deterministic
+    )
     if not tiles.dkv.with_dq:
         lse_slc, delta, weight = rows[1]
         of_rows: dict[str, Any] = {"delta": delta, "weight": weight, "dq": dq}

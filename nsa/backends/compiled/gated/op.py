@@ -66,6 +66,7 @@ def _backward(dout: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, ...]:
         _layout(q.shape[1], *call[:-1]),
         gates_in_unit_interval=call[-1],
         dq_dtype=dq_dtype(q.dtype, q.shape[3]),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk[0], dv[0], dk[1], dv[1], dk[2], dv[2], dgates
 

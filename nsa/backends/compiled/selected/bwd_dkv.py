@@ -9,6 +9,11 @@ buffers: not deterministic to the last bit, but without a second pass over parti
 random lists make many. dq can be summed in the same way (``KeyTiles.with_dq``): n adds to each
 element, and no second time the scores and dp that dk and dv need anyway.
 
+With *ordered* chunks (:mod:`.inverse_index`) the sums of all but a block's first stand in memory of
+their own, and :func:`nsa_selected_bwd_sum` adds them, in order, to what the first one wrote. Two
+values then reach an element, one kernel after the other, and zeros, where the block of a packed
+sequence's end reaches into the next sequence.
+
 B batch, T query tokens, S key tokens, H query heads, K key/value heads, G heads per group, D key
 size, V value size; C is a :class:`~nsa.backends.compiled.selected.tiles.Constants`.
 """
@@ -125,6 +130,27 @@ def _add_queries(
     return dk, dv
 
 
+@triton.jit
+def _locate_block(block_id, part, num_blocks, KV_HEADS, BLOCK_PITCH: tl.constexpr):
+    """Batch row, key/value head and first key row of one part of a block."""
+    b_head = (block_id // num_blocks).to(tl.int32)
+    first_row = (block_id % num_blocks).to(tl.int32) * BLOCK_PITCH + part
+    return b_head // KV_HEADS, b_head % KV_HEADS, first_row
+
+
+@triton.jit
+def _is_continued(block_ids_ptr, begin, block_id, CHUNK: tl.constexpr):
+    """Whether the ordered chunk that begins there is not the first of its block."""
+    return tl.load(block_ids_ptr + begin - CHUNK, mask=begin >= CHUNK, other=-1) == block_id
+
+
+@triton.jit
+def _part_row(begin, part, CHUNK: tl.constexpr, C: tl.constexpr):
+    """Where the sums of such a chunk stand: no two begin less than CHUNK apart."""
+    n = tl.arange(0, C.BLOCK_N)[:, None]
+    return (begin // CHUNK - 1).to(tl.int64) * C.SELECT_BLOCK + part + n
+
+
 @triton.jit(do_not_specialize=["T", "S", "q_start", "num_blocks"])
 def nsa_selected_bwd_dkv(
     q_ptr,
@@ -135,6 +161,7 @@ def nsa_selected_bwd_dkv(
     dk_ptr,  # fp32 [B, S, K, D], contiguous; added to
     dv_ptr,  # fp32 [B, S, K, V], contiguous; added to
     dq_ptr,  # fp32 [B, T, H, D], contiguous; added to with WITH_DQ
+    parts_ptr,  # fp32 [P // CHUNK, l', D + V], contiguous; written with CHUNK
     index_ptrs,  # block ids, offsets, chunks, tokens and their ends of :class:`.InverseIndex`
     q_strides,
     k_strides,
@@ -153,6 +180,7 @@ def nsa_selected_bwd_dkv(
     WEIGHTED: tl.constexpr,
     SCALE_DS: tl.constexpr,
     SHARE: tl.constexpr,
+    CHUNK: tl.constexpr,
     INT64: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -167,12 +195,10 @@ def nsa_selected_bwd_dkv(
         begin = tl.load(offsets_ptr + chunk)
         end = tl.load(offsets_ptr + chunk + 1)
         block_id = tl.load(block_ids_ptr + begin).to(tl.int64)
+        b, kv_head, first_row = _locate_block(block_id, part, num_blocks, KV_HEADS, BLOCK_PITCH)
+        entry = begin
         begin *= SHARE
         end *= SHARE
-        first_row = (block_id % num_blocks).to(tl.int32) * BLOCK_PITCH + part
-        b_head = (block_id // num_blocks).to(tl.int32)
-        kv_head = b_head % KV_HEADS
-        b = b_head // KV_HEADS
         b64 = b.to(tl.int64)
         kv_head64 = kv_head.to(tl.int64)
         exists = (n < C.SELECT_BLOCK - part) & (first_row + n < S)
@@ -213,5 +239,58 @@ def nsa_selected_bwd_dkv(
         grad_row = (b64 * S + first_row + n[:, None]) * KV_HEADS + kv_head
         if not SCALE_DS:
             dk *= scale
+        if CHUNK is not None:
+            continued = _is_continued(block_ids_ptr, entry, block_id, CHUNK)
+            part_row = _part_row(entry, part, CHUNK, C)
+            part_ptr = parts_ptr + part_row * (C.D + C.V)
+            tl.store(part_ptr + d[None, :], dk, mask=k_mask & continued)
+            tl.store(part_ptr + C.D + e[None, :], dv, mask=v_mask & continued)
+            k_mask, v_mask = k_mask & (continued == 0), v_mask & (continued == 0)
         tl.atomic_add(dk_ptr + grad_row * C.D + d[None, :], dk, mask=k_mask, sem="relaxed")
         tl.atomic_add(dv_ptr + grad_row * C.V + e[None, :], dv, mask=v_mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["S", "num_blocks", "entries"])
+def nsa_selected_bwd_sum(
+    parts_ptr,  # as of :func:`nsa_selected_bwd_dkv`, as are the other arguments
+    dk_ptr,
+    dv_ptr,
+    block_ids_ptr,
+    offsets_ptr,
+    num_chunks_ptr,
+    S,
+    KV_HEADS,
+    num_blocks,
+    entries,
+    BLOCK_PITCH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Adds to dk and dv what the chunks of a block but its first have summed: one program a block
+    (and part), which is that of its second chunk."""
+    part = (tl.program_id(0) % C.PARTS) * C.BLOCK_N
+    chunk = tl.program_id(0) // C.PARTS
+    if chunk < tl.load(num_chunks_ptr):
+        at = tl.load(offsets_ptr + chunk)
+        block_id = tl.load(block_ids_ptr + at).to(tl.int64)
+        second = _is_continued(block_ids_ptr, at, block_id, CHUNK)
+        if second & (_is_continued(block_ids_ptr, at - CHUNK, block_id, CHUNK) == 0):
+            b, kv_head, first_row = _locate_block(block_id, part, num_blocks, KV_HEADS, BLOCK_PITCH)
+            n = tl.arange(0, C.BLOCK_N)
+            d = tl.arange(0, C.BLOCK_D)
+            e = tl.arange(0, C.BLOCK_DV)
+            exists = (n < C.SELECT_BLOCK - part) & (first_row + n < S)
+            k_mask = tile_mask(exists, d, C.D, C.BLOCK_D)
+            v_mask = tile_mask(exists, e, C.V, C.BLOCK_DV)
+            dk = tl.full([C.BLOCK_N, C.BLOCK_D], 0.0, tl.float32)
+            dv = tl.full([C.BLOCK_N, C.BLOCK_DV], 0.0, tl.float32)
+            same = second
+            while same:
+                part_ptr = parts_ptr + _part_row(at, part, CHUNK, C) * (C.D + C.V)
+                dk += tl.load(part_ptr + d[None, :], mask=k_mask, other=0.0)
+                dv += tl.load(part_ptr + C.D + e[None, :], mask=v_mask, other=0.0)
+                at += CHUNK
+                same = tl.load(block_ids_ptr + at, mask=at < entries, other=-1) == block_id
+            grad_row = (b.to(tl.int64) * S + first_row + n[:, None]) * KV_HEADS + kv_head
+            tl.atomic_add(dk_ptr + grad_row * C.D + d[None, :], dk, mask=k_mask, sem="relaxed")
+            tl.atomic_add(dv_ptr + grad_row * C.V + e[None, :], dv, mask=v_mask, sem="relaxed")

@@ -2,7 +2,8 @@
 
 The kernel for dk and dv walks over it. Rows are *chunks*: at most so many tokens of one block, so
 that a block that every token selects does not keep one program busy. Blocks are told apart and
-seen as :mod:`.union` explains.
+seen as :mod:`.union` explains. Where they are *ordered*, a block is divided from its own first
+token on, so that the chunks of a sequence are the same alone and in any batch.
 
 B batch, T query tokens, S key tokens, K key/value heads, n selected blocks, P = B*T*K*n pairs
 (token, selected block). Nothing is read back from the device.
@@ -43,6 +44,8 @@ class InverseIndex(NamedTuple):
     """Consecutive tokens at most that an entry stands for (:func:`.shared.shared_index`)."""
     ends: Tensor | None = None
     """int32 ``[P + 1]``, past the last of them; None: they are ``share`` everywhere."""
+    chunk: int | None = None
+    """Ordered: entries of every chunk of a block but its last; else None."""
 
 
 @triton.jit(do_not_specialize=["T", "pairs", "key_rows", "q_start", "num_blocks", "nowhere"])
@@ -78,13 +81,15 @@ def nsa_selected_block_ids(
     tl.store(block_ids_ptr + pair, block_id.to(block_ids_ptr.dtype.element_ty), mask=pair <= pairs)
 
 
-@triton.jit(do_not_specialize=["pairs", "nowhere"])
+@triton.jit(do_not_specialize=["pairs", "nowhere", "halvings"])
 def nsa_selected_chunk_begins(
     block_ids_ptr,
     begins_ptr,
     pairs,
     nowhere,
+    halvings,
     CHUNK: tl.constexpr,
+    ORDERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -94,7 +99,15 @@ def nsa_selected_chunk_begins(
     # A chunk begins where the block changes, and at every multiple of CHUNK among all pairs: no
     # chunk is longer then, and none needs to know where its block began.
     changes = (entry > 0) & (block_id != before)
-    begins = changes | ((entry % CHUNK == 0) & (block_id < nowhere))
+    since = entry
+    if ORDERED:  # among the block's pairs: bisect for the first of them
+        low, high = tl.zeros_like(entry), entry
+        for _ in range(halvings):
+            middle = (low + high) // 2
+            earlier = tl.load(block_ids_ptr + middle, mask=mask, other=0) < block_id
+            low, high = tl.where(earlier, middle + 1, low), tl.where(earlier, high, middle)
+        since = entry - low
+    begins = changes | ((since % CHUNK == 0) & (block_id < nowhere))
     tl.store(begins_ptr + entry, begins.to(tl.int32), mask=mask)
 
 
@@ -129,13 +142,15 @@ def inverse_index(
     start: Tensor | None,
     select_block: int,
     chunk: int,
+    ordered: bool = False,
     q_start: int = 0,
     sequences: int | None = None,
 ) -> InverseIndex:
     """Sorts the pairs by block and cuts them into chunks of at most ``chunk`` tokens of one block.
 
-    Arguments as of :func:`.union.tile_unions`. Chunks are ordered by batch row, head, block, and
-    within one by token. ``sequences``: at most so many packed ones.
+    Arguments as of :func:`.union.tile_unions`. Chunks stand by batch row, head, block, and within
+    one by token. ``ordered``: each block is divided from its first token on. ``sequences``: at most
+    so many packed ones.
     """
     B, T, K, n = block_idx.shape
     block_idx = block_idx.contiguous()
@@ -164,7 +179,12 @@ def inverse_index(
     )
     block_ids, order = block_ids.sort(stable=True)
     begins = empty(pairs + 1)
-    nsa_selected_chunk_begins[grid](block_ids, begins, pairs, nowhere, CHUNK=chunk, **options)
+    nsa_selected_chunk_begins[grid](
+        *(block_ids, begins, pairs, nowhere, pairs.bit_length()),
+        CHUNK=chunk,
+        ORDERED=ordered,
+        **options,
+    )
     begun = begins.cumsum(0, dtype=torch.int32)
     tokens, offsets, num_chunks = empty(pairs + 1), empty(pairs + 2), empty(1)
     nsa_selected_chunk_offsets[grid](
@@ -175,4 +195,5 @@ def inverse_index(
         short = key_rows if sequences is None else sequences
         most = min(key_rows, key_rows // select_block + short)
     max_chunks = triton.cdiv(pairs, chunk) + min(pairs, B * K * most)
-    return InverseIndex(block_ids, tokens, offsets, num_chunks, max_chunks, num_blocks, pitch)
+    found = InverseIndex(block_ids, tokens, offsets, num_chunks, max_chunks, num_blocks, pitch)
+    return found._replace(chunk=chunk) if ordered else found

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from nsa.backends.compiled.common import LOG2E, bwd_preprocess, rows_contiguous
-from nsa.backends.compiled.selected.bwd_dkv import nsa_selected_bwd_dkv
+from nsa.backends.compiled.selected.bwd_dkv import nsa_selected_bwd_dkv, nsa_selected_bwd_sum
 from nsa.backends.compiled.selected.bwd_dq import nsa_selected_bwd_dq
 from nsa.backends.compiled.selected.fwd import nsa_selected_fwd
 from nsa.backends.compiled.selected.inverse_index import InverseIndex, inverse_index
@@ -205,17 +205,24 @@ def selected_dkv(
         return dk, dv
     q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
     where: dict[str, Any] = {"start": start, "select_block": select_block, "sequences": sequences}
-    where |= {"key_rows": S, "chunk": tiles.chunk}
+    where |= {"key_rows": S, "chunk": tiles.chunk, "ordered": tiles.ordered}
     with torch.cuda.device_of(q):
         if share > 1:
             index = index or shared_index(block_idx, share=share, **where)
         else:
             index = index or inverse_index(block_idx, q_start=q_start, **where)
-        nsa_selected_bwd_dkv[(index.max_chunks * triton.cdiv(select_block, tiles.block_n),)](
+        entries, parts = index.tokens.numel() - 1, None
+        if index.chunk is not None:
+            shape = entries // index.chunk, select_block, k.shape[3] + v.shape[3]
+            parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+        grid = (index.max_chunks * triton.cdiv(select_block, tiles.block_n),)
+        lists = index.block_ids, index.offsets, index.num_chunks
+        C = constants(q, v, block_idx, select_block, tiles)
+        nsa_selected_bwd_dkv[grid](
             *(q, k, v, dout),
             (lse.contiguous(), delta.contiguous(), delta if weight is None else weight),
-            *(dk, dv, dk if dq is None else dq),
-            (index.block_ids, index.offsets, index.num_chunks, index.tokens, index.ends),
+            *(dk, dv, dk if dq is None else dq, parts),
+            (*lists, index.tokens, index.ends),
             *(x.stride() for x in (q, k, v, dout)),
             *(T, S, q_start, K, index.num_blocks, scale * LOG2E, scale),
             BLOCK_PITCH=index.block_pitch,
@@ -224,10 +231,19 @@ def selected_dkv(
             WEIGHTED=weight is not None,
             SCALE_DS=q.dtype != torch.float16,
             SHARE=index.share,
+            CHUNK=index.chunk,
             INT64=max(q.numel(), _row_extent(q), _row_extent(dout)) >= 2**31,
-            C=constants(q, v, block_idx, select_block, tiles),
+            C=C,
             **launch_options(tiles.num_warps, tiles.num_stages, tiles.maxnreg),
         )
+        if parts is not None and parts.numel():
+            nsa_selected_bwd_sum[grid](
+                *(parts, dk, dv, *lists, S, K, index.num_blocks, entries),
+                BLOCK_PITCH=index.block_pitch,
+                CHUNK=index.chunk,
+                C=C,
+                **launch_options(tiles.num_warps, 1),
+            )
     return dk, dv
 
 
@@ -247,15 +263,18 @@ def selected_backward(
     share: int = 1,
     sequences: int | None = None,
     tiles: SelectedTiles | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients ``(dq, dk, dv)``, each in q's dtype and the shape of its input.
 
     Arguments as of :func:`selected_forward`, with its results and the gradient ``dout`` of out.
     ``sequences``, as of :func:`selected_dkv`, saves idle programs in a packed batch.
     dk and dv, and dq where the tiles say so, are summed by atomic adds in fp32, so that their last
-    bits may differ between runs.
+    bits may differ between runs; not where ``deterministic`` chose the tiles.
     """
-    tiles = tiles or default_tiles(q, v, block_idx, select_block, share)
+    tiles = tiles or default_tiles(
+        q, v, block_idx, select_block, share, deterministic=deterministic
+    )
     call: dict[str, Any] = {"start": start, "select_block": select_block}
     call |= {"scale": scale, "q_start": q_start, "share": share, "sequences": sequences}
     dout = rows_contiguous(dout)

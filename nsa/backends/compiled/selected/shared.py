@@ -52,6 +52,7 @@ def shared_index(
     start: Tensor | None,
     select_block: int,
     chunk: int,
+    ordered: bool = False,
     sequences: int | None,
 ) -> InverseIndex:
     """The inverse index of the first of every ``share`` tokens, each entry for all of them.
@@ -73,6 +74,7 @@ def shared_index(
         start=None if start is None else start[row],
         select_block=select_block,
         chunk=max(1, chunk // share),
+        ordered=ordered,
         q_start=_FAR,
         sequences=sequences,
     )

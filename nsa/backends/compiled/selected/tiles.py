@@ -25,6 +25,13 @@ WITH_DQ_FROM = 2048
 2.8 against 3.9 at 8192, with lists at random; with heads of 128 the adds cost more than they save).
 Short sequences list nearly all they see, so that unions are small and dq alone is fast."""
 
+CHUNK = 256
+"""Tokens of one chunk of a block."""
+
+ORDERED_CHUNK = 512
+"""Tokens of one chunk where chunks are summed in order: the sums of all but a block's first go
+through memory, at most two times the bytes of dk and dv in fp32 with 16 blocks of 64 listed."""
+
 FP32_DQ_SIZE = 64
 """Head sizes D up to this one get dq in fp32, as :data:`WITH_DQ_FROM` needs."""
 
@@ -47,10 +54,12 @@ class QueryTiles:
 class KeyTiles(QueryTiles):
     """One launch of the dk, dv kernel."""
 
-    chunk: int = 256
+    chunk: int = CHUNK
     """Tokens of one chunk at most: what a program reads of one block before it adds its dk, dv."""
     with_dq: bool = False
     """Whether dq is summed here too, by atomic adds in fp32, in place of a kernel of its own."""
+    ordered: bool = False
+    """Whether the chunks of a block are summed in order, in place of atomic adds in any order."""
     maxnreg: int | None = None
     """Registers of a thread; None leaves it to the compiler."""
 
@@ -178,18 +187,19 @@ def tiles_for(
     dtype: torch.dtype,
     length: int,
     share: int = 1,
+    deterministic: bool = False,
 ) -> SelectedTiles:
-    """Tiles for an H100: head sizes, group, n, l', T (only a small one matters), and how many
-    tokens have one list: those of a query tile then divide it.
+    """Tiles for an H100: head sizes, group, n, l', T, how many tokens have one list (those of a
+    query tile then divide it), and whether sums have one order in every run and batch.
 
-    The row of the shape, with no more tokens than there are, no more keys than a block has, and
-    less of everything until it fits in shared memory.
+    The row of the shape, with no more keys than a block has, and less of everything until it fits
+    in shared memory. T says how dq is summed and nothing else: a sequence is tiled alike alone and
+    packed with others.
     """
     row = tile_row(D, V, G, dtype)
     wide = padded(D) + padded(V)
     keys = padded(select_block)
-    length = max(1, length)
-    tokens = min(tokens_per_tile(G, row.rows, width), length)
+    tokens = tokens_per_tile(G, row.rows, width)
     if share > 1:
         most = tokens_per_tile(G, row.rows)
         tokens = max(m for m in range(1, share + 1) if share % m == 0 and m <= most)
@@ -212,7 +222,7 @@ def tiles_for(
 
     def key_tiles(n: int, stages: int) -> KeyTiles:
         n = min(keys, n)
-        step = min(tokens_per_tile(G, row.rows), length)
+        step = tokens_per_tile(G, row.rows)
         while (n + padded(step * G) * min(stages, 2)) * wide * dtype.itemsize > SHARED_BYTES:
             if stages > 1:
                 stages -= 1
@@ -228,8 +238,10 @@ def tiles_for(
             block_n=n,
             num_warps=fp32_warps if row.fp32 else 8 if large else 4,
             num_stages=stages,
-            with_dq=row.with_dq and length >= WITH_DQ_FROM,
+            with_dq=row.with_dq and length >= WITH_DQ_FROM and not deterministic,
             maxnreg=row.dkv_maxnreg,
+            chunk=ORDERED_CHUNK if deterministic else CHUNK,
+            ordered=deterministic,
         )
 
     return SelectedTiles(
@@ -240,14 +252,20 @@ def tiles_for(
 
 
 def default_tiles(
-    q: Tensor, v: Tensor, block_idx: Tensor, select_block: int, share: int = 1
+    q: Tensor,
+    v: Tensor,
+    block_idx: Tensor,
+    select_block: int,
+    share: int = 1,
+    *,
+    deterministic: bool = False,
 ) -> SelectedTiles:
     """:func:`tiles_for` q ``[B, T, H, D]``, v ``[B, S, K, V]``, block_idx ``[B, T, K, n]``."""
     T, H, D = q.shape[1:]
     K, V = v.shape[2:]
     n = block_idx.shape[3]
     sizes = {"width": n, "select_block": select_block, "length": T, "share": share}
-    return tiles_for(D, V, H // K, dtype=q.dtype, **sizes)
+    return tiles_for(D, V, H // K, dtype=q.dtype, deterministic=deterministic, **sizes)
 
 
 @dataclass(frozen=True, slots=True)

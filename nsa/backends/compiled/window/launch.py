@@ -5,8 +5,9 @@ strided keys (:mod:`.bounds`): launches of the kernels of :mod:`.fwd`, :mod:`.bw
 B batch, T query tokens, S keys, H query heads, K key/value heads, G heads per group, D key size,
 V value size.
 
-The gradient of q is one kernel, that of k and v another; neither uses atomics, so both are
-deterministic.
+The gradient of q is one kernel, that of k and v another; neither uses atomics, so both are the
+same in every run. In how many parts k's and v's are summed depends on the batch, but not where
+they are asked to be ``deterministic``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from nsa.backends.compiled.window.tiles import Constants, Tiles, constants, tile
 
 PROGRAMS = 1024
 """Programs of the kernel for dk and dv that a launch over few keys is split into, about."""
+
+
+ROW_PROGRAMS = 256
+"""The same for one row of a fixed-length batch, where the batch must not matter: what is summed
+apart takes as much memory as there are rows."""
 
 
 class Mix(NamedTuple):
@@ -137,6 +143,7 @@ def window_backward(
     q_tiles: Tiles | None = None,
     k_tiles: Tiles | None = None,
     splits: int | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`window_forward`, whose arguments and results come in unchanged.
 
@@ -144,6 +151,7 @@ def window_backward(
         dout: ``[B, T, H, V]``, the gradient of ``out``, in its dtype.
         q_tiles, k_tiles: override those of :func:`tiles_for`.
         splits: parts of the queries that dk and dv are summed over apart; None chooses.
+        deterministic: that a fixed-length batch has as many as one row of it would have alone.
 
     Returns:
         dq, dk, dv, shaped like q, k, v and in their dtypes.
@@ -195,6 +203,7 @@ def window_backward(
         blocks=blocks,
         tiles=k_tiles,
         splits=splits,
+        deterministic=deterministic,
     )
     return dq, dk, dv
 
@@ -213,6 +222,7 @@ def key_gradients(
     blocks: Blocks = TOKENS,
     tiles: Tiles | None = None,
     splits: int | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv, of k's and v's dtypes; arguments as of :func:`window_backward`."""
     B, T, _, D = q.shape
@@ -228,7 +238,8 @@ def key_gradients(
     C, options = launch_options(q, k, v, tiles, start, q_start, blocks)
     programs = triton.cdiv(S, C.BLOCK_N) * B * K
     if splits is None:
-        splits = _splits(programs, min(window * blocks.stride, T), C.TOKENS)
+        most = ROW_PROGRAMS * B if deterministic else PROGRAMS
+        splits = _splits(most // programs, min(window * blocks.stride, T), C.TOKENS)
     parts = [dk, dv]
     if splits > 1:
         parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in parts]
@@ -263,9 +274,9 @@ def key_gradients(
     return dk, dv
 
 
-def _splits(programs: int, queries: int, tokens: int) -> int:
-    """Parts of the queries of one block of keys: enough programs, each with enough tiles."""
-    return max(1, min(PROGRAMS // programs, queries // (tokens * 16)))
+def _splits(wanted: int, queries: int, tokens: int) -> int:
+    """Parts of the queries of one block of keys: as many as wanted, each with enough tiles."""
+    return max(1, min(wanted, queries // (tokens * 16)))
 
 
 def addressable(x: Tensor) -> Tensor:
