@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from nsa import Settings, attention, reference, select_blocks, use_settings
+from nsa.attention import run
+from nsa.backends.dispatch import load
 from nsa.backends.protocol import Problem
+from nsa.core.inputs import AttentionInputs
 from nsa.registry import TABLE
 from nsa.testing import Inputs
 from tests.support import entries
@@ -64,6 +69,59 @@ def test_who_compiles_a_call(monkeypatch: pytest.MonkeyPatch, glue: bool) -> Non
     with use_settings(nvtx=True):
         entries.attention(REGULAR, "sdpa")
     assert ran == [("run_compiled" if glue else "run", {"nvtx": True})]
+
+
+class AtOnce(NamedTuple):
+    """Runs the branches at once where it may."""
+
+    told: list[dict[str, Any]]
+
+    def step(self, name: str) -> Any:
+        return load("sdpa")
+
+    def gated(self) -> Any:
+        return self
+
+    def gated_attention(self, inputs: Any, out_cmp: Any, *rest: Any, **options: bool) -> str:
+        options["graph"] = out_cmp.requires_grad
+        self.told.append(options)
+        return "at once"
+
+
+def test_who_runs_all_branches_at_once() -> None:
+    """What computes the gradients itself gets no graph; it knows no queries that begin later."""
+    x, chosen = REGULAR, AtOnce([])
+    inputs = AttentionInputs(x.q, x.compressed, x.selected, x.window, x.gates)
+    assert run(chosen, inputs, CONFIG) == "at once"
+    assert chosen.told == [{"gates_in_unit_interval": False, "graph": False}]
+    later = inputs._replace(q=x.q[:, 1:], gates=x.gates[:, 1:], q_start=1)
+    torch.testing.assert_close(run(chosen, later, CONFIG), entries.attention(x)[:, 1:])
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_profiler_sees_the_branches_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, compiling: bool
+) -> None:
+    seen = []
+
+    def noted(name: str) -> AbstractContextManager[None]:
+        seen.append(name)
+        return nullcontext()
+
+    q: Any = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+    steps = SimpleNamespace(
+        compressed_attention=lambda *_, **options: (REGULAR.q, None),
+        select_blocks=lambda *_, **options: None,
+    )
+    monkeypatch.setattr(AtOnce, "step", lambda self, name: steps)
+    monkeypatch.setattr("torch.cuda.nvtx.range", noted)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
+    inputs = AttentionInputs(q, REGULAR.compressed, REGULAR.selected, REGULAR.window, REGULAR.gates)
+    run(AtOnce([]), inputs, CONFIG)
+    assert seen == []
+    run(AtOnce([]), inputs, CONFIG, nvtx=True)
+    names = ["nsa.compressed", "nsa.select", "nsa.selected+window"]
+    assert seen == ([] if compiling else names)
 
 
 def test_a_step_is_told_the_bound_of_lengths_and_may_list_less(

@@ -90,6 +90,21 @@ def test_many_equal_scores_go_to_the_lower_index(run, regions):
     assert block_idx[0, -1, 0].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("probability", "mass", "blocks"),
+    [
+        ({5: 1.0}, 1.0, [0, 1, 2, 5]),  # limits nothing: those that score 0 are listed too
+        ({5: 1.0}, 0.99, [5, -1, -1, -1]),
+        ({3: 0.5, 5: 0.5}, 0.5, [3, -1, -1, -1]),  # is reached, no more is needed
+        ({3: 0.5, 5: 0.5}, 0.51, [3, 5, -1, -1]),
+    ],
+)
+def test_a_list_ends_at_its_share_of_the_scores(run, probability, mass, blocks):
+    cfg = config(compress_stride=4, num_selected=4, select_mass=mass)
+    k = keys_with_probability(8, probability)
+    assert run("select_blocks", ones(1, 32, 1, 1), k, cfg)[0, -1, 0].tolist() == blocks
+
+
 def test_keys_of_zeros_have_no_scale_in_fp8(run):
     """A row of zeros scores 0, as it does unrounded."""
     cfg = config(compress_stride=4, num_selected=1, score_dtype="fp8")

@@ -17,7 +17,8 @@ from nsa.testing.inputs import random_blocks
 CONFIG = NSAConfig(
     num_heads=4,
     num_kv_heads=2,
-    head_dim=16,
+    head_dim=32,
+    value_dim=16,
     compress_block=4,
     compress_stride=2,
     select_block=8,
