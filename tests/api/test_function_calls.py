@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa import Settings, attention, reference, select_blocks, use_settings
-from nsa.attention import run
+from nsa.attention import combine, run
 from nsa.backends.dispatch import load
 from nsa.backends.protocol import Problem
 from nsa.core.inputs import AttentionInputs
@@ -122,6 +122,12 @@ def test_a_profiler_sees_the_branches_on_a_gpu(
     run(AtOnce([]), inputs, CONFIG, nvtx=True)
     names = ["nsa.compressed", "nsa.select", "nsa.selected+window"]
     assert seen == ([] if compiling else names)
+
+
+def test_the_sum_of_branches_is_rounded_once() -> None:
+    gates, *outputs = torch.randn(4, 2, 5, 3, 3).bfloat16()
+    wide = combine(gates.float(), *(out.float() for out in outputs))
+    assert torch.equal(combine(gates, *outputs), wide.bfloat16())
 
 
 def test_a_step_is_told_the_bound_of_lengths_and_may_list_less(

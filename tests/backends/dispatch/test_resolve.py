@@ -8,6 +8,7 @@ import logging
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -340,6 +341,22 @@ def test_backends_are_bound_to_the_settings_given_or_in_force(
     with use_settings(fa2_provider="math"):
         assert dispatch.load("fa2-varlen") == "math"
         assert dispatch.load("fa2-varlen", Settings(fa2_provider="aten")) == "aten"
+
+
+def test_branches_run_at_once_where_one_backend_runs_all_and_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bound = {name: SimpleNamespace(gated_attention=None) for name in ("one", "other")}
+    bound["none"] = SimpleNamespace()
+    monkeypatch.setattr(dispatch, "BOUND", bound)
+    for steps, can in (
+        (("one",) * 4, True),
+        (("one", "none", "one", "one"), True),  # whoever selects
+        (("one", "one", "other", "one"), False),
+        (("none",) * 4, False),
+    ):
+        gated = Resolution("one", "asked for", steps, steps).gated()
+        assert gated is (bound["one"] if can else None)
 
 
 @pytest.mark.parametrize("e4m3", [False, True])
