@@ -129,8 +129,8 @@ def select_blocks(
     step = plan(problem, backend, settings).step("select").select_blocks
     with no_autocast(q.device):
         block_idx = step(q, k_cmp, config, cu_seqlens, max_seqlen=max_seqlen)
-    missing = config.num_selected - block_idx.shape[-1]  # a step need not list what cannot be
-    return F.pad(block_idx, (0, missing), value=-1) if missing else block_idx
+    # a step need not list what cannot be
+    return F.pad(block_idx, (0, config.num_selected - block_idx.shape[-1]), value=-1)
 
 
 def run(

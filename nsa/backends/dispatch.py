@@ -284,11 +284,9 @@ def _requested(problem: Problem, backend: str | None, settings: Settings) -> tup
     if backend is not None:
         require_known("backend", backend, registry.names(), SettingsError)
         return backend, f"backend={backend!r}"
-    if settings.backend != "auto":
-        return settings.backend, f"NSA_BACKEND={settings.backend}"
-    if settings.use_fa2:
+    if settings.backend == "auto" and settings.use_fa2:
         return registry.fa2_backend(packed=problem.packed), "NSA_USE_FA2=1"
-    return "auto", "auto"
+    return settings.backend, f"NSA_BACKEND={settings.backend}"
 
 
 def _resolution(name: str, reason: str, problem: Problem, settings: Settings) -> Resolution:
@@ -309,7 +307,7 @@ def _resolution(name: str, reason: str, problem: Problem, settings: Settings) ->
 
 def _key(name: str, settings: Settings) -> str:
     """Where :data:`BOUND` keeps a backend: its name and the settings that its steps depend on."""
-    return ":".join(map(str, (name, *(getattr(settings, field) for field in TABLE[name].settings))))
+    return repr((name, *(getattr(settings, field) for field in TABLE[name].settings)))
 
 
 @cache

@@ -68,5 +68,5 @@ def nsa_attention(
         window_attention(q, *window, config, cu_seqlens, q_start=q_start)[0],
     )
     dtype = accumulation_dtype(q.dtype)
-    branches = zip(gates.to(dtype).unbind(-1), outputs, strict=True)
+    branches = zip(gates.unbind(-1), outputs, strict=True)
     return sum(gate[..., None] * out.to(dtype) for gate, out in branches).to(q.dtype)  # type: ignore[union-attr]

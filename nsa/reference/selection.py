@@ -75,7 +75,8 @@ def rounded_probabilities(q: Tensor, k: Tensor, mask: Tensor, lse: Tensor, scale
 
 
 def fp8_rows(x: Tensor) -> Tensor:
-    """x rounded to e4m3 with one scale per row of the last dimension, in x's dtype."""
+    """x rounded to e4m3 with one scale per row of the last dimension, in fp32 (fp64
+    for fp64)."""
     largest = x.abs().amax(-1, keepdim=True).float() / FP8_MAX
     scale = largest.masked_fill(largest == 0, 1.0)
     rounded = (x.float() / scale).to(torch.float8_e4m3fn).float()
@@ -118,14 +119,14 @@ def searched_regions(scores: Tensor, t: Tensor, forced: Tensor, config: NSAConfi
     """
     assert config.select_regions is not None
     r, k = config.select_regions
-    W, J = scores.shape[-1], forced.shape[-1]
+    J = forced.shape[-1]
     R = -(-J // r)
     region = torch.arange(R, device=scores.device)
     last_token = (region + 1) * r * config.select_block - config.compress_stride
     whole = last_token + config.compress_block - 1 <= t
     of_forced = F.pad(forced, (0, R * r - J)).unflatten(-1, (R, r)).any(-1)
     contends = whole & ~of_forced
-    scores = F.pad(scores, (0, max(0, R - W)))[..., :R].masked_fill(~contends, float("-inf"))
+    scores = F.pad(scores, (0, R))[..., :R].masked_fill(~contends, float("-inf"))
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     best = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
     return (best & contends) | ~contends

@@ -56,6 +56,31 @@ def test_attention(backend, lists, lengths):
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["regular", "packed"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "compiled"])
+def test_options_of_selection(backend, lengths):
+    config = replace(
+        CONFIG,
+        num_selected=4,
+        select_regions=(2, 1),
+        select_schedule=((20, 3),),
+        select_mass=0.9,
+        select_share=2,
+        score_dtype="fp8",
+    )
+    inputs = make_inputs(config, length=None if lengths else 60, lengths=lengths)
+
+    def run():
+        given = (inputs.q, inputs.compressed.k, config)
+        return select_blocks(*given, cu_seqlens=inputs.cu_seqlens, backend=backend)
+
+    expected = run()
+    with other_defaults():
+        actual = run()
+    assert actual.dtype == torch.int32
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["regular", "packed"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_the_layer(backend, variant, lengths):

@@ -109,20 +109,6 @@ def test_many_sequences_in_large_blocks() -> None:
         gradients(inputs, "sdpa")
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_lists_are_as_wide_as_asked_for(backend: str, packed: bool) -> None:
-    config = replace(CONFIG, num_selected=1000)
-    inputs = problem(config, packed)
-    options = {"cu_seqlens": inputs.cu_seqlens, "backend": backend}
-    blocks = select_blocks(inputs.q, inputs.compressed.k, config, **options)
-    assert blocks.shape == (*inputs.q.shape[:2], config.num_kv_heads, 1000)
-    assert (blocks[0, -1, 0, :6].tolist()) == (
-        [0, 1, 2, 3, 4, -1] if packed else [0, 1, 2, 3, 4, 5]
-    )
-    assert (blocks[..., 9:] == -1).all()
-
-
 @pytest.mark.parametrize(
     ("huge", "packed"),
     [

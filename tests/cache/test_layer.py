@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa import NSACache, NSAConfig, NSAttention
+from nsa import NSACache, NSAConfig, NSAttention, Resolution, module
+from nsa.backends.dispatch import load
+from nsa.backends.protocol import Problem
 from nsa.testing.strategies import configs, with_selection_options
 from tests.support.backends import fa2_by_math
 
@@ -154,3 +156,28 @@ def test_the_layer_says_what_runs_a_step(backend: str, why: str):
     assert layer.resolution.reason.startswith(f"backend={backend!r}")
     assert layer.resolution.reason.endswith(why)
     assert ("decode on" in layer.resolution.reason) == bool(why)
+
+
+@pytest.mark.parametrize("selected_dtype", [None, "e4m3"])
+def test_the_choice_knows_the_cache_and_its_decoder_runs(
+    monkeypatch: pytest.MonkeyPatch, selected_dtype: str | None
+):
+    asked, ran = [], []
+
+    class Decoder:
+        def decode_attention(self, *step: Any) -> Any:
+            ran.append(step)
+            return load("sdpa").decode_attention(*step)  # type: ignore[attr-defined]
+
+    def spy(chosen: Resolution, problem: Problem, *, e4m3: bool) -> Any:
+        asked.append((chosen.backend, problem, e4m3))
+        return chosen, Decoder()
+
+    monkeypatch.setattr(module, "decoding", spy)
+    layer = NSAttention(DIM, SMALL, backend="sdpa")
+    cache = NSACache(SMALL, num_layers=1, batch_size=2, max_length=9, selected_dtype=selected_dtype)
+    with torch.no_grad():
+        layer(torch.randn(2, 1, DIM), cache=cache.layers[0])
+    problem = Problem(SMALL, torch.device("cpu"), torch.float32, 9, False, False)
+    assert asked == [("sdpa", problem, selected_dtype == "e4m3")]
+    assert len(ran) == 1

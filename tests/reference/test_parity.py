@@ -130,6 +130,11 @@ def test_queries_that_start_later(case: Case, data: st.DataObject):
     full = reference.select_blocks(q, k_cmp, config)
     part = reference.select_blocks(q[:, rows], k_cmp, config, q_start=start)
     assert torch.equal(part, full[:, rows])
+    (gates,) = tensors(case.gates())
+    branches = KV(k_cmp, v_cmp), KV(k, v), KV(k, v)
+    whole = reference.nsa_attention(q, *branches, gates, config)
+    later = reference.nsa_attention(q[:, rows], *branches, gates[:, rows], config, q_start=start)
+    assert_agree(later, whole[:, rows].numpy())
 
 
 @pytest.mark.parametrize("num_initial", [0, 1])

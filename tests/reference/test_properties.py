@@ -1,6 +1,7 @@
 """What `nsa.reference` promises beyond its values: causality, dtypes, layouts, independence."""
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from nsa import reference
 from nsa.config import KV, NSAConfig
+from nsa.reference import selection
 from tests.support import numpy_oracle as oracle
 from tests.support.reference_cases import Case, cases
 
@@ -190,6 +192,28 @@ def test_low_precision_rounds_the_outputs_only(dtype):
     ]
     error = np.abs(out.double().numpy() - terms.sum(0))
     assert (error <= 2 * rounding * np.abs(terms).sum(0) + 2e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"score_dtype": "fp8"}, {"select_regions": (1, 1)}],
+    ids=["exact", "fp8", "regions"],
+)
+def test_scores_are_fp32(dtype, options):
+    """Of half types, too: those of the same numbers."""
+    q, compressed, *_ = inputs(dtype)
+    config = dataclasses.replace(CONFIG, **options)
+    given, wide = (q, compressed.k), (q.float(), compressed.k.float())
+    scores = selection.selection_scores(*given, config)
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, selection.selection_scores(*wide, config))
+    if config.select_regions is not None:
+        _, lse = reference.compressed_attention(q, *compressed, config)
+        regions = [selection.region_scores(*x, lse, config) for x in (given, wide)]
+        assert torch.equal(*regions)
+    lists = reference.select_blocks(*given, config)
+    assert torch.equal(lists, reference.select_blocks(*wide, config))
 
 
 def test_inputs_need_not_be_contiguous_and_stay_as_they_were():

@@ -81,6 +81,39 @@ def test_equal_scores_go_to_the_lower_index(run, t):
     assert run("select_blocks", q, k, cfg)[0, -1, 0].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("regions", [None, (1, 4)])
+def test_many_equal_scores_go_to_the_lower_index(run, regions):
+    """Two dozen blocks, or regions, that are all the same: more than a sort keeps in order if it
+    need not."""
+    cfg = config(compress_stride=4, num_selected=4, select_regions=regions)
+    block_idx = run("select_blocks", ones(1, 96, 1, 1), ones(1, 24, 1, 1), cfg)
+    assert block_idx[0, -1, 0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("probability", "mass", "blocks"),
+    [
+        ({5: 1.0}, 1.0, [0, 1, 2, 5]),  # limits nothing: those that score 0 are listed too
+        ({5: 1.0}, 0.99, [5, -1, -1, -1]),
+        ({3: 0.5, 5: 0.5}, 0.5, [3, -1, -1, -1]),  # is reached, no more is needed
+        ({3: 0.5, 5: 0.5}, 0.51, [3, 5, -1, -1]),
+    ],
+)
+def test_a_list_ends_at_its_share_of_the_scores(run, probability, mass, blocks):
+    cfg = config(compress_stride=4, num_selected=4, select_mass=mass)
+    k = keys_with_probability(8, probability)
+    assert run("select_blocks", ones(1, 32, 1, 1), k, cfg)[0, -1, 0].tolist() == blocks
+
+
+def test_keys_of_zeros_have_no_scale_in_fp8(run):
+    """A row of zeros scores 0, as it does unrounded."""
+    cfg = config(compress_stride=4, num_selected=1, score_dtype="fp8")
+    k = np.zeros((1, 6, 1, 1))
+    k[0, 3] = 1.0
+    for q, best in ((1.0, 3), (0.0, 0)):
+        assert run("select_blocks", q * ones(1, 24, 1, 1), k, cfg)[0, -1, 0].tolist() == [best]
+
+
 def test_zero_scores_go_to_the_lower_index(run):
     k = keys_with_probability(8, {5: 1.0})
     cfg = config(compress_stride=4, num_selected=4)

@@ -98,6 +98,17 @@ def test_rates():
     assert only_warm(21) == pytest.approx(0.1)
 
 
+def test_a_query_can_see_all_of_a_region():
+    """One as long as a sequence is seen by its last query."""
+    tokens = 2 * MODEL.nsa.select_block
+    model = replace(MODEL, nsa=replace(MODEL.nsa, select_regions=(2, 1)))
+    RunConfig(model=model, train=TrainConfig(**{**TRAIN, "seq_len": tokens}))
+    limit = f"regions of at most --seq-len={tokens - 1} tokens"
+    with pytest.raises(ConfigError) as error:
+        RunConfig(model=model, train=TrainConfig(**{**TRAIN, "seq_len": tokens - 1}))
+    assert str(error.value) == f"--select-regions: expected {limit}, got {tokens}"
+
+
 def test_files_hold_every_setting():
     assert OTHERS.keys() == {field.name for field in fields(TrainConfig)}
     config = RunConfig(model=MODEL, train=TrainConfig(**OTHERS))

@@ -66,7 +66,7 @@ def _decode(inputs: DecodeInputs, config: NSAConfig) -> tuple[Tensor, Tensor]:
         _window(q_BKSGD, inputs, t_BS, config),
     )
     total = sum(
-        gate.to(wide).view(B, S, K, H // K, 1).transpose(1, 2) * out
+        gate.view(B, S, K, H // K, 1).transpose(1, 2) * out
         for gate, out in zip(inputs.gates.unbind(-1), outputs, strict=True)
     )
     assert isinstance(total, Tensor)
@@ -87,9 +87,6 @@ def _compressed(
     wide = q_BKSGD.dtype
     k, v = (x.to(wide).transpose(1, 2) for x in inputs.compressed)
     N = k.shape[2]
-    if N == 0:
-        none = q_BKSGD[..., :0]
-        return q_BKSGD.new_zeros(*none.shape[:-1], v.shape[-1]), none, q_BKSGD[..., :1]
     hidden = _hidden_blocks(N, t_BS, config)
     scores = (q_BKSGD.flatten(2, 3) @ k.mT).mul_(config.softmax_scale)
     scores = scores.view(*q_BKSGD.shape[:-1], N).masked_fill_(hidden, NEG_INF)
@@ -124,7 +121,7 @@ def _lists(
         regions = region_scores(log_p.reshape(B * K, S, 1, G, N), None, J, config)
         searched = searched_blocks(regions, position, J, config)
     if config.score_dtype == "fp8":
-        k = round_rows(inputs.compressed.k.to(q_BKSGD.dtype).transpose(1, 2))
+        k = round_rows(inputs.compressed.k.transpose(1, 2))
         rounded = (round_rows(q_BKSGD).flatten(2, 3) @ k.mT).mul_(config.softmax_scale)
         log_p = rounded.view_as(log_p).sub_(lse)
         log_p = log_p.masked_fill_(_hidden_blocks(N, t_BS, config), NEG_INF)

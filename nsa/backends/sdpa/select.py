@@ -68,10 +68,9 @@ def top_blocks(
             )
 
         log_p_here = log_p(q_rows, k_rows)
-        longest_here = longest
-        if window.row_seq is None:
-            last_row = window.first_row + chunk.row_end - 1
-            longest_here = min(longest, last_row * d + config.compress_block + d - 1)
+        # a packed row's number in its sequence is this at most
+        last_row = window.first_row + chunk.row_end - 1
+        longest_here = min(longest, last_row * d + config.compress_block + d - 1)
         J = num_select_blocks(longest_here, config)
         first = None if window.row_seq is None else _first_columns(chunk, number)
         position = number[chunk.row : chunk.row_end, None] * d + within

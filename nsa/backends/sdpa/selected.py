@@ -264,7 +264,7 @@ def _tile_gradients(
     scale: float,
 ) -> Tensor:
     """Adds to dk and dv ``[K * total, L, …]``; returns each row's part of dq ``[rows, G*D]``."""
-    m, G, D, V, dtype = plan.tile, lse.shape[-1], k.shape[-1], v.shape[-1], k.dtype
+    m, G, D, V, dtype = plan.tile, lse.shape[1], k.shape[-1], v.shape[-1], k.dtype
     partial_dq = torch.empty(tiles.total * m + 1, G * D, dtype=lse.dtype, device=q.device)
     partial_dq[-1].zero_()
     buffers = _buffers(tiles.run, m * G, q, k, v)

@@ -8,6 +8,7 @@ import logging
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from nsa import (
     Settings,
     SettingsError,
     nsa_attention,
+    registry,
     resolve,
     use_settings,
 )
@@ -132,6 +134,36 @@ def test_the_argument_beats_the_environment() -> None:
 def test_settings_given_beat_those_in_force() -> None:
     with use_settings(backend="reference"):
         assert resolved(settings=Settings(backend="sdpa")).backend == "sdpa"
+
+
+def test_every_backend_is_asked_under_the_settings_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in force have no FA-2 for a CPU; what does not select leaves that to what does."""
+    monkeypatch.setattr(registry, "ranked", lambda device: ["compiled", "fa2-dense", "sdpa"])
+    asked = set()
+
+    def spy(name: str, problem: Problem, settings: Settings | None = None) -> str | None:
+        asked.add(settings)
+        return "no compiler" if name == "compiled" else unavailable(name, problem, settings)
+
+    monkeypatch.setattr(dispatch, "unavailable", spy)
+    given = Settings(fa2_provider="math")
+    for name in (None, "fa2-dense"):
+        found = resolved(name, settings=given)
+        assert (found.backend, found.per_branch["select"]) == ("fa2-dense", "sdpa")
+        if name is None:
+            assert found.reason == "auto on cpu; no compiler"
+    with pytest.raises(BackendUnavailable, match="that can: reference, sdpa, fa2-varlen$"):
+        resolved("fa2-dense", packed=True, settings=given)
+    assert asked == {given}
+
+
+def test_what_cannot_run_is_asked_under_the_settings_given_or_in_force() -> None:
+    given = Settings(fa2_provider="math")
+    assert unavailable("fa2-dense", PROBLEM) is not None
+    assert unavailable("fa2-dense", PROBLEM, given) is None
+    with use_settings(given):
+        assert unavailable("fa2-dense", PROBLEM) is None
+        assert unavailable("fa2-dense", PROBLEM, Settings()) is not None
 
 
 @pytest.mark.parametrize(("packed", "name"), [(False, "fa2-dense"), (True, "fa2-varlen")])
@@ -309,6 +341,44 @@ def test_backends_are_bound_to_the_settings_given_or_in_force(
     with use_settings(fa2_provider="math"):
         assert dispatch.load("fa2-varlen") == "math"
         assert dispatch.load("fa2-varlen", Settings(fa2_provider="aten")) == "aten"
+
+
+def test_branches_run_at_once_where_one_backend_runs_all_and_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bound = {name: SimpleNamespace(gated_attention=None) for name in ("one", "other")}
+    bound["none"] = SimpleNamespace()
+    monkeypatch.setattr(dispatch, "BOUND", bound)
+    for steps, can in (
+        (("one",) * 4, True),
+        (("one", "none", "one", "one"), True),  # whoever selects
+        (("one", "one", "other", "one"), False),
+        (("none",) * 4, False),
+    ):
+        gated = Resolution("one", "asked for", steps, steps).gated()
+        assert gated is (bound["one"] if can else None)
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("name", ["sdpa", "compiled", "fa2-dense", "reference"])
+def test_what_runs_a_step_of_decode(name: str, e4m3: bool) -> None:
+    """The backend itself or ``sdpa``, which the reason says; None goes the way of the oracle."""
+    if name == "compiled":
+        pytest.importorskip("triton")
+    chosen = Resolution(name, "asked for", (name,) * 4, (name,) * 4)
+    problem = PROBLEM._replace(device=torch.device("cuda"))
+    why = {
+        "compiled": "no kernel for e4m3 keys and values" if e4m3 else None,
+        "fa2-dense": "fa2-dense has none",
+    }.get(name)
+    found, decoder = dispatch.decoding(chosen, problem, e4m3=e4m3)
+    reason = f"asked for; decode on sdpa: {why}" if why else "asked for"
+    assert found == chosen._replace(reason=reason)
+    if name == "reference":
+        assert decoder is None
+    else:
+        assert decoder is dispatch.load("sdpa" if why else name)
+        assert e4m3 or dispatch.no_decode(name, problem) == why
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1", "cuda"])

@@ -246,9 +246,9 @@ def test_selected_chunks_fill_the_device(
 
 @pytest.mark.parametrize("size", [1, 16, 17, 32])
 def test_blocks_are_widened_to_a_cache_line(size: int) -> None:
-    blocks = torch.ones(2, size, 3)
+    blocks = torch.ones(2, size, 16)
     wide = widened(blocks)
-    assert wide.shape == (2, -(-size // 16) * 16, 3)
+    assert wide.shape == (2, -(-size // 16) * 16, 16)
     assert torch.equal(wide[:, :size], blocks)
 
 
