@@ -94,13 +94,26 @@ def test_who_runs_all_branches_at_once() -> None:
     inputs = AttentionInputs(x.q, x.compressed, x.selected, x.window, x.gates)
     assert run(chosen, inputs, CONFIG) == "at once"
     assert chosen.told == [{"gates_in_unit_interval": False, "graph": False}]
+    run(chosen, inputs, CONFIG, gates_in_unit_interval=True)
+    assert chosen.told[1:] == [{"gates_in_unit_interval": True, "graph": False}]
     later = inputs._replace(q=x.q[:, 1:], gates=x.gates[:, 1:], q_start=1)
     torch.testing.assert_close(run(chosen, later, CONFIG), entries.attention(x)[:, 1:])
 
 
+def test_a_probe_is_shown_the_lists() -> None:
+    x, lists = REGULAR, []
+    inputs = AttentionInputs(x.q, x.compressed, x.selected, x.window, x.gates)
+    probe: Any = SimpleNamespace(given=lambda given: given, listed=lists.append)
+    run(AtOnce([]), inputs, CONFIG, probes=(probe,))
+    (shown,) = lists
+    assert torch.equal(shown.block_idx, entries.selection(x))
+    assert shown._replace(block_idx=None) == inputs
+
+
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("compiling", [False, True])
 def test_a_profiler_sees_the_branches_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, compiling: bool
+    monkeypatch: pytest.MonkeyPatch, compiling: bool, at_once: bool
 ) -> None:
     seen = []
 
@@ -112,7 +125,11 @@ def test_a_profiler_sees_the_branches_on_a_gpu(
     steps = SimpleNamespace(
         compressed_attention=lambda *_, **options: (REGULAR.q, None),
         select_blocks=lambda *_, **options: None,
+        selected_attention=lambda *_, **options: (REGULAR.q, None),
+        window_attention=lambda *_, **options: (REGULAR.q, None),
     )
+    if not at_once:
+        monkeypatch.setattr(AtOnce, "gated", lambda self: None)
     monkeypatch.setattr(AtOnce, "step", lambda self, name: steps)
     monkeypatch.setattr("torch.cuda.nvtx.range", noted)
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
@@ -120,7 +137,8 @@ def test_a_profiler_sees_the_branches_on_a_gpu(
     run(AtOnce([]), inputs, CONFIG)
     assert seen == []
     run(AtOnce([]), inputs, CONFIG, nvtx=True)
-    names = ["nsa.compressed", "nsa.select", "nsa.selected+window"]
+    names = ["nsa.compressed", "nsa.select"]
+    names += ["nsa.selected+window"] if at_once else ["nsa.selected", "nsa.window"]
     assert seen == ([] if compiling else names)
 
 
