@@ -103,7 +103,7 @@ MUTATIONS = (
     oracle("forced regions count", "selection.py", "contends = whole & ~of_forced", "contends = whole"),
     oracle("young regions are not searched", "selection.py", "return (best & contends) | ~contends", "return (best & contends) | of_forced"),
     oracle("fp8 without a scale", "selection.py", "scale = largest.masked_fill(largest == 0, 1.0)", "scale = torch.ones_like(largest)"),
-    oracle("gate order swapped", "__init__.py", "gates.to(dtype).unbind(-1)", "gates.to(dtype).flip(-1).unbind(-1)"),
+    oracle("gate order swapped", "__init__.py", "gates.unbind(-1)", "gates.flip(-1).unbind(-1)"),
     oracle("position embedding forgotten", "compression.py", "(blocks_BNHLD + weights[\"position\"])", "blocks_BNHLD"),
     oracle("rotation the other way", "compression.py", "turned = pairs * rotation", "turned = pairs * rotation.conj()"),
     oracle("packed positions run on", "compression.py", "t[start:end] -= start", "t[start:end] -= 0"),

@@ -208,6 +208,7 @@ def test_scores_are_fp32(dtype, options):
     scores = selection.selection_scores(*given, config)
     assert scores.dtype == torch.float32
     assert torch.equal(scores, selection.selection_scores(*wide, config))
+    assert torch.equal(scores, selection.selection_scores(*given, config, q_start=0))
     if config.select_regions is not None:
         _, lse = reference.compressed_attention(q, *compressed, config)
         regions = [selection.region_scores(*x, lse, config) for x in (given, wide)]

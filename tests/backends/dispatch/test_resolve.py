@@ -44,10 +44,11 @@ PROBLEM = Problem(
 @pytest.fixture(autouse=True)
 def _fresh_caches() -> Iterator[None]:
     """Resolutions and the messages about them are kept for the life of a process."""
-    dispatch._resolve.cache_clear()
+    resolve_once = dispatch._resolve
+    resolve_once.cache_clear()
     dispatch._log_once.cache_clear()
     yield
-    dispatch._resolve.cache_clear()
+    resolve_once.cache_clear()
     dispatch._log_once.cache_clear()
 
 
@@ -420,3 +421,49 @@ def test_what_a_resolution_is_asked_for_is_checked() -> None:
         assert str(error.value) == text
     with pytest.raises(ConfigError, match="length: expected an int >= 0, got -1"):
         resolve(CONFIG, needs_grad=False, **{**known, "length": -1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("length", "known"), [(98, 99), (99, 99), (100, 2**31 - 1), (10**6, None)])
+def test_a_trace_knows_a_length_by_what_it_is_compared_with(
+    monkeypatch: pytest.MonkeyPatch, length: int, known: int | None
+) -> None:
+    """Lengths on one side of every limit share a graph."""
+    asked = []
+
+    def by_key(*key: object) -> tuple[object, ...]:
+        asked.append(key)
+        return "sdpa", "", (), ()
+
+    monkeypatch.setattr(dispatch, "_plan_by_key", by_key)
+    settings = Settings(fa2_min_len_win=100, fa2_min_len_cmp=50)
+    problem = PROBLEM._replace(device=torch.device("cuda", 1), length=length)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    dispatch.plan(problem, "sdpa", settings)
+    (key,) = asked
+    where = (CONFIG.key, "cuda", 1, torch.float32, known or 2**31 - 1, False, False)
+    assert key == (*where, "sdpa", settings.key)
+
+
+def test_outside_a_trace_a_plan_is_bound_to_the_settings_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+    found = Resolution("sdpa", "", ("sdpa",) * 4, ("a key of its own",) * 4)
+
+    def resolved_as(*key: object) -> Resolution:
+        asked.append(key)
+        return found
+
+    monkeypatch.setattr(dispatch, "_resolve", resolved_as)
+    monkeypatch.setattr(dispatch, "load", lambda *given: asked.append(given))
+    monkeypatch.setattr(dispatch.fa2_providers, "active_impl", lambda: "FA3")
+    monkeypatch.setattr(dispatch, "BOUND", {})
+    settings = Settings(fa2_min_len_win=100)
+    assert dispatch.plan(PROBLEM, "sdpa", settings) is found
+    mode = torch.are_deterministic_algorithms_enabled()
+    assert asked == [(PROBLEM, "sdpa", settings, "FA3", mode), ("sdpa", settings)]
+
+
+def test_what_is_no_name_is_shown() -> None:
+    with pytest.raises(SettingsError, match="got 7"):
+        dispatch.plan(PROBLEM, 7, Settings())  # type: ignore[arg-type]
