@@ -35,5 +35,5 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, S, K, D]`` -> contiguous ``[B*K, S, D]`` in the given dtype."""
+    """``[B, S, K, D]`` -> ``[B*K, S, D]`` in the given dtype, with one copy at most."""
     return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nsa import NSAConfig
 from nsa.backends.sdpa import selected, window
-from nsa.backends.sdpa.numerics import heads_first
 from nsa.testing import make_inputs
 from nsa.testing.inputs import random_blocks
 
@@ -51,12 +50,3 @@ def test_window(dtype: torch.dtype) -> None:
     x = make_inputs(CONFIG, length=45, batch=2, dtype=dtype)
     q, *kv = (t.detach() for t in (x.q, *x.window))
     check(window, (q.unflatten(2, (2, 2)), *kv), x.dout.unflatten(2, (2, 2)), None, 7, 0, 0.25)
-
-
-@pytest.mark.parametrize("shape", [(1, 5, 3, 4), (2, 5, 1, 4)])
-def test_heads_first_are_contiguous(shape: tuple[int, ...]) -> None:
-    """A batch of one, too, which flattens without a copy."""
-    x = torch.randn(shape)
-    found = heads_first(x, x.dtype)
-    assert found.is_contiguous()
-    assert torch.equal(found, x.transpose(1, 2).reshape(-1, shape[1], shape[3]))
