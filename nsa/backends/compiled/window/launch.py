@@ -7,7 +7,7 @@ V value size.
 
 The gradient of q is one kernel, that of k and v another; neither uses atomics, so both are the
 same in every run. In how many parts k's and v's are summed depends on the batch, but not where
-they are asked to be ``deterministic``.
+``deterministic`` is set.
 """
 
 from __future__ import annotations
