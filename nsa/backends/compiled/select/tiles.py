@@ -111,6 +111,7 @@ class Constants:
     BLOCK_N: int
     """Selection blocks of a step, and so the keys of one product."""
     BLOCK_D: int
+    """D, padded, as of :func:`.tiling.head_columns`."""
     SLOTS: int
     """n, padded to a power of two."""
     SHARE: int = 1
@@ -125,6 +126,11 @@ class Constants:
     """Blocks of a region, r; 0: no regions."""
     NUM_REGIONS: int = 0
     """Regions that are chosen, k."""
+
+    @property
+    def PRECISION(self) -> str:
+        """Of products of fp32; no effect on 16 bits."""
+        return "ieee" if self.IEEE else "tf32"
 
     @property
     def SCORES_EARLY(self) -> bool:

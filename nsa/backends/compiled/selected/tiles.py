@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nsa.backends.compiled.tiling import SHARED_BYTES, UNTUNED, next_power_of_2, padded
+from nsa.backends.compiled.tiling import (
+    SHARED_BYTES,
+    UNTUNED,
+    head_columns,
+    next_power_of_2,
+    padded,
+)
 
 MAX_SLOTS = 1024
 """Entries of one query tile's lists that :func:`.union.tile_unions` sorts at once."""
@@ -182,7 +188,7 @@ def tiles_for(
     less of everything until it fits in shared memory.
     """
     row = tile_row(D, V, G, dtype)
-    wide = padded(D) + padded(V)
+    wide = head_columns(D) + head_columns(V)
     keys = padded(select_block)
     length = max(1, length)
     tokens = min(tokens_per_tile(G, row.rows, width), length)
@@ -229,7 +235,7 @@ def tiles_for(
         )
 
     return SelectedTiles(
-        forward=query_tiles(*row.forward, padded(D)),
+        forward=query_tiles(*row.forward, head_columns(D)),
         dq=query_tiles(*row.dq, wide),
         dkv=key_tiles(*row.dkv),
     )
@@ -295,8 +301,8 @@ def constants(
         TOKENS=tiles.tokens,
         BLOCK_M=padded(tiles.tokens * G),
         BLOCK_N=tiles.block_n,
-        BLOCK_D=padded(D),
-        BLOCK_DV=padded(V),
+        BLOCK_D=head_columns(D),
+        BLOCK_DV=head_columns(V),
         PARTS=-(-select_block // tiles.block_n),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         SLOTS=next_power_of_2(block_idx.shape[3]),

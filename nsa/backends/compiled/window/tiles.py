@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
+
+from nsa.backends.compiled.tiling import head_columns, next_power_of_2
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Constants:
     BLOCK_N: int
     """Keys of a tile."""
     BLOCK_D: int
-    """D, padded to what a matrix instruction takes."""
+    """D, padded, as of :func:`.tiling.head_columns`."""
     BLOCK_DV: int
     PACKED: bool
     PRECISION: str
@@ -116,8 +117,8 @@ def constants(q: Tensor, v: Tensor, tiles: Tiles, *, packed: bool) -> Constants:
         TOKENS=block_m // G,
         BLOCK_M=block_m,
         BLOCK_N=tiles.block_n,
-        BLOCK_D=max(16, next_power_of_2(D)),
-        BLOCK_DV=max(16, next_power_of_2(V)),
+        BLOCK_D=head_columns(D),
+        BLOCK_DV=head_columns(V),
         PACKED=packed,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )
