@@ -349,6 +349,7 @@ def test_a_shape_without_a_row_is_untuned() -> None:
     for row in ROWS:
         dtype = torch.float32 if row.fp32 else torch.bfloat16
         assert tile_row(row.D, row.V, row.G, dtype) is row
+    assert tile_row(192, 128, 8, torch.bfloat16).dq == tile_row(192, 128, 16, torch.bfloat16).dq
     found = tile_row(80, 96, 4, torch.float16)
     assert (found.D, found.V, found.G, found.measured) == (80, 96, 4, UNTUNED)
 

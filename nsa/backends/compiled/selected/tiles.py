@@ -122,6 +122,11 @@ PAPER = replace(
     dq=(32, 3),
     measured=UNTUNED,
 )
+BETWEEN = tuple(
+    # With two stages ptxas waits after every matrix instruction of dk and dv. Not timed.
+    replace(LARGE_HEADS, D=size, V=size, dkv=(64, 1), measured=UNTUNED)
+    for size in (80, 96)
+)
 FP32 = Row(
     # IEEE fp32 has no matrix unit: small tiles.
     D=128,
@@ -134,18 +139,21 @@ FP32 = Row(
     dkv=(32, 1),
     measured=UNTUNED,
 )
-ROWS = (SMALL_HEADS, LARGE_HEADS, PAPER, FP32)
-"""A shape without a row of its own gets one of the first, second and last by :func:`tile_row`."""
+ROWS = (SMALL_HEADS, LARGE_HEADS, PAPER, *BETWEEN, FP32)
+"""A shape without a row of its own gets one by :func:`tile_row`'s rule."""
 
 
 def tile_row(D: int, V: int, G: int, dtype: torch.dtype) -> Row:
-    """The row of this shape, else the nearest by dtype and head sizes, as untuned."""
+    """The row of this shape, else of these heads, else the nearest by dtype and head sizes, as
+    untuned."""
     fp32 = dtype == torch.float32
     for row in ROWS:
         if (row.D, row.V, row.G, row.fp32) == (D, V, G, fp32):
             return row
     nearest = SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
-    return replace(FP32 if fp32 else nearest, D=D, V=V, G=G, measured=UNTUNED)
+    same_heads = (row for row in ROWS if (row.D, row.V, row.fp32) == (D, V, fp32))
+    nearest = next(same_heads, FP32 if fp32 else nearest)
+    return replace(nearest, D=D, V=V, G=G, measured=UNTUNED)
 
 
 def dq_dtype(dtype: torch.dtype, D: int) -> torch.dtype:
