@@ -44,6 +44,7 @@ CONFIGS = {
 SHAPES = {
     "paper-8192": (PAPER, 1, 8192),
     "paper-65536": (PAPER, 1, 65536),
+    "192/128": (NSAConfig.preset("paper"), 1, 32768),
     "small-2048": (SMALL, 32, 2048),
     "small-8192": (SMALL, 8, 8192),
 }

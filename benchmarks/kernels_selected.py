@@ -3,6 +3,7 @@
     python benchmarks/kernels_selected.py --length 65536 --share 0.2
     python benchmarks/kernels_selected.py --length 32768 --heads 32 --kv-heads 8 --only forward
     python benchmarks/kernels_selected.py --select-share 4    # one list for four tokens
+    python benchmarks/kernels_selected.py --length 32768 --head-dim 192    # the paper's heads
 
 Each tiling is first held to a dense fp32 computation on 1000 tokens (the compiled kernel is the
 same), then timed: medians in milliseconds, by CUDA events. TFLOP/s counts the products of queries
@@ -193,6 +194,7 @@ def query_variants(G: int, n: int, default: QueryTiles, share: int) -> Iterator[
         (64, default.block_n, 4, 2),
         (64, default.block_n, 4, 3),
         (64, default.block_n, 4, 4),
+        (64, least, 4, 2),
         (64, least, 4, 4),
         (128, default.block_n, 8, 2),
         (128, default.block_n, 8, 3),
@@ -211,6 +213,9 @@ def key_variants(G: int, default: KeyTiles) -> Iterator[KeyTiles]:
     yield default
     seen = {default}
     for rows, warps, stages, chunk in (
+        (32, 4, 2, 256),
+        (32, 4, 3, 256),
+        (64, 4, 1, 256),
         (64, 4, 2, 256),
         (64, 4, 3, 128),
         (64, 4, 3, 1024),

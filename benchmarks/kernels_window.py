@@ -3,6 +3,7 @@
     python benchmarks/kernels_window.py              # checks, then every shape
     python benchmarks/kernels_window.py checks       # checks alone
     python benchmarks/kernels_window.py paper-65536  # one shape alone
+    python benchmarks/kernels_window.py 192/128 96 80 256  # heads whose tiles are untuned
 
 bf16, random data, window 512; medians in milliseconds. FlexAttention takes 4.4 forward and 11.7
 backward at paper-65536 on an H100, FlashAttention-2 6.2 and 14.8.
@@ -46,6 +47,10 @@ SHAPES = {
     "paper-8192": (PAPER, 1, 8192),
     "paper-65536": (PAPER, 1, 65536),
     "small-2048": (SMALL, 32, 2048),
+    "192/128": (NSAConfig.preset("paper"), 1, 32768),
+    "96": (replace(PAPER, head_dim=96), 1, 32768),
+    "80": (replace(PAPER, head_dim=80), 1, 32768),
+    "256": (replace(PAPER, head_dim=256), 1, 32768),
 }
 FWD = {
     "128x64, 8 w, 2 st., 128 regs": Tiles(128, 64, 8, 2, 128),
@@ -53,7 +58,9 @@ FWD = {
     "128x64, 8 w, 3 st.": Tiles(128, 64, 8, 3),
     "128x64, 4 w, 2 st.": Tiles(128, 64, 4, 2),
     "128x128, 8 w, 2 st.": Tiles(128, 128, 8, 2),
+    "128x32, 8 w, 2 st., 128 regs": Tiles(128, 32, 8, 2, 128),
     "128x32, 8 w, 3 st., 128 regs": Tiles(128, 32, 8, 3, 128),
+    "64x32, 4 w, 2 st.": Tiles(64, 32, 4, 2),
     "64x64, 4 w, 2 st.": Tiles(64, 64, 4, 2),
     "64x64, 4 w, 3 st.": Tiles(64, 64, 4, 3),
     "64x128, 4 w, 2 st.": Tiles(64, 128, 4, 2),
@@ -66,6 +73,8 @@ BWD_DQ = {
     "128x32, 8 w, 2 st.": Tiles(128, 32, 8, 2),
     "128x32, 8 w, 2 st., 128 regs": Tiles(128, 32, 8, 2, 128),
     "64x64, 4 w, 2 st.": Tiles(64, 64, 4, 2),
+    "64x64, 8 w, 2 st.": Tiles(64, 64, 8, 2),
+    "64x32, 8 w, 2 st.": Tiles(64, 32, 8, 2),
     "64x32, 4 w, 2 st.": Tiles(64, 32, 4, 2),
     "64x128, 8 w, 2 st.": Tiles(64, 128, 8, 2),
 }
@@ -80,6 +89,8 @@ BWD_DKV = {
     "64x64, 8 w, 2 st., 128 regs": Tiles(64, 64, 8, 2, 128),
     "64x64, 4 w, 2 st.": Tiles(64, 64, 4, 2),
     "32x64, 4 w, 3 st.": Tiles(32, 64, 4, 3),
+    "32x64, 4 w, 2 st.": Tiles(32, 64, 4, 2),
+    "32x64, 8 w, 2 st.": Tiles(32, 64, 8, 2),
 }
 
 
@@ -140,12 +151,13 @@ class Problem:
     def __init__(self, config: NSAConfig, batch: int, length: int) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
 
-        def normal(heads: int) -> Tensor:
-            shape = (batch, length, heads, config.head_dim)
+        def normal(heads: int, size: int) -> Tensor:
+            shape = (batch, length, heads, size)
             return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
 
-        self.q, self.dout = normal(config.num_heads), normal(config.num_heads)
-        self.k, self.v = normal(config.num_kv_heads), normal(config.num_kv_heads)
+        H, K, D, V = config.num_heads, config.num_kv_heads, config.head_dim, config.dv
+        self.q, self.dout = normal(H, D), normal(H, V)
+        self.k, self.v = normal(K, D), normal(K, V)
         scale = config.softmax_scale
         self.common: dict[str, Any] = {"window": config.window, "start": None, "scale": scale}
         self.out, self.lse = self.fwd(None)
@@ -185,12 +197,12 @@ def without(name: str) -> Iterator[None]:
         setattr(window, name, kernel)
 
 
-TABLES: dict[str, tuple[dict[str, Tiles], int]] = {
-    "fwd": (FWD, 2),
-    "bwd_dq": (BWD_DQ, 3),
-    "bwd_dkv": (BWD_DKV, 4),
+TABLES: dict[str, tuple[dict[str, Tiles], int, int]] = {
+    "fwd": (FWD, 1, 1),
+    "bwd_dq": (BWD_DQ, 2, 1),
+    "bwd_dkv": (BWD_DKV, 2, 2),
 }
-"""Tiles to try for each kernel, and its matrix products."""
+"""Tiles to try for each kernel, and its matrix products: over D, and over V."""
 
 
 def attempt(title: str, call: Callable[[], object]) -> str:
@@ -213,11 +225,12 @@ def prepare(job: tuple[NSAConfig, str, str]) -> str:
 @torch.no_grad()
 def variants(config: NSAConfig, batch: int, length: int) -> None:
     """A table of times for each kernel, and of the whole backward with the default tiles."""
-    jobs = [(config, kernel, name) for kernel, (table, _) in TABLES.items() for name in table]
+    jobs = [(config, kernel, name) for kernel, (table, *_) in TABLES.items() for name in table]
     side_by_side(prepare, jobs)
     problem = Problem(config, batch, length)
-    product = 2.0 * batch * length * config.num_heads * config.window * config.head_dim
-    for kernel, (table, products) in TABLES.items():
+    column = 2.0 * batch * length * config.num_heads * config.window
+    for kernel, (table, of_D, of_V) in TABLES.items():
+        columns = of_D * config.head_dim + of_V * config.dv
         print(f" {kernel}")
         for name, tiles in table.items():
             call = partial(getattr(problem, kernel), tiles)
@@ -225,7 +238,7 @@ def variants(config: NSAConfig, batch: int, length: int) -> None:
                 print(failure, flush=True)
                 continue
             ms = do_bench(call, warmup=50, rep=300, return_mode="median")
-            rate = products * product / ms / 1e9
+            rate = columns * column / ms / 1e9
             print(f"  {name:30s} {ms:8.3f} ms  {rate:5.0f} TFLOP/s", flush=True)
     for name, call in (("forward", partial(problem.fwd, None)), ("backward", problem.backward)):
         ms = do_bench(call, warmup=50, rep=300, return_mode="median")
@@ -240,8 +253,9 @@ def main() -> None:
             side_by_side(check, CHECKS)
             continue
         config, batch, length = SHAPES[name]
-        heads = f"Hq {config.num_heads}, Hkv {config.num_kv_heads}, D {config.head_dim}"
-        print(f"{name}: B {batch}, {heads}, w {config.window}", flush=True)
+        heads = f"Hq {config.num_heads}, Hkv {config.num_kv_heads}"
+        sizes = f"D {config.head_dim}, V {config.dv}"
+        print(f"{name}: B {batch}, {heads}, {sizes}, w {config.window}", flush=True)
         variants(config, batch, length)
 
 

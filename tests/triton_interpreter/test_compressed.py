@@ -89,6 +89,13 @@ def test_parts_of_the_queries_add_up(shape: dict[str, object], splits: int) -> N
     check(make_inputs(CONFIG, surplus="lengths" in shape, seed=3, **shape), splits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(48, 80), (72, 40)])
+def test_heads_in_two_parts(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    config = replace(CONFIG, head_dim=heads[0], value_dim=heads[1])
+    check(make_inputs(config, lengths=(17, 0, 9, 1), dtype=dtype), splits=2)
+
+
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 7])
 def test_few_tokens(length: int) -> None:
     """No block, one, and the first queries that see it."""

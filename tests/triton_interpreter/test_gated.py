@@ -104,6 +104,14 @@ def test_every_way_to_sum_dq(
 
 
 @IN_UNIT_INTERVAL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_in_two_parts(dtype: torch.dtype, in_unit_interval: bool) -> None:
+    config = replace(CONFIG, head_dim=48, value_dim=80)
+    x = make_inputs(config, lengths=(17, 0, 9, 1), dtype=dtype, surplus=True)
+    check(x, in_unit_interval)
+
+
+@IN_UNIT_INTERVAL
 def test_shut_gates(in_unit_interval: bool) -> None:
     """A gate of 0 takes its branch out, and still has a gradient."""
     x = make_inputs(CONFIG, length=30)

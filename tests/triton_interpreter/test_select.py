@@ -257,6 +257,25 @@ def test_regions_in_pieces(regions: tuple[int, int], chunk: int) -> None:
     assert torch.equal(chosen, reference.select_blocks(q, k, config)[:, first:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [48, 72])
+def test_heads_in_two_parts(head_dim: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(
+        replace(CONFIG, head_dim=head_dim), lengths=(2, 0, 40, 13), dtype=dtype, surplus=True
+    )
+    q, k = inputs.q.detach(), inputs.compressed.k.detach()
+    assert faults(inputs, select(q, k, inputs.config, inputs.cu_seqlens)) == []
+
+
+def test_heads_in_two_parts_under_every_option() -> None:
+    """The largest element of a row, which e4m3 is scaled by, may be in either part."""
+    config = replace(CONFIG, head_dim=72, **OPTIONS["all"])
+    inputs = make_inputs(config, lengths=(2, 0, 40, 13), seed=5, surplus=True)
+    q, k = inputs.q.detach(), inputs.compressed.k.detach()
+    chosen = select(q, k, config, inputs.cu_seqlens)
+    assert torch.equal(chosen, reference.select_blocks(q, k, config, inputs.cu_seqlens))
+
+
 def test_tied_regions_go_to_the_lower_index() -> None:
     config = replace(CONFIG, num_initial=0, select_regions=(2, 2), compress_block=2)
     inputs = make_inputs(config, length=80)

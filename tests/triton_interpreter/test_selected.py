@@ -140,6 +140,14 @@ def test_block_sizes(size: int, width: int | None) -> None:
     check(listed(make_inputs(config, length=length, seed=size), width, seed=size), tiling(16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "with_dq"), [((48, 80), False), ((72, 40), True)])
+def test_heads_in_two_parts(heads: tuple[int, int], dtype: torch.dtype, with_dq: bool) -> None:
+    config = replace(CONFIG, head_dim=heads[0], value_dim=heads[1])
+    inputs = listed(make_inputs(config, lengths=(9, 0, 5, 1), dtype=dtype), 3)
+    check(inputs, tiling(with_dq=with_dq))
+
+
 @pytest.mark.parametrize(
     "tiles",
     [
@@ -341,6 +349,7 @@ def test_a_shape_without_a_row_is_untuned() -> None:
     for row in ROWS:
         dtype = torch.float32 if row.fp32 else torch.bfloat16
         assert tile_row(row.D, row.V, row.G, dtype) is row
+    assert tile_row(192, 128, 8, torch.bfloat16).dq == tile_row(192, 128, 16, torch.bfloat16).dq
     found = tile_row(80, 96, 4, torch.float16)
     assert (found.D, found.V, found.G, found.measured) == (80, 96, 4, UNTUNED)
 

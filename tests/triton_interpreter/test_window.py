@@ -136,6 +136,13 @@ def test_groups(heads: tuple[int, int]) -> None:
     check(make_inputs(config, length=23, seed=heads[0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(48, 80), (72, 40)])
+def test_heads_in_two_parts(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    config = replace(CONFIG, head_dim=heads[0], value_dim=heads[1])
+    check(make_inputs(config, lengths=(17, 0, 9, 1), dtype=dtype))
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 def test_scales_that_are_not_positive(scale: float) -> None:
     check(make_inputs(replace(CONFIG, scale=scale), length=30))

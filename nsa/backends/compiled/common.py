@@ -1,4 +1,4 @@
-"""What several kernels share: constants, loads of padded tiles, delta.
+"""What several kernels share: constants, delta.
 
 B batch, T query tokens, H query heads, V value size.
 """
@@ -34,15 +34,6 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     if scale > 0:  # kernels mask, or take the running maximum, before scaling
         return q, scale, 1.0
     return (-q, -scale, -1.0) if scale < 0 else (torch.zeros_like(q), 1.0, 0.0)
-
-
-@triton.jit
-def tile_mask(mask, dim, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The mask of a tile ``[rows, BLOCK]``: of its rows, and of ``dim < SIZE`` if it is padded."""
-    tile = mask[:, None]
-    if BLOCK != SIZE:
-        tile = tile & (dim < SIZE)[None, :]
-    return tile
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -19,6 +19,16 @@ def padded(size: int) -> int:
     return max(16, next_power_of_2(size))
 
 
+def head_columns(size: int, *, least: int = 16) -> int:
+    """Columns that a head of ``size`` is padded to: a power of two, or the sum of two if that is
+    less: 192 and 80 stay what they are, 72 becomes 80 and 112 becomes 128.
+
+    A matrix product takes at least ``least`` of each. The kernels' side is :mod:`.columns`.
+    """
+    whole = max(least, padded(size))
+    return min(whole, whole // 2 + max(least, padded(size - whole // 2)))
+
+
 def launch_options(num_warps: int, num_stages: int, maxnreg: int | None = None) -> dict[str, int]:
     """Triton's options of a launch; without ``maxnreg`` the compiler chooses the registers.
 

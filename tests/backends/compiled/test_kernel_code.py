@@ -46,14 +46,13 @@ SPILLING = {
     ("nsa_gated_bwd_dq", "wide"): (192, 4),  # so here, and no loop spills
     ("nsa_window_bwd_dkv", "wide"): (224, 96),  # a loop without masks and one with them
     ("nsa_window_bwd_dkv", "small"): (64, 8),
-    ("nsa_window_bwd_dkv", "paper"): (224, 48),  # untuned
-    ("nsa_selected_bwd_dq", "paper"): (112, 4),  # untuned; no loop spills
     ("nsa_selected_bwd_dq", "paper, shared"): (128, 28),  # untuned
 }
 """What else some kernels may spill, since they were faster so on an H100, or since nobody has tuned
 the shape."""
 PAPER, WIDE, SMALL = (64, 4, 192, 128), (64, 4, 128, 128), (12, 2, 64, 64)
-SHAPES = {"paper": PAPER, "wide": WIDE, "small": SMALL}
+EIGHTY = (64, 4, 80, 80)
+SHAPES = {"paper": PAPER, "wide": WIDE, "small": SMALL, "eighty": EIGHTY}
 """Hq, Hkv, Dk, Dv."""
 SERIALIZED = {("nsa_window_fwd", "wide")}
 """With heads of 128 the window's forward has 128 registers, so that two programs share a
@@ -82,6 +81,7 @@ SLOW = {
     "paper": (*STEPS[2:4], *OPTIONS, *STEPS[9:]),
     "wide": (STEPS[13], STEPS[-1]),
     "small": (*OPTIONS, *STEPS[9:11], *STEPS[13:]),
+    "eighty": tuple(step for step in STEPS if step != "window backward"),
 }
 MAX_ARGUMENTS = 30
 """Of a kernel, compile-time constants apart; a tuple counts as one."""

@@ -14,9 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa.backends.compiled.columns import load_rows, scale_rows, store_rows, sum_products, zeros
 from nsa.backends.compiled.common import LOG2_E
 from nsa.backends.compiled.window.bwd_dq import dq_over_keys
-from nsa.backends.compiled.window.rows import load_heads, load_rows, query_rows, store_rows
+from nsa.backends.compiled.window.rows import load_heads, query_rows
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _row_statistics(
     """
     for branch in tl.static_range(2, -1, -1):
         out = load_rows(out_ptrs[branch], row * C.V, 1, None, C.V, C.BLOCK_DV)
-        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        delta = sum_products(dout, out)
         lse = tl.load(lse_ptrs[branch] + row)
         weight = tl.load(gate_ptr + branch * gate_stride).to(tl.float32)
         tl.store(dgates_ptr + row * 3 + branch, delta.to(dgates_ptr.dtype.element_ty), mask=mask)
@@ -122,7 +123,7 @@ def nsa_gated_bwd_dq(
         C,
     )
     dq = dq_over_keys(
-        tl.full((C.BLOCK_M, C.BLOCK_D), 0.0, tl.float32),
+        zeros(C.BLOCK_M, C.BLOCK_D),
         q,
         dout,
         cmp_stats,
@@ -163,4 +164,4 @@ def nsa_gated_bwd_dq(
         WEIGHTED,
         C,
     )
-    store_rows(dq_ptr, row, dq * factor, mask, C.D, C.BLOCK_D)
+    store_rows(dq_ptr, row * C.D, scale_rows(dq, factor), mask, C.D, C.BLOCK_D)

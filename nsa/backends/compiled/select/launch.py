@@ -20,7 +20,7 @@ from nsa.backends.compiled.select.tiles import (
     search_tiles,
     select_tiles,
 )
-from nsa.backends.compiled.tiling import launch_options, next_power_of_2, padded
+from nsa.backends.compiled.tiling import head_columns, launch_options, next_power_of_2
 from nsa.config import NSAConfig
 from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.selection.fp8 import quantize
@@ -57,7 +57,7 @@ class Keys(NamedTuple):
 
 
 _FP8_HEAD = 32
-"""A matrix product of e4m3 takes at least so many elements of a head."""
+"""A matrix product of e4m3 takes at least so many columns."""
 
 
 def select_forward(
@@ -210,7 +210,7 @@ def _constants(q: Tensor, K: int, n: int, config: NSAConfig, *, packed: bool) ->
         TOKENS=1,
         BLOCK_GROUP=next_power_of_2(G),
         BLOCK_N=16,
-        BLOCK_D=max(_FP8_HEAD, padded(D)) if fp8 else padded(D),
+        BLOCK_D=head_columns(D, least=_FP8_HEAD) if fp8 else head_columns(D),
         SLOTS=max(2, next_power_of_2(n)),
         SHARE=config.select_share,
         SCHEDULE=tuple(reversed(config.select_schedule or ())),
@@ -231,7 +231,7 @@ def _of_regions(C: Constants) -> Constants:
         SELECT_BLOCK=size,
         NUM_SELECTED=C.NUM_REGIONS,
         NUM_INITIAL=triton.cdiv(C.NUM_INITIAL, C.REGION),
-        BLOCK_D=padded(C.D),
+        BLOCK_D=head_columns(C.D),
         SLOTS=max(2, next_power_of_2(C.NUM_REGIONS)),
         SCHEDULE=(),
         ENOUGH=None,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa.backends.compiled.columns import dot_rows
 from nsa.backends.compiled.common import LOG2_E
 from nsa.backends.compiled.select.kernel import last_region
 from nsa.backends.compiled.select.scores import (
@@ -52,15 +53,12 @@ def _first_block(regions_ptr, piece, chosen, young_region, C: tl.constexpr):
 
 @triton.jit
 def _key_masses(q, scale, lse, k, k_scale, C: tl.constexpr):
-    """fp32 ``[BLOCK_N]``: the probabilities of keys ``[BLOCK_N, BLOCK_D]``, summed over the heads.
+    """fp32 ``[BLOCK_N]``: the probabilities of keys, summed over the heads.
 
-    q ``[BLOCK_GROUP, BLOCK_D]``, lse fp32 ``[BLOCK_GROUP]``, scale fp32 of all, or with C.FP8 ``[1,
-    BLOCK_GROUP]``; without C.IEEE scale and lse are times log2(e).
+    k and q are tiles in parts of BLOCK_N and of BLOCK_GROUP rows, lse fp32 ``[BLOCK_GROUP]``, scale
+    fp32 of all, or with C.FP8 ``[1, BLOCK_GROUP]``; without C.IEEE scale and lse are times log2(e).
     """
-    if C.IEEE:
-        s = tl.dot(k.to(tl.float32), tl.trans(q.to(tl.float32)), input_precision="ieee")
-    else:
-        s = tl.dot(k, tl.trans(q))
+    s = dot_rows(k, q, C)
     if C.FP8:
         s = s * k_scale[:, None]
     s = s * scale - lse[None, :]

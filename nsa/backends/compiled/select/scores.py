@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa.backends.compiled.columns import dot_rows, largest, load_rows
 from nsa.backends.compiled.common import LOG2_E
 
 NOWHERE = tl.constexpr(2**30)  # past every token, and SHARE more is a number, too
@@ -35,20 +36,12 @@ def lists_after(leader_ptr, leader, t, T, L, C: tl.constexpr):
 
 @triton.jit
 def load_queries(q_ptr, lse_ptr, q_strides, lse_strides, b, kv_head, row_t, T, C: tl.constexpr):
-    """q ``[BLOCK_M, BLOCK_D]`` and lse ``[BLOCK_M]`` of tokens ``row_t``, BLOCK_GROUP rows each."""
+    """q, a tile in parts, and lse ``[BLOCK_M]`` of tokens ``row_t``, BLOCK_GROUP rows each."""
     row_h = tl.arange(0, C.TOKENS * C.BLOCK_GROUP) % C.BLOCK_GROUP
-    d = tl.arange(0, C.BLOCK_D)
     row_mask = (row_t < T) & (row_h < C.G)
     head = kv_head * C.G + row_h
-    q = tl.load(
-        q_ptr
-        + b * q_strides[0]
-        + row_t[:, None].to(tl.int64) * q_strides[1]
-        + head[:, None] * q_strides[2]
-        + d[None, :] * q_strides[3],
-        mask=row_mask[:, None] & (d < C.D)[None, :],
-        other=0.0,
-    )
+    q_ptr += b * q_strides[0] + row_t.to(tl.int64) * q_strides[1] + head * q_strides[2]
+    q = load_rows(q_ptr, None, q_strides[3], row_mask, C.D, C.BLOCK_D)
     lse_row = b * lse_strides[0] + row_t.to(tl.int64) * lse_strides[1] + head * lse_strides[2]
     lse = tl.load(lse_ptr + lse_row, mask=row_mask, other=float("inf"))
     # exp(-inf): nothing for the rows that fill up a group, nor for a query that sees no block
@@ -56,29 +49,35 @@ def load_queries(q_ptr, lse_ptr, q_strides, lse_strides, b, kv_head, row_t, T, C
 
 
 @triton.jit
+def _to_e4m3(x, unit, C: tl.constexpr):
+    """x in units of each row, rounded to e4m3; with C.IEEE in fp32, as products of e4m3 may be
+    summed in less (sm_90)."""
+    wide = x.to(tl.float32)
+    x = tl.div_rn(wide, tl.broadcast_to(unit[:, None], wide.shape)).to(tl.float8e4nv)
+    return x.to(tl.float32) if C.IEEE else x
+
+
+@triton.jit
 def round_queries(q, scale, C: tl.constexpr):
     """q as e4m3 and ``scale`` times the scale of each row, as :func:`nsa.selection.fp8.quantize`
     rounds; unchanged without C.FP8."""
     if C.FP8:
-        wide = q.to(tl.float32)
-        unit = tl.div_rn(tl.max(tl.abs(wide), 1), FP8_MAX)
+        unit = tl.div_rn(largest(q), FP8_MAX)
         unit = tl.where(unit == 0.0, 1.0, unit)
-        q = tl.div_rn(wide, tl.broadcast_to(unit[:, None], wide.shape)).to(tl.float8e4nv)
+        q = [_to_e4m3(x, unit, C) for x in q]
         scale = scale * unit[:, None]
     return q, scale
 
 
 @triton.jit
 def load_keys(k_ptr, k_scale_ptr, k_strides, row, mask, KV_HEADS, C: tl.constexpr):
-    """Keys ``[BLOCK_N, BLOCK_D]`` of compressed blocks ``row``, and with C.FP8 their scales."""
-    d = tl.arange(0, C.BLOCK_D)
-    k = tl.load(
-        k_ptr + row[:, None].to(tl.int64) * k_strides[1] + d[None, :] * k_strides[3],
-        mask=mask[:, None] & (d < C.D)[None, :],
-        other=0.0,
-    )
+    """Keys of compressed blocks ``row``, a tile in parts, and with C.FP8 their scales."""
+    k_row_ptr = k_ptr + row.to(tl.int64) * k_strides[1]
+    k = load_rows(k_row_ptr, None, k_strides[3], mask, C.D, C.BLOCK_D)
     k_scale = 1.0
     if C.FP8:
+        if C.IEEE:
+            k = [x.to(tl.float32) for x in k]
         k_scale = tl.load(k_scale_ptr + row.to(tl.int64) * KV_HEADS, mask=mask, other=0.0)
     return k, k_scale
 
@@ -86,10 +85,7 @@ def load_keys(k_ptr, k_scale_ptr, k_strides, row, mask, KV_HEADS, C: tl.constexp
 @triton.jit
 def products(q, k, k_scale, scale, C: tl.constexpr):
     """``q·k``, fp32 ``[BLOCK_M, BLOCK_N]``; times ``scale`` with C.IEEE, else without."""
-    if C.IEEE:
-        s = tl.dot(q.to(tl.float32), tl.trans(k).to(tl.float32), input_precision="ieee")
-    else:
-        s = tl.dot(q, tl.trans(k))
+    s = dot_rows(q, k, C)
     if C.FP8:
         s = s * k_scale[None, :]
     if C.IEEE:

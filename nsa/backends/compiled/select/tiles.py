@@ -125,6 +125,7 @@ class Constants:
     BLOCK_N: int
     """Selection blocks of a step, and so the keys of one product; in a search: its keys."""
     BLOCK_D: int
+    """D, padded, as of :func:`.tiling.head_columns`."""
     SLOTS: int
     """n, padded to a power of two."""
     SHARE: int = 1
@@ -166,6 +167,11 @@ class Constants:
     def CHUNK_BLOCKS(self) -> int:
         """Blocks of a chunk or of a list, whichever are more, padded to a power of two."""
         return max(self.SLOTS, next_power_of_2(self.PIECES * self.PIECE))
+
+    @property
+    def PRECISION(self) -> str:
+        """Of products of fp32; no effect on 16 bits."""
+        return "ieee" if self.IEEE else "tf32"
 
     @property
     def SCORES_EARLY(self) -> bool:

@@ -23,7 +23,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa.backends.compiled.common import LOG2_E, tile_mask
+from nsa.backends.compiled.columns import (
+    add_products,
+    add_rows,
+    add_to_rows,
+    dot_rows,
+    load_rows,
+    scale_rows,
+    store_rows,
+    zeros,
+)
+from nsa.backends.compiled.common import LOG2_E
 
 FAR = tl.constexpr(2**31 - 1)
 """Past every token."""
@@ -31,8 +41,8 @@ FAR = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _add_queries(
-    dk,  # [BLOCK_N, BLOCK_D], as is the first result
-    dv,  # [BLOCK_N, BLOCK_DV], as is the second
+    dk,  # in parts, as are all tiles of heads and the results
+    dv,
     begin,
     end,
     k,
@@ -67,8 +77,6 @@ def _add_queries(
     With SCALE_DS ds is scaled before it is rounded, which costs nothing; dk and dq are not, after.
     """
     n = tl.arange(0, C.BLOCK_N)
-    d = tl.arange(0, C.BLOCK_D)
-    e = tl.arange(0, C.BLOCK_DV)
     slot = tl.arange(0, C.BLOCK_M) // C.G
     # What is the same in every step is cheap to compute again; kept, it spills (sm_90).
     for pair in tl.range(begin, end, C.TOKENS, disable_licm=True):
@@ -90,14 +98,12 @@ def _add_queries(
             row = bt64 * num_heads + head
             q_row = bt64 * q_strides[1] + head64 * q_strides[2]
             dout_row = bt64 * dout_strides[1] + head64 * dout_strides[2]
-        q_tile_ptr = q_ptr + (q_row[:, None] + d[None, :])
-        dout_tile_ptr = dout_ptr + (dout_row[:, None] + e[None, :])
-        q = tl.load(q_tile_ptr, mask=(d < C.D)[None, :], other=0.0)
-        dout = tl.load(dout_tile_ptr, mask=(e < C.V)[None, :], other=0.0)
+        q = load_rows(q_ptr, q_row, 1, None, C.D, C.BLOCK_D)
+        dout = load_rows(dout_ptr, dout_row, 1, None, C.V, C.BLOCK_DV)
         lse_log2 = tl.load(row_ptrs[0] + row, mask=mask, other=float("inf")) * LOG2_E
         delta = tl.load(row_ptrs[1] + row)
-        s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
-        dp = tl.dot(dout, tl.trans(v), input_precision=C.PRECISION)
+        s = dot_rows(q, k, C)
+        dp = dot_rows(dout, v, C)
         # No probability is above 1; where scores are so large that rounding the lse says otherwise,
         # the minimum keeps the gradient finite.
         # Masks come before the exponential and the product: selecting 16-bit results would take
@@ -116,17 +122,15 @@ def _add_queries(
         ds = p * (dp - delta[:, None])
         if MASKED:
             ds = tl.where(p == 0.0, 0.0, ds)
-        p_keys = tl.trans(p.to(dout.dtype))
-        ds_keys = tl.trans(ds.to(q.dtype))
-        dv = tl.dot(p_keys, dout, dv, input_precision=C.PRECISION)
-        dk = tl.dot(ds_keys, q, dk, input_precision=C.PRECISION)
+        p_keys = tl.trans(p.to(dout[0].dtype))
+        ds_keys = tl.trans(ds.to(q[0].dtype))
+        dv = add_products(dv, p_keys, dout, C)
+        dk = add_products(dk, ds_keys, q, C)
         if WITH_DQ:
-            dq = tl.dot(tl.trans(ds_keys), k, input_precision=C.PRECISION)
+            dq = add_products(zeros(C.BLOCK_M, C.BLOCK_D), tl.trans(ds_keys), k, C)
             if not SCALE_DS:
-                dq *= scale
-            dq_mask = (slot < C.TOKENS)[:, None] & (d < C.D)[None, :]
-            dq_tile_ptr = dq_ptr + (row[:, None] * C.D + d[None, :])
-            tl.atomic_add(dq_tile_ptr, dq, mask=dq_mask, sem="relaxed")
+                dq = scale_rows(dq, scale)
+            add_to_rows(dq_ptr, row * C.D, dq, slot < C.TOKENS, C.D, C.BLOCK_D)
     return dk, dv
 
 
@@ -147,7 +151,7 @@ def _is_continued(block_ids_ptr, begin, block_id, CHUNK: tl.constexpr):
 @triton.jit
 def _part_row(begin, part, CHUNK: tl.constexpr, C: tl.constexpr):
     """Where the sums of such a chunk stand: no two begin less than CHUNK apart."""
-    n = tl.arange(0, C.BLOCK_N)[:, None]
+    n = tl.arange(0, C.BLOCK_N)
     return (begin // CHUNK - 1).to(tl.int64) * C.SELECT_BLOCK + part + n
 
 
@@ -188,8 +192,6 @@ def nsa_selected_bwd_dkv(
     part = (tl.program_id(0) % C.PARTS) * C.BLOCK_N
     row = tl.arange(0, C.BLOCK_M)
     n = tl.arange(0, C.BLOCK_N)
-    d = tl.arange(0, C.BLOCK_D)
-    e = tl.arange(0, C.BLOCK_DV)
     chunk = tl.program_id(0) // C.PARTS
     if chunk < tl.load(num_chunks_ptr):
         begin = tl.load(offsets_ptr + chunk)
@@ -202,20 +204,18 @@ def nsa_selected_bwd_dkv(
         b64 = b.to(tl.int64)
         kv_head64 = kv_head.to(tl.int64)
         exists = (n < C.SELECT_BLOCK - part) & (first_row + n < S)
-        k_mask = tile_mask(exists, d, C.D, C.BLOCK_D)
-        v_mask = tile_mask(exists, e, C.V, C.BLOCK_DV)
         first64 = first_row.to(tl.int64)
         k_ptr += b64 * k_strides[0] + kv_head64 * k_strides[2] + first64 * k_strides[1]
         v_ptr += b64 * v_strides[0] + kv_head64 * v_strides[2] + first64 * v_strides[1]
-        k = tl.load(k_ptr + n[:, None] * k_strides[1] + d[None, :], mask=k_mask, other=0.0)
-        v = tl.load(v_ptr + n[:, None] * v_strides[1] + e[None, :], mask=v_mask, other=0.0)
+        k = load_rows(k_ptr + n * k_strides[1], None, 1, exists, C.D, C.BLOCK_D)
+        v = load_rows(v_ptr + n * v_strides[1], None, 1, exists, C.V, C.BLOCK_DV)
         head = kv_head * C.G + row % C.G
         # Tokens are numbered through the batch. A stride of 1 is a constant: it has no dtype.
         q_ptr += b64 * q_strides[0] - b64 * T * q_strides[1]
         dout_ptr += b64 * dout_strides[0] - b64 * T * dout_strides[1]
 
-        dk = tl.full([C.BLOCK_N, C.BLOCK_D], 0.0, tl.float32)
-        dv = tl.full([C.BLOCK_N, C.BLOCK_DV], 0.0, tl.float32)
+        dk = zeros(C.BLOCK_N, C.BLOCK_D)
+        dv = zeros(C.BLOCK_N, C.BLOCK_DV)
         # Tokens rise: those of the block itself, which do not see all of it, come first.
         middle = end
         if C.SELECT_BLOCK % C.BLOCK_N == 0:
@@ -236,18 +236,17 @@ def nsa_selected_bwd_dkv(
             )
 
         # A key past the end of its block is another block's, or nobody's; p and ds of it are 0.
-        grad_row = (b64 * S + first_row + n[:, None]) * KV_HEADS + kv_head
+        grad_row = (b64 * S + first_row + n) * KV_HEADS + kv_head
         if not SCALE_DS:
-            dk *= scale
+            dk = scale_rows(dk, scale)
         if CHUNK is not None:
             continued = _is_continued(block_ids_ptr, entry, block_id, CHUNK)
-            part_row = _part_row(entry, part, CHUNK, C)
-            part_ptr = parts_ptr + part_row * (C.D + C.V)
-            tl.store(part_ptr + d[None, :], dk, mask=k_mask & continued)
-            tl.store(part_ptr + C.D + e[None, :], dv, mask=v_mask & continued)
-            k_mask, v_mask = k_mask & (continued == 0), v_mask & (continued == 0)
-        tl.atomic_add(dk_ptr + grad_row * C.D + d[None, :], dk, mask=k_mask, sem="relaxed")
-        tl.atomic_add(dv_ptr + grad_row * C.V + e[None, :], dv, mask=v_mask, sem="relaxed")
+            part_ptr = parts_ptr + _part_row(entry, part, CHUNK, C) * (C.D + C.V)
+            store_rows(part_ptr, None, dk, exists & continued, C.D, C.BLOCK_D)
+            store_rows(part_ptr + C.D, None, dv, exists & continued, C.V, C.BLOCK_DV)
+            exists = exists & (continued == 0)
+        add_to_rows(dk_ptr + grad_row * C.D, None, dk, exists, C.D, C.BLOCK_D)
+        add_to_rows(dv_ptr + grad_row * C.V, None, dv, exists, C.V, C.BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["S", "num_blocks", "entries"])
@@ -277,20 +276,16 @@ def nsa_selected_bwd_sum(
         if second & (_is_continued(block_ids_ptr, at - CHUNK, block_id, CHUNK) == 0):
             b, kv_head, first_row = _locate_block(block_id, part, num_blocks, KV_HEADS, BLOCK_PITCH)
             n = tl.arange(0, C.BLOCK_N)
-            d = tl.arange(0, C.BLOCK_D)
-            e = tl.arange(0, C.BLOCK_DV)
             exists = (n < C.SELECT_BLOCK - part) & (first_row + n < S)
-            k_mask = tile_mask(exists, d, C.D, C.BLOCK_D)
-            v_mask = tile_mask(exists, e, C.V, C.BLOCK_DV)
-            dk = tl.full([C.BLOCK_N, C.BLOCK_D], 0.0, tl.float32)
-            dv = tl.full([C.BLOCK_N, C.BLOCK_DV], 0.0, tl.float32)
+            dk = zeros(C.BLOCK_N, C.BLOCK_D)
+            dv = zeros(C.BLOCK_N, C.BLOCK_DV)
             same = second
             while same:
                 part_ptr = parts_ptr + _part_row(at, part, CHUNK, C) * (C.D + C.V)
-                dk += tl.load(part_ptr + d[None, :], mask=k_mask, other=0.0)
-                dv += tl.load(part_ptr + C.D + e[None, :], mask=v_mask, other=0.0)
+                dk = add_rows(dk, load_rows(part_ptr, None, 1, exists, C.D, C.BLOCK_D))
+                dv = add_rows(dv, load_rows(part_ptr + C.D, None, 1, exists, C.V, C.BLOCK_DV))
                 at += CHUNK
                 same = tl.load(block_ids_ptr + at, mask=at < entries, other=-1) == block_id
-            grad_row = (b.to(tl.int64) * S + first_row + n[:, None]) * KV_HEADS + kv_head
-            tl.atomic_add(dk_ptr + grad_row * C.D + d[None, :], dk, mask=k_mask, sem="relaxed")
-            tl.atomic_add(dv_ptr + grad_row * C.V + e[None, :], dv, mask=v_mask, sem="relaxed")
+            grad_row = (b.to(tl.int64) * S + first_row + n) * KV_HEADS + kv_head
+            add_to_rows(dk_ptr + grad_row * C.D, None, dk, exists, C.D, C.BLOCK_D)
+            add_to_rows(dv_ptr + grad_row * C.V, None, dv, exists, C.V, C.BLOCK_DV)

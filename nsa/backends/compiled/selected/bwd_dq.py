@@ -9,7 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa.backends.compiled.common import LOG2_E, tile_mask
+from nsa.backends.compiled.columns import (
+    add_products,
+    add_rows,
+    dot_rows,
+    load_rows,
+    scale_rows,
+    store_rows,
+    sum_products,
+    zeros,
+)
+from nsa.backends.compiled.common import LOG2_E
 from nsa.backends.compiled.selected.query_tile import (
     block_step,
     load_keys,
@@ -46,15 +56,13 @@ def _add_keys(
     C: tl.constexpr,
 ):
     """What steps ``begin … end - 1`` add to dq, but for the scale."""
-    d = tl.arange(0, C.BLOCK_D)
-    e = tl.arange(0, C.BLOCK_DV)
     # Keeping what is the same in every step would spill it where C.D is large.
     for step in tl.range(begin, end, disable_licm=True):
         first_row, exists, visible = block_step(step, blocks, bit, last_row, S, MASKED, C)
-        k = load_keys(k_ptr, k_offsets, k_stride, first_row, exists, d, C.D, C.BLOCK_D)
-        v = load_keys(v_ptr, v_offsets, v_stride, first_row, exists, e, C.V, C.BLOCK_DV)
-        s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
-        dp = tl.dot(dout, tl.trans(v), input_precision=C.PRECISION)
+        k = load_keys(k_ptr, k_offsets, k_stride, first_row, exists, C.D, C.BLOCK_D)
+        v = load_keys(v_ptr, v_offsets, v_stride, first_row, exists, C.V, C.BLOCK_DV)
+        s = dot_rows(q, k, C)
+        dp = dot_rows(dout, v, C)
         # No probability is above 1; where scores are so large that rounding the lse says
         # otherwise, this keeps the gradient finite, as it does where an unseen score overflowed:
         # the minimum of no number and 0 is 0.
@@ -63,7 +71,7 @@ def _add_keys(
             p *= tl.load(weight_ptr, mask=mask, other=0.0)[:, None]
         # The mask comes before the product: selecting 16-bit results takes twice the instructions.
         ds = p * tl.where(visible, dp - delta[:, None], 0.0)
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=C.PRECISION)
+        acc = add_products(acc, ds, k, C)
     return acc
 
 
@@ -96,26 +104,23 @@ def nsa_selected_bwd_dq(
 ):
     b, kv_head, token, head, bit, mask, blocks = locate_tile(T, num_tiles, KV_HEADS, union_ptrs, C)
     n = tl.arange(0, C.BLOCK_N)
-    d = tl.arange(0, C.BLOCK_D)
-    e = tl.arange(0, C.BLOCK_DV)
     last_row = tl.minimum(q_start + token, S - 1)
     row = (b * T + token) * (KV_HEADS * C.G) + head
-    q = load_queries(q_ptr, q_strides, b, token, head, mask, d, C.D, C.BLOCK_D)
-    dout = load_queries(dout_ptr, dout_strides, b, token, head, mask, e, C.V, C.BLOCK_DV)
+    q = load_queries(q_ptr, q_strides, b, token, head, mask, C.D, C.BLOCK_D)
+    dout = load_queries(dout_ptr, dout_strides, b, token, head, mask, C.V, C.BLOCK_DV)
     if ACCUMULATE:
         delta = tl.load(delta_ptr + row, mask=mask, other=0.0)
     else:
-        out_mask = tile_mask(mask, e, C.V, C.BLOCK_DV)
-        out = tl.load(out_ptr + row[:, None] * C.V + e[None, :], mask=out_mask, other=0.0)
-        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        out = load_rows(out_ptr + row * C.V, None, 1, mask, C.V, C.BLOCK_DV)
+        delta = sum_products(dout, out)
         tl.store(delta_ptr + row, delta, mask=mask)
     lse_log2 = tl.load(lse_ptr + row, mask=mask, other=0.0) * LOG2_E
     k_ptr += b * k_strides[0] + kv_head.to(tl.int64) * k_strides[2]
     v_ptr += b * v_strides[0] + kv_head.to(tl.int64) * v_strides[2]
-    k_offsets = n[:, None] * k_strides[1] + d[None, :]
-    v_offsets = n[:, None] * v_strides[1] + e[None, :]
+    k_offsets = n * k_strides[1]
+    v_offsets = n * v_strides[1]
 
-    acc = tl.full([C.BLOCK_M, C.BLOCK_D], 0.0, tl.float32)
+    acc = zeros(C.BLOCK_M, C.BLOCK_D)
     for phase in tl.static_range(0 if C.SHARED else 1, 2):
         begin, end = phase_steps(phase, blocks[2], C)
         acc = _add_keys(
@@ -124,9 +129,8 @@ def nsa_selected_bwd_dq(
             *(blocks, bit, last_row, S, scale_log2, phase == 1, WEIGHTED, C),
         )
 
-    acc = acc * scale
-    tile_ptr = dq_ptr + row[:, None] * C.D + d[None, :]
-    dq_mask = tile_mask(mask, d, C.D, C.BLOCK_D)
+    acc = scale_rows(acc, scale)
+    dq_ptr += row * C.D
     if ACCUMULATE:
-        acc += tl.load(tile_ptr, mask=dq_mask, other=0.0).to(tl.float32)
-    tl.store(tile_ptr, acc.to(dq_ptr.dtype.element_ty), mask=dq_mask)
+        acc = add_rows(acc, load_rows(dq_ptr, None, 1, mask, C.D, C.BLOCK_D))
+    store_rows(dq_ptr, None, acc, mask, C.D, C.BLOCK_D)

@@ -12,7 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa.backends.compiled.common import LN_2, tile_mask
+from nsa.backends.compiled.columns import (
+    add_products,
+    divide_rows,
+    dot_rows,
+    scale_rows,
+    store_rows,
+    zeros,
+)
+from nsa.backends.compiled.common import LN_2
 from nsa.backends.compiled.selected.query_tile import (
     block_step,
     load_keys,
@@ -45,21 +53,18 @@ def _attend(
     C: tl.constexpr,
 ):
     """Steps ``begin … end - 1`` of the online softmax."""
-    d = tl.arange(0, C.BLOCK_D)
-    e = tl.arange(0, C.BLOCK_DV)
     for step in range(begin, end):
         first_row, exists, visible = block_step(step, blocks, bit, last_row, S, MASKED, C)
-        k = load_keys(k_ptr, k_offsets, k_stride, first_row, exists, d, C.D, C.BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
+        k = load_keys(k_ptr, k_offsets, k_stride, first_row, exists, C.D, C.BLOCK_D)
+        s = dot_rows(q, k, C)
         s = tl.where(visible, s * scale_log2, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s - m_safe[:, None])
         alpha = tl.exp2(m_i - m_safe)
         l_i = l_i * alpha + tl.sum(p, 1)
-        v = load_keys(v_ptr, v_offsets, v_stride, first_row, exists, e, C.V, C.BLOCK_DV)
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=C.PRECISION)
+        v = load_keys(v_ptr, v_offsets, v_stride, first_row, exists, C.V, C.BLOCK_DV)
+        acc = add_products(scale_rows(acc, alpha[:, None]), p, v, C)
         m_i = m_new
     return m_i, l_i, acc
 
@@ -85,18 +90,16 @@ def nsa_selected_fwd(
 ):
     b, kv_head, token, head, bit, mask, blocks = locate_tile(T, num_tiles, KV_HEADS, union_ptrs, C)
     n = tl.arange(0, C.BLOCK_N)
-    d = tl.arange(0, C.BLOCK_D)
-    e = tl.arange(0, C.BLOCK_DV)
     last_row = tl.minimum(q_start + token, S - 1)
-    q = load_queries(q_ptr, q_strides, b, token, head, mask, d, C.D, C.BLOCK_D)
+    q = load_queries(q_ptr, q_strides, b, token, head, mask, C.D, C.BLOCK_D)
     k_ptr += b * k_strides[0] + kv_head.to(tl.int64) * k_strides[2]
     v_ptr += b * v_strides[0] + kv_head.to(tl.int64) * v_strides[2]
-    k_offsets = n[:, None] * k_strides[1] + d[None, :]
-    v_offsets = n[:, None] * v_strides[1] + e[None, :]
+    k_offsets = n * k_strides[1]
+    v_offsets = n * v_strides[1]
 
     m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.full([C.BLOCK_M], 0.0, tl.float32)
-    acc = tl.full([C.BLOCK_M, C.BLOCK_DV], 0.0, tl.float32)
+    acc = zeros(C.BLOCK_M, C.BLOCK_DV)
     for phase in tl.static_range(0 if C.SHARED else 1, 2):
         begin, end = phase_steps(phase, blocks[2], C)
         m_i, l_i, acc = _attend(
@@ -107,10 +110,8 @@ def nsa_selected_fwd(
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
-    acc = acc / l_safe[:, None]
+    acc = divide_rows(acc, l_safe[:, None])
     lse = tl.where(empty, float("-inf"), m_i * LN_2 + tl.log(l_safe))
     row = (b * T + token) * (KV_HEADS * C.G) + head
-    out_mask = tile_mask(mask, e, C.V, C.BLOCK_DV)
-    out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * C.V + e[None, :], out, mask=out_mask)
+    store_rows(out_ptr + row * C.V, None, acc, mask, C.V, C.BLOCK_DV)
     tl.store(lse_ptr + row, lse, mask=mask)

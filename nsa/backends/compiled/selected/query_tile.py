@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa.backends.compiled.common import tile_mask
+from nsa.backends.compiled.columns import load_rows
 
 
 @triton.jit
@@ -60,20 +60,16 @@ def locate_tile(T, num_tiles, KV_HEADS, union_ptrs, C: tl.constexpr):
 
 
 @triton.jit
-def load_queries(ptr, strides, b, token, head, mask, dim, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of ``[B, T, H, SIZE]``."""
+def load_queries(ptr, strides, b, token, head, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of ``[B, T, H, SIZE]``, a tile in parts."""
     row = token.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
-    tile_ptr = ptr + b * strides[0] + row[:, None] + dim[None, :]
-    return tl.load(tile_ptr, mask=tile_mask(mask, dim, SIZE, BLOCK), other=0.0)
+    return load_rows(ptr + b * strides[0] + row, None, 1, mask, SIZE, BLOCK)
 
 
 @triton.jit
-def load_keys(
-    head_ptr, offsets, stride, first_row, mask, dim, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """BLOCK_N rows of a head's keys or values, from ``first_row`` on."""
-    tile_ptr = head_ptr + first_row.to(tl.int64) * stride + offsets
-    return tl.load(tile_ptr, mask=tile_mask(mask, dim, SIZE, BLOCK), other=0.0)
+def load_keys(head_ptr, offsets, stride, first_row, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK_N rows of a head's keys or values, from ``first_row`` on, a tile in parts."""
+    return load_rows(head_ptr + first_row.to(tl.int64) * stride, offsets, 1, mask, SIZE, BLOCK)
 
 
 @triton.jit

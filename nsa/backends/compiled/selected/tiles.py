@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nsa.backends.compiled.tiling import SHARED_BYTES, UNTUNED, next_power_of_2, padded
+from nsa.backends.compiled.tiling import (
+    SHARED_BYTES,
+    UNTUNED,
+    head_columns,
+    next_power_of_2,
+    padded,
+)
 
 MAX_SLOTS = 1024
 """Entries of one query tile's lists that :func:`.union.tile_unions` sorts at once."""
@@ -117,7 +123,19 @@ LARGE_HEADS = Row(
     dkv=(64, 3),
     measured="H100, bf16",
 )
-PAPER = replace(LARGE_HEADS, D=192, measured=UNTUNED)
+PAPER = replace(
+    # Forward and dq: two programs a multiprocessor. Chosen by the code, not timed.
+    LARGE_HEADS,
+    D=192,
+    forward=(64, 2),
+    dq=(32, 3),
+    measured=UNTUNED,
+)
+BETWEEN = tuple(
+    # With two stages ptxas waits after every matrix instruction of dk and dv. Not timed.
+    replace(LARGE_HEADS, D=size, V=size, dkv=(64, 1), measured=UNTUNED)
+    for size in (80, 96)
+)
 FP32 = Row(
     # IEEE fp32 has no matrix unit: small tiles.
     D=128,
@@ -130,18 +148,21 @@ FP32 = Row(
     dkv=(32, 1),
     measured=UNTUNED,
 )
-ROWS = (SMALL_HEADS, LARGE_HEADS, PAPER, FP32)
-"""A shape without a row of its own gets one of the first, second and last by :func:`tile_row`."""
+ROWS = (SMALL_HEADS, LARGE_HEADS, PAPER, *BETWEEN, FP32)
+"""A shape without a row of its own gets one by :func:`tile_row`'s rule."""
 
 
 def tile_row(D: int, V: int, G: int, dtype: torch.dtype) -> Row:
-    """The row of this shape, else the nearest by dtype and head sizes, as untuned."""
+    """The row of this shape, else of these heads, else the nearest by dtype and head sizes, as
+    untuned."""
     fp32 = dtype == torch.float32
     for row in ROWS:
         if (row.D, row.V, row.G, row.fp32) == (D, V, G, fp32):
             return row
     nearest = SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
-    return replace(FP32 if fp32 else nearest, D=D, V=V, G=G, measured=UNTUNED)
+    same_heads = (row for row in ROWS if (row.D, row.V, row.fp32) == (D, V, fp32))
+    nearest = next(same_heads, FP32 if fp32 else nearest)
+    return replace(nearest, D=D, V=V, G=G, measured=UNTUNED)
 
 
 def dq_dtype(dtype: torch.dtype, D: int) -> torch.dtype:
@@ -197,7 +218,7 @@ def tiles_for(
     packed with others.
     """
     row = tile_row(D, V, G, dtype)
-    wide = padded(D) + padded(V)
+    wide = head_columns(D) + head_columns(V)
     keys = padded(select_block)
     tokens = tokens_per_tile(G, row.rows, width)
     if share > 1:
@@ -245,7 +266,7 @@ def tiles_for(
         )
 
     return SelectedTiles(
-        forward=query_tiles(*row.forward, padded(D)),
+        forward=query_tiles(*row.forward, head_columns(D)),
         dq=query_tiles(*row.dq, wide),
         dkv=key_tiles(*row.dkv),
     )
@@ -317,8 +338,8 @@ def constants(
         TOKENS=tiles.tokens,
         BLOCK_M=padded(tiles.tokens * G),
         BLOCK_N=tiles.block_n,
-        BLOCK_D=padded(D),
-        BLOCK_DV=padded(V),
+        BLOCK_D=head_columns(D),
+        BLOCK_DV=head_columns(V),
         PARTS=-(-select_block // tiles.block_n),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         SLOTS=next_power_of_2(block_idx.shape[3]),

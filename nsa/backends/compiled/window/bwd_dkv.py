@@ -13,6 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa.backends.compiled.columns import (
+    add_products,
+    dot_rows,
+    load_rows,
+    scale_rows,
+    store_rows,
+    zeros,
+)
 from nsa.backends.compiled.common import LOG2_E
 from nsa.backends.compiled.window.bounds import (
     first_visible,
@@ -23,7 +31,7 @@ from nsa.backends.compiled.window.bounds import (
     steps_of,
     visible_to,
 )
-from nsa.backends.compiled.window.rows import load_heads, load_rows, locate, store_rows
+from nsa.backends.compiled.window.rows import load_heads, locate
 
 
 @triton.jit(do_not_specialize=["T", "S", "window", "q_start", "splits"])
@@ -93,8 +101,8 @@ def nsa_window_bwd_dkv(
     token = row // C.G
     head = row % C.G
     place = token * H + head
-    dk = tl.full((C.BLOCK_N, C.BLOCK_D), 0.0, tl.float32)
-    dv = tl.full((C.BLOCK_N, C.BLOCK_DV), 0.0, tl.float32)
+    dk = zeros(C.BLOCK_N, C.BLOCK_D)
+    dv = zeros(C.BLOCK_N, C.BLOCK_DV)
     for MASKED in tl.static_range(2):
         begin, steps = loop_of(span, C.TOKENS, MASKED)
         # Keeping what is the same in every step spills where heads are large.
@@ -114,8 +122,8 @@ def nsa_window_bwd_dkv(
             # a row outside the mask has probability exp(-inf)
             lse = tl.load(lse_ptr + rows + place, mask=mask, other=float("inf"))
             delta = tl.load(delta_ptr + rows + place, mask=mask, other=0.0)
-            scores = tl.dot(k, tl.trans(q), input_precision=C.PRECISION)
-            dp = tl.dot(v, tl.trans(dout), input_precision=C.PRECISION)
+            scores = dot_rows(k, q, C)
+            dp = dot_rows(v, dout, C)
             scores = tl.minimum(scores * scale_log2 - (lse * LOG2_E)[None, :], 0.0)
             if MASKED:
                 t = tl.minimum(t0 + token, T - 1)
@@ -126,14 +134,14 @@ def nsa_window_bwd_dkv(
             p = tl.exp2(scores)
             if WEIGHTED:
                 p *= tl.load(weight_ptr + rows + place, mask=mask, other=0.0)[None, :]
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=C.PRECISION)
+            dv = add_products(dv, p, dout, C)
             ds = p * (dp - delta[None, :])
             if MASKED:  # what overflowed in another sequence's row may be no number
                 ds = tl.where(p == 0.0, 0.0, ds)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=C.PRECISION)
+            dk = add_products(dk, ds, q, C)
 
     out_row = (b * S + s.to(tl.int64)) * KV_HEADS + kv_head
     if SPLIT:
         out_row += split * (tl.num_programs(0) // splits // blocks * S).to(tl.int64)
-    store_rows(dk_ptr, out_row, dk * scale, s < S, C.D, C.BLOCK_D)
-    store_rows(dv_ptr, out_row, dv, s < S, C.V, C.BLOCK_DV)
+    store_rows(dk_ptr, out_row * C.D, scale_rows(dk, scale), s < S, C.D, C.BLOCK_D)
+    store_rows(dv_ptr, out_row * C.V, dv, s < S, C.V, C.BLOCK_DV)

@@ -10,20 +10,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa.backends.compiled.columns import (
+    add_products,
+    dot_rows,
+    load_rows,
+    scale_rows,
+    store_rows,
+    sum_products,
+    zeros,
+)
 from nsa.backends.compiled.common import LOG2_E
 from nsa.backends.compiled.window.bounds import is_visible, loop_of, visible_keys
 from nsa.backends.compiled.window.rows import (
     load_heads,
     load_keys,
-    load_rows,
     query_rows,
-    store_rows,
 )
 
 
 @triton.jit
 def dq_over_keys(
-    dq,  # [BLOCK_M, BLOCK_D], as is the result
+    dq,  # fp32 in parts, as is the result
     q,
     dout,
     stats,  # lse in base 2, delta, and with WEIGHTED the weight of each row's probabilities
@@ -53,8 +60,8 @@ def dq_over_keys(
         # Keeping what is the same in every step spills where heads are large.
         for step in tl.range(steps, disable_licm=C.BLOCK_D + C.BLOCK_DV > 128):
             k, v, s = load_keys(k_ptr, v_ptr, k_strides, v_strides, span, begin, step, MASKED, C)
-            scores = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
-            dp = tl.dot(dout, tl.trans(v), input_precision=C.PRECISION)
+            scores = dot_rows(q, k, C)
+            dp = dot_rows(dout, v, C)
             # rounding of a huge lse must not make a probability above 1, nor an unseen score that
             # overflowed one that is no number: the minimum of that and 0 is 0
             p = tl.exp2(tl.minimum(scores * scale_log2 - lse_log2[:, None], 0.0))
@@ -64,7 +71,7 @@ def dq_over_keys(
             if MASKED:
                 visible = is_visible(s[None, :], oldest[:, None], position[:, None])
                 ds = tl.where(visible, ds, 0.0)
-            dq = tl.dot((p * ds).to(k.dtype), k, dq, input_precision=C.PRECISION)
+            dq = add_products(dq, p * ds, k, C)
     return dq
 
 
@@ -99,10 +106,10 @@ def nsa_window_bwd_dq(
     q = load_heads(q_ptr, b, t, head, q_strides, None, C.D, C.BLOCK_D)
     dout = load_heads(dout_ptr, b, t, head, dout_strides, None, C.V, C.BLOCK_DV)
     out = load_rows(out_ptr, row * C.V, 1, None, C.V, C.BLOCK_DV)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    delta = sum_products(dout, out)
     tl.store(delta_ptr + row, delta, mask=mask)
     dq = dq_over_keys(
-        tl.full((C.BLOCK_M, C.BLOCK_D), 0.0, tl.float32),
+        zeros(C.BLOCK_M, C.BLOCK_D),
         q,
         dout,
         (tl.load(lse_ptr + row) * LOG2_E, delta, None),
@@ -122,4 +129,4 @@ def nsa_window_bwd_dq(
         False,
         C,
     )
-    store_rows(dq_ptr, row, dq * factor, mask, C.D, C.BLOCK_D)
+    store_rows(dq_ptr, row * C.D, scale_rows(dq, factor), mask, C.D, C.BLOCK_D)

@@ -14,13 +14,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa.backends.compiled.columns import (
+    add_products,
+    add_rows,
+    divide_rows,
+    dot_rows,
+    load_rows,
+    scale_rows,
+    store_rows,
+    zeros,
+)
 from nsa.backends.compiled.window.bounds import is_visible, loop_of, visible_keys
 from nsa.backends.compiled.window.rows import (
     load_heads,
     load_keys,
-    load_rows,
     query_rows,
-    store_rows,
 )
 
 
@@ -60,13 +68,13 @@ def nsa_window_fwd(
 
     m_i = tl.full((C.BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.full((C.BLOCK_M,), 0.0, tl.float32)
-    acc = tl.full((C.BLOCK_M, C.BLOCK_DV), 0.0, tl.float32)
+    acc = zeros(C.BLOCK_M, C.BLOCK_DV)
     for MASKED in tl.static_range(2):
         begin, steps = loop_of(span, C.BLOCK_N, MASKED)
         # Keeping what is the same in every step spills where heads are large.
         for step in tl.range(steps, disable_licm=C.BLOCK_D + C.BLOCK_DV > 128):
             k, v, s = load_keys(k_ptr, v_ptr, k_strides, v_strides, span, begin, step, MASKED, C)
-            scores = tl.dot(q, tl.trans(k), input_precision=C.PRECISION)
+            scores = dot_rows(q, k, C)
             if MASKED:
                 visible = is_visible(s[None, :], oldest[:, None], position[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
@@ -77,8 +85,7 @@ def nsa_window_fwd(
             p = tl.exp2((scores - base[:, None]) * scale_log2)
             alpha = tl.exp2((m_i - base) * scale_log2)
             l_i = l_i * alpha + tl.sum(p, 1)
-            acc = acc * alpha[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=C.PRECISION)
+            acc = add_products(scale_rows(acc, alpha[:, None]), p, v, C)
             m_i = m_new
 
     row = (b * T + t.to(tl.int64)) * (KV_HEADS * C.G) + head
@@ -86,15 +93,16 @@ def nsa_window_fwd(
     if LEAD > 0:  # some see nothing
         lse = tl.where(l_i == 0.0, float("-inf"), lse)
         l_i = tl.where(l_i == 0.0, 1.0, l_i)
-    acc = acc / l_i[:, None]
-    store_rows(out_ptr, row, acc, mask, C.V, C.BLOCK_DV)
+    acc = divide_rows(acc, l_i[:, None])
+    store_rows(out_ptr, row * C.V, acc, mask, C.V, C.BLOCK_DV)
     tl.store(lse_ptr + row, lse + tl.log(l_i), mask=mask)
     if MIX:
         gates_ptr += b * gates_strides[0] + t.to(tl.int64) * gates_strides[1]
         gates_ptr += head * gates_strides[2]
-        acc *= tl.load(gates_ptr + 2 * gates_strides[3]).to(tl.float32)[:, None]
+        gate = tl.load(gates_ptr + 2 * gates_strides[3]).to(tl.float32)[:, None]
+        acc = scale_rows(acc, gate)
         for branch in tl.static_range(2):
             gate = tl.load(gates_ptr + branch * gates_strides[3]).to(tl.float32)[:, None]
             out = load_rows(branch_ptrs[branch], row * C.V, 1, mask, C.V, C.BLOCK_DV)
-            acc += gate * out.to(tl.float32)
-        store_rows(branch_ptrs[2], row, acc, mask, C.V, C.BLOCK_DV)
+            acc = add_rows(acc, scale_rows(out, gate))
+        store_rows(branch_ptrs[2], row * C.V, acc, mask, C.V, C.BLOCK_DV)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa.backends.compiled.columns import load_rows
 from nsa.backends.compiled.window.bounds import step_of
 
 
@@ -41,30 +42,10 @@ def query_rows(T, KV_HEADS, C: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, at, stride, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """``[rows, BLOCK]``: SIZE elements, ``stride`` apart, from each of ``ptr + at`` on; 0 past them
-    and where ``mask`` is not set, which may be None."""
-    d = tl.arange(0, BLOCK)
-    if mask is None:
-        inside = (d < SIZE)[None, :]
-    else:
-        inside = mask[:, None] if SIZE == BLOCK else mask[:, None] & (d < SIZE)[None, :]
-    return tl.load(ptr + (at[:, None] + d[None, :] * stride), mask=inside, other=0.0)
-
-
-@triton.jit
 def load_heads(ptr, b, t, head, strides, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """:func:`load_rows` of tokens t and heads of a ``[B, T, H, SIZE]`` tensor."""
     at = b * strides[0] + t.to(tl.int64) * strides[1] + head * strides[2]
     return load_rows(ptr, at, strides[3], mask, SIZE, BLOCK)
-
-
-@triton.jit
-def store_rows(ptr, row, x, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores x ``[rows, BLOCK]`` as rows of a contiguous ``[…, SIZE]`` tensor, in its dtype."""
-    d = tl.arange(0, BLOCK)
-    inside = mask[:, None] & (d < SIZE)[None, :]
-    tl.store(ptr + (row[:, None] * SIZE + d[None, :]), x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -79,7 +60,7 @@ def load_keys(
     MASKED: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Keys and values of one step of a loop, and their positions."""
+    """Keys and values of one step of a loop, tiles in parts, and their positions."""
     s0 = step_of(span, begin, step, C.BLOCK_N, MASKED)
     n = tl.arange(0, C.BLOCK_N)
     mask = s0 + n < span[1] if MASKED else n >= 0
