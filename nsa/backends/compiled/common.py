@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.backends.compiled.tiling import padded
+from nsa.core.kernel import kernel
 
 LOG2E = math.log2(math.e)
 LOG2_E = tl.constexpr(LOG2E)
@@ -45,7 +46,7 @@ def tile_mask(mask, dim, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     return tile
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@kernel(do_not_specialize=["num_rows"])
 def nsa_bwd_preprocess(
     out_ptr,  # [B, T, H, V], contiguous
     dout_ptr,

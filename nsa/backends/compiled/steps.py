@@ -32,12 +32,10 @@ from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
 from nsa.core.inputs import AttentionInputs, DecodeInputs
 from nsa.core.packing import block_bounds, packed_tokens
-from nsa.core.toolchain import cpu_refusal, gpu_refusal
-from nsa.settings import Settings, foreign_variable
+from nsa.core.toolchain import INTERPRETED, cpu_refusal, gpu_refusal
+from nsa.settings import Settings
 
 MAX_HEAD = 256
-INTERPRETED = foreign_variable("TRITON_INTERPRET") == "1"
-"""Whether Triton kernels run on the CPU, in Triton's interpreter."""
 _MIN_CAPABILITY = (8, 0)
 _FP8_CAPABILITY = (8, 9)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

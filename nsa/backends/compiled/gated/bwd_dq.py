@@ -17,6 +17,7 @@ import triton.language as tl
 from nsa.backends.compiled.common import LOG2_E
 from nsa.backends.compiled.window.bwd_dq import dq_over_keys
 from nsa.backends.compiled.window.rows import load_heads, load_rows, query_rows, store_rows
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def _row_statistics(
     return (lse * LOG2_E, delta, weight), window
 
 
-@triton.jit(do_not_specialize=["rows", "T", "N", "window"])
+@kernel(do_not_specialize=["rows", "T", "N", "window"])
 def nsa_gated_bwd_dq(
     q_ptr,
     k_cmp_ptr,

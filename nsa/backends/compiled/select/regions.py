@@ -12,7 +12,6 @@ since its left neighbour may not be searched. Sums are in the same order.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from nsa.backends.compiled.select.kernel import last_region
@@ -35,9 +34,10 @@ from nsa.backends.compiled.select.topn import (
     most_blocks,
     store_lists,
 )
+from nsa.core.kernel import kernel
 
 
-@triton.jit(do_not_specialize=["T", "L", "N", "q_start"])
+@kernel(do_not_specialize=["T", "L", "N", "q_start"])
 def nsa_select_in_regions(
     q_ptr,
     lse_ptr,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from nsa.backends.compiled.common import LOG2_E, tile_mask
+from nsa.core.kernel import kernel
 
 FAR = tl.constexpr(2**31 - 1)
 """Past every token."""
@@ -125,7 +126,7 @@ def _add_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T", "S", "q_start", "num_blocks"])
+@kernel(do_not_specialize=["T", "S", "q_start", "num_blocks"])
 def nsa_selected_bwd_dkv(
     q_ptr,
     k_ptr,

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.core.kernel import kernel
+
 _BLOCK = 1024
 """Pairs of one program."""
 
@@ -45,7 +47,7 @@ class InverseIndex(NamedTuple):
     """int32 ``[P + 1]``, past the last of them; None: they are ``share`` everywhere."""
 
 
-@triton.jit(do_not_specialize=["T", "pairs", "key_rows", "q_start", "num_blocks", "nowhere"])
+@kernel(do_not_specialize=["T", "pairs", "key_rows", "q_start", "num_blocks", "nowhere"])
 def nsa_selected_block_ids(
     block_idx_ptr,  # [B, T, K, n], contiguous
     seq_start_ptr,  # [T], with PACKED
@@ -78,7 +80,7 @@ def nsa_selected_block_ids(
     tl.store(block_ids_ptr + pair, block_id.to(block_ids_ptr.dtype.element_ty), mask=pair <= pairs)
 
 
-@triton.jit(do_not_specialize=["pairs", "nowhere"])
+@kernel(do_not_specialize=["pairs", "nowhere"])
 def nsa_selected_chunk_begins(
     block_ids_ptr,
     begins_ptr,
@@ -98,7 +100,7 @@ def nsa_selected_chunk_begins(
     tl.store(begins_ptr + entry, begins.to(tl.int32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@kernel(do_not_specialize=["pairs"])
 def nsa_selected_chunk_offsets(
     order_ptr,
     begun_ptr,  # chunks that began up to each entry

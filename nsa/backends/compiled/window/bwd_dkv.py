@@ -10,7 +10,6 @@ C, LEAD, STRIDE and ``seq_starts``: :mod:`.bounds`.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from nsa.backends.compiled.common import LOG2_E
@@ -24,9 +23,10 @@ from nsa.backends.compiled.window.bounds import (
     visible_to,
 )
 from nsa.backends.compiled.window.rows import load_heads, load_rows, locate, store_rows
+from nsa.core.kernel import kernel
 
 
-@triton.jit(do_not_specialize=["T", "S", "window", "q_start", "splits"])
+@kernel(do_not_specialize=["T", "S", "window", "q_start", "splits"])
 def nsa_window_bwd_dkv(
     q_ptr,
     k_ptr,

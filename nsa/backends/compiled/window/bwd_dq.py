@@ -19,6 +19,7 @@ from nsa.backends.compiled.window.rows import (
     query_rows,
     store_rows,
 )
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def dq_over_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["T", "window", "q_start"])
+@kernel(do_not_specialize=["T", "window", "q_start"])
 def nsa_window_bwd_dq(
     q_ptr,
     k_ptr,
