@@ -88,9 +88,10 @@ def main() -> None:
     print(f"{'':16}" + "".join(f"{row['caches']:>10}" for row in fresh))
     for name in (*PHASES, "calls", "process", "kernels"):
         print(f"{name:16}" + "".join(f"{row[name]:>10}" for row in fresh))
-    print(f"an eager step, ms: forward {step['forward_ms']}, with backward {step['step_ms']}")
-    if "launches" in step:
-        print(f"kernels that a step launches: {step['launches']}")
+    for kind in ("", "packed_"):
+        ms = f"forward {step[f'{kind}forward_ms']}, with backward {step[f'{kind}step_ms']}"
+        launches = step.get(f"{kind}launches", "no GPU's")
+        print(f"an eager step, {kind.rstrip('_') or 'regular'}: ms {ms}; {launches} kernels")
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
@@ -130,7 +131,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "machine": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
     }
     if given.phase == "step":
-        return {**found, **steps(layer, x, given)}
+        packing = {"cu_seqlens": cu_seqlens, "max_seqlen": T}
+        packed = {f"packed_{name}": ms for name, ms in steps(layer, x, packing, given).items()}
+        return {**found, **steps(layer, x, {}, given), **packed}
     kernels = count_kernels(given.device)
     for name, tensor, packing in (
         ("", x, {}),
@@ -162,15 +165,15 @@ def count_kernels(device: str) -> list[str]:
     return names
 
 
-def steps(layer: Any, x: Any, given: argparse.Namespace) -> dict[str, Any]:
+def steps(layer: Any, x: Any, packing: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """Medians, of the time that a caller waits: eager steps may be bound by the host."""
     import torch
 
     def forward() -> None:
-        layer(x)
+        layer(x, **packing)
 
     def step() -> None:
-        layer(x).sum().backward()
+        layer(x, **packing).sum().backward()
 
     def median(call: Callable[[], None]) -> float:
         times = []

@@ -28,7 +28,7 @@ from nsa.core.inputs import BRANCHES, AttentionInputs, Probe
 from nsa.core.linear import ROW_ALIGNMENT, joined_product, project, side_by_side
 from nsa.core.packing import packed_tokens
 from nsa.core.rope import Angles, apply_rope, rope_table
-from nsa.core.split_heads.op import split_heads, widths
+from nsa.core.split_heads.op import DTYPES, split_heads, widths
 from nsa.errors import ShapeError, is_int, require
 from nsa.gates import GATES
 from nsa.settings import current_settings
@@ -155,12 +155,29 @@ class NSAttention(nn.Module):
                 raise ShapeError("cu_seqlens: expected None with a cache, whose rows are sequences")
             return self._attend_cached(x, check_cache(cache, x, self.config), counts)
         chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
-        if launches_itself(chosen, x) and launches_soon(x):
-            self._build_kernels(x, chosen, dtype, cu_seqlens, max_seqlen)
+        self._build_kernels(x, chosen, dtype, cu_seqlens, max_seqlen)
         if compiles_itself(chosen, x.device):
             with in_a_graph() if self.recompute else nullcontext():
                 return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen)
         return self._attend(x, chosen, dtype, cu_seqlens, max_seqlen)
+
+    def build_kernels(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> None:
+        """Build the Triton kernels that a call and its backward launch on a GPU, side by side.
+
+        A first call outside ``torch.compile`` does so itself. Code that ``torch.compile`` makes
+        builds each kernel when it first launches it: call this before. Arguments as of
+        :meth:`forward`; only x's shape, dtype and device matter.
+
+        Raises:
+            ShapeError, BackendUnavailable: as of :meth:`forward`.
+        """
+        validate.check_layer_input(x, self.dim, self._weight())
+        max_seqlen = validate.check_packing(x, cu_seqlens, max_seqlen, check=False)
+        dtype = autocast_dtype(x.device) or x.dtype
+        chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
+        self._build_kernels(x, chosen, dtype, cu_seqlens, max_seqlen)
 
     def _plan_for(
         self, x: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None, max_seqlen: int | None
@@ -227,7 +244,7 @@ class NSAttention(nn.Module):
         if joined is None:
             parts = project(x, projections)
             product = side_by_side(parts, sizes)
-            if product is None:
+            if product is None or product.dtype not in DTYPES:
                 return self._heads(parts, positions)
             joined = product, None
         return self._split(*joined, positions)
@@ -252,7 +269,8 @@ class NSAttention(nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
     ) -> None:
-        """Build what :meth:`_attend` launches on x ``[B, T, dim]``, and what its backward does."""
+        if not (launches_itself(chosen, x) and launches_soon(x)):
+            return
         config, grad = self.config, torch.is_grad_enabled()
 
         def rehearsal() -> None:

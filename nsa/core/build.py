@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Hashable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextvars import Context
@@ -25,15 +26,20 @@ from nsa.core.toolchain import TRITON_DIR, triton_cache
 from nsa.errors import BackendUnavailable
 
 _BUILT: set[Hashable] = set()
+_COMPILED_AUTOGRAD = "torch._dynamo.compiled_autograd"
 
 
 def launches_soon(x: Tensor) -> bool:
-    """Whether a call on x launches kernels now: not in a trace, on fake tensors, in a capture."""
+    """Whether a call on x launches kernels now: not in a trace, on fake tensors, in a capture.
+
+    Nor under compiled autograd, which would trace a rehearsal's backward too.
+    """
     return (
         x.is_cuda
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode(include_infra_modes=True)
         and not torch.cuda.is_current_stream_capturing()
+        and not getattr(sys.modules.get(_COMPILED_AUTOGRAD), "compiled_autograd_enabled", False)
     )
 
 
@@ -60,8 +66,10 @@ def build_once(key: Hashable, device: torch.device, rehearse: Callable[[], objec
     if key in _BUILT:
         return
     try:
-        # a context of its own: nothing of Triton's or ours stays set, whatever is raised
-        Context().run(_build, device, rehearse)
+        # A thread and a context of its own: no mode or hook of the caller sees the rehearsal, such
+        # as a checkpoint's, which counts what is saved; and nothing stays set, whatever is raised.
+        with ThreadPoolExecutor(1) as apart:
+            apart.submit(Context().run, _build, device, rehearse).result()
     except (OSError, subprocess.CalledProcessError) as error:
         raise BackendUnavailable(
             f"compiled could not build its kernels: {error}; expected a C compiler and a folder "

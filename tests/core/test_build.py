@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nsa import BackendUnavailable
 from nsa.core import build
@@ -45,7 +46,10 @@ def test_launches_are_built_once_and_not_run(
         compiled.append(src.fn.__name__)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(knobs.compilation, "listener", listen)
-    assert build_two() == NAMES
+    packed: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda x: x), torch.no_grad():
+        assert build_two() == NAMES
+    assert packed == []
     assert sorted(compiled) == NAMES
     assert {file.suffix for file in tmp_path.rglob("nsa_*")} >= {".cubin", ".json"}
     build_two()

@@ -46,7 +46,8 @@ def build_two(key: object = "two") -> list[str]:
     from nsa.core.block_tokens import kernels
 
     def rehearsal() -> None:
-        x = torch.empty(2, 64, 4, 16, dtype=torch.bfloat16, device="meta")
+        x = torch.empty(2, 64, 4, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        (x * x).sum().backward()  # modes and hooks are the caller's
         kernels.scatter(kernels.gather(x, 8, 4, 15), 64, 4)
 
     build.build_once(key, torch.device("cuda", 0), rehearsal)

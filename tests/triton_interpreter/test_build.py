@@ -104,9 +104,10 @@ def test_of_a_layer(
     x = torch.randn(1, 20, DIM)
     cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32) if packed else None
     monkeypatch.setattr(module, "build_once", rehearse_at_once)
-    chosen = layer._plan_for(x, x.dtype, cu_seqlens, None)
     with torch.set_grad_enabled(grad):
-        layer._build_kernels(x, chosen, x.dtype, cu_seqlens, None)
+        with monkeypatch.context() as on_a_gpu:
+            on_a_gpu.setattr(module, "launches_soon", lambda x: True)
+            layer.build_kernels(x, cu_seqlens)
         rehearsed = launches.copy()
         launches.clear()
         out = layer(x, cu_seqlens=cu_seqlens)

@@ -49,8 +49,7 @@ def test_nothing_is_built_after_the_rehearsal(
         return x, ends if packed else None
 
     x, cu_seqlens = given(LENGTH)
-    chosen = layer._plan_for(x, x.dtype, cu_seqlens, None)
-    layer._build_kernels(x, chosen, x.dtype, cu_seqlens, None)
+    layer.build_kernels(x, cu_seqlens)
     assert built
     built.clear()
     for length in (LENGTH, LENGTH + 1003, 3000):
