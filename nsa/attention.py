@@ -12,14 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nsa.backends.dispatch import Resolution, plan, settings_in_force
 from nsa.backends.protocol import Problem
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
+from nsa.core.build import build_once, kind, launches_soon, on_meta
 from nsa.core.compile import compile_glue
 from nsa.core.dtypes import accumulation_dtype, autocast_dtype
 from nsa.core.inputs import AttentionInputs, Probe
+from nsa.core.toolchain import INTERPRETED
 from nsa.registry import TABLE
 
 
@@ -88,7 +91,8 @@ def nsa_attention(
         needs_grad(*inputs.differentiable),
     )
     chosen = plan(problem, backend, settings)
-    runner = run_compiled if TABLE[chosen.backend].compiles_glue else run
+    build_kernels(chosen, inputs, config)
+    runner = run_compiled if compiles_itself(chosen, q.device) else run
     return runner(chosen, inputs, config, nvtx=settings.nvtx)
 
 
@@ -189,7 +193,66 @@ def run(
 
 
 run_compiled = compile_glue(run, lambda chosen, inputs, config, **options: (chosen, config))
-"""The same as one graph, for backends that leave their glue to Inductor."""
+"""The same as one graph, where :func:`compiles_itself`."""
+
+
+def compiles_itself(chosen: Resolution, device: torch.device) -> bool:
+    """Whether what stands between a backend's steps goes through Inductor, unless a trace does.
+
+    On a GPU a first call would wait half a minute for it: there kernels of this library stand in
+    its place (:func:`launches_itself`).
+    """
+    return _has_glue(chosen) and device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def launches_itself(chosen: Resolution, x: Tensor) -> bool:
+    """Whether a layer's glue is kernels of this library: outside a trace and ``torch.func``."""
+    return (
+        _has_glue(chosen)
+        and (x.is_cuda or INTERPRETED)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _has_glue(chosen: Resolution) -> bool:
+    return TABLE[chosen.backend].compiles_glue
+
+
+def build_kernels(chosen: Resolution, inputs: AttentionInputs, config: NSAConfig) -> None:
+    """Build what :func:`run` launches on these inputs, and what its backward does."""
+    if not (_has_glue(chosen) and launches_soon(inputs.q)):
+        return
+    grad = needs_grad(*inputs.differentiable)
+    cu_seqlens, block_idx = inputs.cu_seqlens, inputs.block_idx
+    kinds = tuple(kind(x) for x in (*inputs.differentiable, cu_seqlens, block_idx))
+
+    def rehearsal() -> None:
+        def pair(x: KV) -> KV:
+            return KV(*(on_meta(y, grad=grad) for y in x))
+
+        given = inputs._replace(
+            q=on_meta(inputs.q, grad=grad),
+            compressed=pair(inputs.compressed),
+            selected=pair(inputs.selected),
+            window=pair(inputs.window),
+            gates=on_meta(inputs.gates, grad=grad),
+            cu_seqlens=on_meta(cu_seqlens),
+            block_idx=on_meta(block_idx),
+        )
+        rehearse(chosen, given, config)
+
+    build_once((chosen, config, grad, kinds), inputs.q.device, rehearsal)
+
+
+def rehearse(
+    chosen: Resolution, inputs: AttentionInputs, config: NSAConfig, **options: Any
+) -> None:
+    """Call :func:`run` on meta tensors, and its backward if gradients are wanted."""
+    out = run(chosen, inputs, config, **options)
+    if out.requires_grad:
+        out.backward(torch.empty_like(out))
 
 
 def combine(gates: Tensor, *outputs: Tensor) -> Tensor:

@@ -172,3 +172,10 @@ def _batched(
     out = torch.baddbmm(down_bias, F.gelu(hidden), down)
     k_cmp, v_cmp = out.unflatten(1, shape)
     return k_cmp, v_cmp
+
+
+def rehearse_compression(x: Tensor, config: NSAConfig, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Launch this library's kernels of φ ``[B, T, K, D]`` -> ``[B, N, K, D]``, on meta tensors."""
+    if config.compression == "mean":
+        return block_means(x, config, cu_seqlens)
+    return block_tokens(x, config, cu_seqlens).mean(3)

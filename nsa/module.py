@@ -12,24 +12,25 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from nsa.attention import run
+from nsa.attention import compiles_itself, launches_itself, rehearse, run
 from nsa.backends.dispatch import Resolution, decoding, plan
 from nsa.backends.protocol import Problem
 from nsa.backends.shared.recompute import in_a_graph, recompute
 from nsa.cache import LayerCache
 from nsa.cached_attention import Projected, attend, check_cache
-from nsa.compression import PHI, Compress, compress_both
+from nsa.compression import PHI, Compress, compress_both, rehearse_compression
 from nsa.config import KV, MOST, NSAConfig
 from nsa.core import validate
+from nsa.core.build import build_once, kind, launches_soon, on_meta
 from nsa.core.compile import compile_glue
 from nsa.core.dtypes import accumulation_dtype, autocast_dtype
 from nsa.core.inputs import BRANCHES, AttentionInputs, Probe
-from nsa.core.linear import project
+from nsa.core.linear import ROW_ALIGNMENT, joined_product, project, side_by_side
 from nsa.core.packing import packed_tokens
-from nsa.core.rope import Angles, apply_rope
+from nsa.core.rope import Angles, apply_rope, rope_table
+from nsa.core.split_heads.op import DTYPES, split_heads, widths
 from nsa.errors import ShapeError, is_int, require
 from nsa.gates import GATES
-from nsa.registry import TABLE
 from nsa.settings import current_settings
 
 
@@ -154,10 +155,29 @@ class NSAttention(nn.Module):
                 raise ShapeError("cu_seqlens: expected None with a cache, whose rows are sequences")
             return self._attend_cached(x, check_cache(cache, x, self.config), counts)
         chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
-        if TABLE[chosen.backend].compiles_glue and not torch.compiler.is_compiling():
+        self._build_kernels(x, chosen, dtype, cu_seqlens, max_seqlen)
+        if compiles_itself(chosen, x.device):
             with in_a_graph() if self.recompute else nullcontext():
                 return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen)
         return self._attend(x, chosen, dtype, cu_seqlens, max_seqlen)
+
+    def build_kernels(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> None:
+        """Build the Triton kernels that a call and its backward launch on a GPU, side by side.
+
+        A first call outside ``torch.compile`` does so itself. Code that ``torch.compile`` makes
+        builds each kernel when it first launches it: call this before. Arguments as of
+        :meth:`forward`; only x's shape, dtype and device matter.
+
+        Raises:
+            ShapeError, BackendUnavailable: as of :meth:`forward`.
+        """
+        validate.check_layer_input(x, self.dim, self._weight())
+        max_seqlen = validate.check_packing(x, cu_seqlens, max_seqlen, check=False)
+        dtype = autocast_dtype(x.device) or x.dtype
+        chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
+        self._build_kernels(x, chosen, dtype, cu_seqlens, max_seqlen)
 
     def _plan_for(
         self, x: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None, max_seqlen: int | None
@@ -181,7 +201,8 @@ class NSAttention(nn.Module):
         positions = None
         if cu_seqlens is not None and self.config.rope_theta is not None:
             positions = packed_tokens(cu_seqlens, x.shape[1]).position
-        projected = self._project(x, positions)
+        by_kernel = launches_itself(chosen, x)
+        projected = (self._project_by_kernel if by_kernel else self._project)(x, positions)
         if projected.q.dtype != dtype:  # a projection that decides itself, a quantised one, say
             chosen = self._plan_for(x, projected.q.dtype, cu_seqlens, max_seqlen)
         self._resolution = chosen
@@ -213,8 +234,66 @@ class NSAttention(nn.Module):
 
         The product of all projections dies here: what is kept of it are copies.
         """
+        return self._heads(project(x, self._projections()), positions)
+
+    def _project_by_kernel(self, x: Tensor, positions: Tensor | None) -> Projected:
+        """The same in one kernel, whatever module makes a part, as long as all have one dtype."""
+        config, projections = self.config, self._projections()
+        sizes = widths(config)
+        joined = joined_product(x, projections, sizes)
+        if joined is None:
+            parts = project(x, projections)
+            product = side_by_side(parts, sizes)
+            if product is None or product.dtype not in DTYPES:
+                return self._heads(parts, positions)
+            joined = product, None
+        return self._split(*joined, positions)
+
+    def _split(self, product: Tensor, bias: Tensor | None, positions: Tensor | None) -> Projected:
+        config, angles = self.config, None
+        if config.rope_theta is not None:
+            if positions is None:
+                positions = torch.arange(product.shape[1], device=product.device)
+            dtype = accumulation_dtype(product)
+            angles = Angles(*rope_table(positions, config.head_dim, config.rope_theta, dtype))
+        q, keys, values, logits = split_heads(product, bias, angles, config)
+        copies = len(BRANCHES) // len(keys)
+        tokens, selected, window = map(KV, keys * copies, values * copies)
+        return Projected(q, tokens, selected, window, GATES[config.gate].activate(logits))
+
+    def _build_kernels(
+        self,
+        x: Tensor,
+        chosen: Resolution,
+        dtype: torch.dtype,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+    ) -> None:
+        if not (launches_itself(chosen, x) and launches_soon(x)):
+            return
+        config, grad = self.config, torch.is_grad_enabled()
+
+        def rehearsal() -> None:
+            columns = sum(widths(config))
+            columns += -columns % ROW_ALIGNMENT
+            product = x.new_empty(*x.shape[:2], columns, dtype=dtype, device="meta")
+            product.requires_grad_(grad)
+            cu = on_meta(cu_seqlens)
+            positions = None if cu is None else packed_tokens(cu, x.shape[1]).position
+            bias = on_meta(getattr(self.gate_proj, "bias", None), grad=grad)
+            q, tokens, selected, window, gates = self._split(product, bias, positions)
+            compressed = KV(*(rehearse_compression(y, config, cu) for y in tokens))
+            given = AttentionInputs(
+                q, compressed, selected, window, gates, cu_seqlens=cu, max_seqlen=max_seqlen
+            )
+            unit = GATES[config.gate].in_unit_interval
+            rehearse(chosen, given, config, gates_in_unit_interval=unit)
+
+        key = (config, chosen, dtype, grad, kind(x), kind(cu_seqlens))
+        build_once(key, x.device, rehearsal)
+
+    def _heads(self, projected: dict[str, Tensor], positions: Tensor | Angles | None) -> Projected:
         config = self.config
-        projected = project(x, self._projections())
         q = projected["q"].unflatten(-1, (config.num_heads, config.head_dim))
         q = self._rotate(q, positions)
         tokens, selected, window = self._keys_and_values(projected, positions, q.dtype)
@@ -310,4 +389,4 @@ class NSAttention(nn.Module):
 _ATTEND_COMPILED = compile_glue(
     NSAttention._attend, lambda layer, x, chosen, dtype, *packing: (chosen, layer.config, dtype)
 )
-"""The same as one graph, for backends that leave their glue to Inductor."""
+"""The same as one graph, where :func:`nsa.attention.compiles_itself`."""

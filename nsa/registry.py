@@ -28,7 +28,8 @@ class Row:
     decodes: bool = False
     """Whether it has a ``decode_attention``, for a step of a few tokens on a cache."""
     compiles_glue: bool = False
-    """Whether what stands between its kernels is compiled when it is called outside a trace."""
+    """Whether what stands between its steps is made into few kernels outside a trace, too: by
+    Inductor on a CPU, by this library on a GPU (:mod:`nsa.attention`)."""
     fa2: bool = False
     """Whether it runs on FlashAttention-2, so that ``NSA_USE_FA2`` speaks of it."""
     settings: tuple[str, ...] = ()

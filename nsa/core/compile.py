@@ -1,8 +1,8 @@
-"""Compiles what stands between the kernels, for whoever compiles nothing themselves.
+"""Compiles what stands between the steps, for whoever compiles nothing themselves.
 
 The ``compiled`` backend is made of kernels and of plain PyTorch around them. Inside a model that is
-compiled as a whole Inductor sees both; called eagerly, the layer and the functions compile
-themselves here, into one graph for each kind of input.
+compiled as a whole Inductor sees both; called eagerly on a CPU, the layer and the functions compile
+themselves here, into one graph for each kind of input. On a GPU they run as they are written.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -52,13 +52,49 @@ def project(x: Tensor, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     if few or not all(is_unmodified(linear) for linear in linears.values()):
         return {name: linear(x) for name, linear in linears.items()}
     layers = {name: cast(nn.Linear, linear) for name, linear in linears.items()}
-    weights = [layer.weight for layer in layers.values()]
-    sizes = [weight.shape[0] for weight in weights]
-    padding = -sum(sizes) % ROW_ALIGNMENT
-    weights.append(weights[0].new_zeros(padding, x.shape[-1]))
-    product = F.linear(x, torch.cat(weights))
-    parts = dict(zip(layers, product.split([*sizes, padding], -1), strict=False))
+    sizes = [layer.weight.shape[0] for layer in layers.values()]
+    product = _product(x, list(layers.values()))
+    parts = dict(
+        zip(layers, product.split([*sizes, -sum(sizes) % ROW_ALIGNMENT], -1), strict=False)
+    )
     for name, layer in layers.items():
         if layer.bias is not None:
             parts[name] = parts[name] + layer.bias.to(product.dtype)
     return parts
+
+
+def joined_product(
+    x: Tensor, linears: Mapping[str, nn.Module], widths: Sequence[int]
+) -> tuple[Tensor, Tensor | None] | None:
+    """The products of all layers side by side, ``[B, T, P]`` with zeros up to a multiple of
+    ROW_ALIGNMENT columns, and the last layer's bias, which is still to be added.
+
+    None where a layer is more than a product, the last one's bias apart, or of another width.
+    """
+    layers = [cast(nn.Linear, linear) for linear in linears.values() if is_unmodified(linear)]
+    if [layer.weight.shape[0] for layer in layers] != list(widths):
+        return None
+    if any(layer.bias is not None for layer in layers[:-1]):
+        return None
+    return _product(x, layers), layers[-1].bias
+
+
+def side_by_side(parts: Mapping[str, Tensor], widths: Sequence[int]) -> Tensor | None:
+    """One tensor of all parts ``[B, T, width]``, as of :func:`joined_product`; None of others, or
+    of two dtypes."""
+    first, *others = parts.values()
+    shapes = [(*first.shape[:2], width) for width in widths]
+    if [part.shape for part in parts.values()] != shapes:
+        return None
+    if any(part.dtype != first.dtype for part in others):
+        return None
+    return F.pad(torch.cat([first, *others], -1), (0, -sum(widths) % ROW_ALIGNMENT))
+
+
+def _product(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+    """x times all weights, without biases; zeros in columns up to a multiple of ROW_ALIGNMENT."""
+    weights = [layer.weight for layer in layers]
+    padding = -sum(weight.shape[0] for weight in weights) % ROW_ALIGNMENT
+    if padding:
+        weights.append(weights[0].new_zeros(padding, x.shape[-1]))
+    return F.linear(x, torch.cat(weights))

@@ -8,6 +8,7 @@ operators too: ``grad``, ``vjp`` and ``vmap`` work, forward mode raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,10 @@ from nsa.core.dtypes import accumulation_dtype
 _LIBRARY = torch.library.Library("nsa", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
+BUILDING: ContextVar[bool] = ContextVar("nsa_building", default=False)
+"""Whether launches of kernels are built, not run (:mod:`nsa.core.kernel`): operators then launch on
+meta tensors, too."""
+
 Forward = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
@@ -36,6 +41,7 @@ def define(
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None,
     cuda: Forward | None = None,
     count: flops.Count | None = None,
+    differentiable: int = 1,
 ) -> Any:
     """Registers ``nsa::`` + schema and returns the operator, as a function.
 
@@ -45,10 +51,11 @@ def define(
         fake: empty results with the shapes, dtypes and strides that ``forward`` gives.
         saved: the tensors a backward needs, from (inputs, outputs).
         kept: what else it needs, from the inputs; None keeps every input that is no tensor.
-        gradients: ``(kept, saved tensors, dout)`` to a gradient for every input. Of several
-            outputs only the first carries one.
+        gradients: ``(kept, saved tensors, dout)`` to a gradient for every input, with one dout
+            for each differentiable output, None where there is none.
         cuda: computes it on a GPU in place of ``forward``.
         count: its floating-point operations, if they are worth counting.
+        differentiable: so many outputs, the first ones, carry a gradient.
 
     Without ``gradients`` a backward through the operator raises.
     """
@@ -57,7 +64,11 @@ def define(
     _LIBRARY.impl(name, _outside_autocast(forward), "CompositeExplicitAutograd")
     if cuda is not None:
         _LIBRARY.impl(name, _outside_autocast(cuda), "CUDA")
-    torch.library.register_fake(f"nsa::{name}", fake, lib=_LIBRARY)
+
+    def fake_or_built(*args: Any) -> Any:
+        return (cuda or forward)(*args) if BUILDING.get() else fake(*args)
+
+    torch.library.register_fake(f"nsa::{name}", fake_or_built, lib=_LIBRARY)
     if gradients is None:
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -75,13 +86,14 @@ def define(
             plain = tuple(None if isinstance(x, Tensor) else x for x in inputs)
             ctx.kept = plain if kept is None else kept(inputs)
             if isinstance(output, tuple):
-                ctx.mark_non_differentiable(*output[1:])
+                ctx.mark_non_differentiable(*output[differentiable:])
                 ctx.set_materialize_grads(False)  # no zeros for those
 
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            if grads[0] is None:
+            douts = grads[:differentiable]
+            if all(dout is None for dout in douts):
                 return (None,) * (len(ctx.needs_input_grad) - 1)
-            return gradients(ctx.kept, ctx.saved_tensors, grads[0])
+            return gradients(ctx.kept, ctx.saved_tensors, *douts)
 
     operator = getattr(torch.ops.nsa, name).default
     _LIBRARY.impl(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa.core.dtypes import accumulation_dtype
 from nsa.core.operators import define
+from nsa.core.toolchain import has_triton
 
 
 class Angles(NamedTuple):
@@ -57,6 +58,17 @@ def _table(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> tu
     return angle_TD.cos().to(dtype), angle_TD.sin().to(dtype)
 
 
+def _table_cuda(
+    positions: Tensor, size: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same in one kernel in place of ten; PyTorch's where there is no Triton."""
+    if not has_triton():
+        return _table(positions, size, theta, dtype)
+    from nsa.core.angles import table
+
+    return table(positions, size, theta, dtype)
+
+
 def _table_fake(
     positions: Tensor, size: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -68,6 +80,7 @@ rope_table = define(
     "rope_table(Tensor positions, int size, float theta, ScalarType dtype) -> (Tensor, Tensor)",
     _table,
     _table_fake,
+    cuda=_table_cuda,
 )
 """Cosines and sines ``[T, D/2]``: ``(positions [T], D, theta, dtype)``.
 

@@ -6,6 +6,7 @@ ask beforehand in the same way, in milliseconds, and compile nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 from nsa.settings import foreign_variable
 
 INDUCTOR_DIR, TRITON_DIR, TRITON_HOME = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"
+INTERPRETED = foreign_variable("TRITON_INTERPRET") == "1"
+"""Whether Triton kernels run on the CPU, in Triton's interpreter."""
 _HEADERS = ("CPATH", "C_INCLUDE_PATH")
 """Where a C compiler looks for headers that no option names."""
 
@@ -44,6 +47,12 @@ def cpu_refusal() -> str | None:
 def gpu_refusal() -> str | None:
     """Why Triton and Inductor cannot make code for a GPU here, or None."""
     return _launcher_refusal() or _triton_cache_refusal() or _inductor_cache_refusal()
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is there and can make code for a GPU."""
+    return importlib.util.find_spec("triton") is not None and gpu_refusal() is None
 
 
 def c_compiler() -> str | None:

@@ -191,11 +191,21 @@ class LanguageModel(nn.Module):
         compiled = torch.compile(self.loss, fullgraph=True, **options)
 
         @functools.wraps(self.loss)
-        def loss(*args: Any, **kwargs: Any) -> Tensor:
+        def loss(tokens: Tensor, targets: Tensor, **packing: Any) -> Tensor:
+            self._build_kernels(tokens, **packing)
             with static_floats(), in_a_graph():
-                return compiled(*args, **kwargs)
+                return compiled(tokens, targets, **packing)
 
         return loss
+
+    def _build_kernels(self, tokens: Tensor, **packing: Any) -> None:
+        """Build the layers' kernels side by side: compiled code launches, and so builds, them one
+        after the other."""
+        attention = self.blocks[0].attention
+        if isinstance(attention, NSAttention) and tokens.ndim == 2:
+            weight = self.embedding.weight
+            x = weight.detach().new_empty(1).expand(*tokens.shape, weight.shape[1])
+            attention.build_kernels(x, **packing)
 
     def num_parameters(self) -> int:
         """Count the trainable numbers."""

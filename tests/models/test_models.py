@@ -417,3 +417,22 @@ def test_arguments_are_what_they_should_be():
         LanguageModel(small())([[1, 2]])
     with pytest.raises(ConfigError, match=r"^dim: expected at most 16777216, got 10{12}$"):
         small(dim=10**12)
+
+
+def test_kernels_are_built_before_a_compiled_loss_runs(monkeypatch):
+    """Which would build them one after the other."""
+    order = []
+
+    def compiled(function, **options):
+        return lambda *args, **kwargs: order.append("run") or function(*args, **kwargs)
+
+    def build(layer, x, **packing):
+        order.append((tuple(x.shape), x.dtype, list(packing)))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(NSAttention, "build_kernels", build)
+    tokens = bytes_of(1, 16)
+    ends = torch.tensor([0, 9, 16], dtype=torch.int32)
+    LanguageModel(small()).compile_loss()(tokens, tokens, cu_seqlens=ends)
+    LanguageModel(small(attention="dense")).compile_loss()(tokens, targets=tokens)
+    assert order == [((1, 16, 32), torch.float32, ["cu_seqlens"]), "run", "run"]

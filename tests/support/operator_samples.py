@@ -23,6 +23,8 @@ import nsa.backends.compiled.steps
 import nsa.backends.sdpa.steps
 from nsa import NSAConfig
 from nsa.core.packing import block_bounds, packed_tokens
+from nsa.core.rope import rope_table
+from nsa.core.split_heads.op import widths
 from nsa.testing import Inputs, make_inputs, random_blocks
 
 DEFINES = r"^from nsa\.core\.operators import .*\bdefine(_attention)?\b"
@@ -196,6 +198,25 @@ def _rope_table(x: Inputs) -> Arguments:
     return torch.arange(x.q.shape[1], device=x.q.device), CONFIG.head_dim, 100.0, torch.float32
 
 
+def _split_heads(x: Inputs, config: NSAConfig = CONFIG) -> Arguments:
+    B, T = x.q.shape[:2]
+    columns, size = sum(widths(config)), config.head_dim
+    product = torch.randn(B, T, columns, device=x.q.device, dtype=x.q.dtype, requires_grad=True)
+    bias = torch.randn(3 * config.num_heads, device=x.q.device, requires_grad=True)
+    positions = torch.arange(T, device=x.q.device)
+    return product, bias, *rope_table(positions, size, 100.0, torch.float32), config.key
+
+
+def _split_heads_backward(x: Inputs) -> Arguments:
+    product, _, cos, sin, key = _split_heads(x)
+    grads = [y.detach() for y in torch.ops.nsa.split_heads.default(product, None, cos, sin, key)]
+    return cos, sin, product.shape[-1], key, grads
+
+
+def _split_heads_shared(x: Inputs) -> Arguments:
+    return _split_heads(x, replace(CONFIG, independent_kv=False))
+
+
 OTHERS: dict[str, Callable[[Inputs], Arguments]] = {
     "fold": _fold,
     "fold_backward": _unfold,
@@ -207,12 +228,18 @@ OTHERS: dict[str, Callable[[Inputs], Arguments]] = {
     "block_means_backward": _block_means_backward,
     "select_blocks": _select_blocks,
     "rope_table": _rope_table,
+    "split_heads": _split_heads,
+    "split_heads_backward": _split_heads_backward,
+    "split_heads_shared": _split_heads_shared,
     "gated_attention": _gated_attention,
     "gated_attention_backward": _gated_attention_backward,
 }
 
-_KERNELS = ("window_attention", "selected_attention", "compressed_attention", "gated_attention")
-IN_TRITON = tuple(name for op in _KERNELS for name in (op, f"{op}_backward"))
+_KERNELS = (
+    *("window_attention", "selected_attention", "compressed_attention", "gated_attention"),
+    "split_heads",
+)
+IN_TRITON = (*(name for op in _KERNELS for name in (op, f"{op}_backward")), "split_heads_shared")
 """Made of Triton kernels: on a CPU they run in its interpreter alone."""
 IN_TORCH = tuple(
     name

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.backends.compiled.tiling import padded
+from nsa.core.kernel import kernel
 
 LOG2E = math.log2(math.e)
 LOG2_E = tl.constexpr(LOG2E)
@@ -36,7 +37,7 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     return (-q, -scale, -1.0) if scale < 0 else (torch.zeros_like(q), 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@kernel(do_not_specialize=["num_rows"])
 def nsa_bwd_preprocess(
     out_ptr,  # [B, T, H, V], contiguous
     dout_ptr,

@@ -7,10 +7,12 @@
 - their gated sum: the last two with the sum, and one backward for all (``gated/``);
 - a step of decode: three kernels of its own (``decode/``).
 
-What is around them (rotary embedding, gates) is plain PyTorch for Inductor to compile:
-:mod:`nsa.core.compile` does so for callers that compile nothing. On a CPU that is all it does: the
-branches are ``sdpa``'s there, whose loops over chunks that fit in a cache are faster than what
-Inductor makes of a sliding window (docs/experiments.md).
+What is around them (rotary embedding, gates) is plain PyTorch, which Inductor compiles inside a
+user's ``torch.compile``. Called eagerly on a GPU Inductor compiles nothing: the projections are
+split and rotated by one kernel (:mod:`nsa.core.split_heads`), and a first call builds all kernels
+side by side (:mod:`nsa.core.build`). On a CPU :mod:`nsa.core.compile` compiles the whole, and that
+is all: the branches are ``sdpa``'s there, whose loops over chunks that fit in a cache are faster
+than what Inductor makes of a sliding window (docs/experiments.md).
 
 The step signature is the one of :mod:`nsa.backends.protocol`.
 """
@@ -32,12 +34,10 @@ from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
 from nsa.core.inputs import AttentionInputs, DecodeInputs
 from nsa.core.packing import block_bounds, packed_tokens
-from nsa.core.toolchain import cpu_refusal, gpu_refusal
-from nsa.settings import Settings, foreign_variable
+from nsa.core.toolchain import INTERPRETED, cpu_refusal, gpu_refusal
+from nsa.settings import Settings
 
 MAX_HEAD = 256
-INTERPRETED = foreign_variable("TRITON_INTERPRET") == "1"
-"""Whether Triton kernels run on the CPU, in Triton's interpreter."""
 _MIN_CAPABILITY = (8, 0)
 _FP8_CAPABILITY = (8, 9)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.core.kernel import kernel
+
 _ELEMENTS = 2048
 """Of one program."""
 MOST_ELEMENTS = 2**31 - 2 * _ELEMENTS
@@ -18,7 +20,7 @@ MOST_ROWS = 65_535
 """Batch rows, in the second dimension of CUDA's grid."""
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def nsa_block_tokens_gather(
     x_ptr,  # [B, T, K, D]
     blocks_ptr,  # [B, N, K, L, D], contiguous; written
@@ -43,7 +45,7 @@ def nsa_block_tokens_gather(
     tl.store(blocks_ptr + b * N * (KV_HEADS * BLOCK * D) + at, row, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@kernel(do_not_specialize=["T", "N"])
 def nsa_block_tokens_scatter(
     grad_ptr,  # [B, N, K, L, D], contiguous
     total_ptr,  # [B, T, K, D], contiguous; written

@@ -5,9 +5,6 @@ B batch, T tokens, N compressed blocks, K key/value heads, D head size, L tokens
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -15,7 +12,7 @@ from nsa.config import NSAConfig
 from nsa.core.dtypes import accumulation_dtype
 from nsa.core.operators import config_of, define
 from nsa.core.packing import packed_blocks
-from nsa.core.toolchain import gpu_refusal
+from nsa.core.toolchain import has_triton
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -111,14 +108,9 @@ def _mean_backward(grad: Tensor, cu_seqlens: Tensor | None, T: int, key: str) ->
     return _scatter(shares.expand(-1, -1, -1, block, -1), cu_seqlens, T, key).to(grad.dtype)
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None and gpu_refusal() is None
-
-
 def _kernels_take(x: Tensor, cu_seqlens: Tensor | None, rows: int, elements: int) -> bool:
     """Whether the Triton kernels copy so many rows of so many elements."""
-    if cu_seqlens is not None or x.dtype not in _KERNEL_DTYPES or not _has_triton():
+    if cu_seqlens is not None or x.dtype not in _KERNEL_DTYPES or not has_triton():
         return False
     from nsa.core.block_tokens import kernels
 

@@ -25,6 +25,7 @@ from nsa.backends.compiled.decode.parts import (
     store_part,
     weigh,
 )
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _store_scores(sums_ptr, p, first_block, row, row_mask, C: tl.constexpr):
         tl.store(sums_ptr + at + C.ROWS, after, mask=row_mask[:, None])
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=["N", "splits", "num_tiles", "num_rows"],
     do_not_specialize_on_alignment=["position_ptr"],
 )

@@ -25,6 +25,7 @@ from nsa.backends.compiled.decode.parts import (
     weigh,
 )
 from nsa.backends.compiled.decode.window import oldest_visible
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def attend_blocks(
     return m_i, l_i, acc
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=["num_listed", "window", "table_stride"],
     do_not_specialize_on_alignment=["position_ptr", "page_table_ptr"],
 )

@@ -35,6 +35,7 @@ from nsa.backends.compiled.select.topn import (
     most_blocks,
     store_lists,
 )
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def _rank_chunk(
     return topn
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=["N", "splits", "num_tiles", "num_rows", "num_chunks", "chunk", "window"],
     do_not_specialize_on_alignment=["position_ptr"],
 )

@@ -18,6 +18,7 @@ from nsa.backends.compiled.columns import load_rows, scale_rows, store_rows, sum
 from nsa.backends.compiled.common import LOG2_E
 from nsa.backends.compiled.window.bwd_dq import dq_over_keys
 from nsa.backends.compiled.window.rows import load_heads, query_rows
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def _row_statistics(
     return (lse * LOG2_E, delta, weight), window
 
 
-@triton.jit(do_not_specialize=["rows", "T", "N", "window"])
+@kernel(do_not_specialize=["rows", "T", "N", "window"])
 def nsa_gated_bwd_dq(
     q_ptr,
     k_cmp_ptr,

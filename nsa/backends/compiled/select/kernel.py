@@ -43,6 +43,7 @@ from nsa.backends.compiled.select.topn import (
     most_blocks,
     store_lists,
 )
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -152,7 +153,7 @@ def _add_scored(
     return topn, forced_mass
 
 
-@triton.jit(do_not_specialize=["T", "L", "N", "num_tiles", "q_start"])
+@kernel(do_not_specialize=["T", "L", "N", "num_tiles", "q_start"])
 def nsa_select_topn(
     q_ptr,
     lse_ptr,

@@ -37,6 +37,7 @@ from nsa.backends.compiled.select.topn import (
     most_blocks,
     store_lists,
 )
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _key_masses(q, scale, lse, k, k_scale, C: tl.constexpr):
     return tl.sum(tl.exp(s) if C.IEEE else tl.exp2(s), 1)
 
 
-@triton.jit(do_not_specialize=["T", "L", "N", "q_start"])
+@kernel(do_not_specialize=["T", "L", "N", "q_start"])
 def nsa_select_in_regions(
     q_ptr,
     lse_ptr,

@@ -34,6 +34,7 @@ from nsa.backends.compiled.columns import (
     zeros,
 )
 from nsa.backends.compiled.common import LOG2_E
+from nsa.core.kernel import kernel
 
 FAR = tl.constexpr(2**31 - 1)
 """Past every token."""
@@ -155,7 +156,7 @@ def _part_row(begin, part, CHUNK: tl.constexpr, C: tl.constexpr):
     return (begin // CHUNK - 1).to(tl.int64) * C.SELECT_BLOCK + part + n
 
 
-@triton.jit(do_not_specialize=["T", "S", "q_start", "num_blocks"])
+@kernel(do_not_specialize=["T", "S", "q_start", "num_blocks"])
 def nsa_selected_bwd_dkv(
     q_ptr,
     k_ptr,
@@ -249,7 +250,7 @@ def nsa_selected_bwd_dkv(
         add_to_rows(dv_ptr + grad_row * C.V, None, dv, exists, C.V, C.BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["S", "num_blocks", "entries"])
+@kernel(do_not_specialize=["S", "num_blocks", "entries"])
 def nsa_selected_bwd_sum(
     parts_ptr,  # as of :func:`nsa_selected_bwd_dkv`, as are the other arguments
     dk_ptr,

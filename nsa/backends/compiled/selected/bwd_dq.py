@@ -27,6 +27,7 @@ from nsa.backends.compiled.selected.query_tile import (
     locate_tile,
     phase_steps,
 )
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def _add_keys(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "num_tiles", "S", "q_start"])
+@kernel(do_not_specialize=["T", "num_tiles", "S", "q_start"])
 def nsa_selected_bwd_dq(
     q_ptr,
     k_ptr,

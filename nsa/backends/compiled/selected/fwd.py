@@ -28,6 +28,7 @@ from nsa.backends.compiled.selected.query_tile import (
     locate_tile,
     phase_steps,
 )
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def _attend(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["T", "num_tiles", "S", "q_start"])
+@kernel(do_not_specialize=["T", "num_tiles", "S", "q_start"])
 def nsa_selected_fwd(
     q_ptr,
     k_ptr,

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.core.kernel import kernel
+
 _BLOCK = 1024
 """Pairs of one program."""
 
@@ -48,7 +50,7 @@ class InverseIndex(NamedTuple):
     """Ordered: entries of every chunk of a block but its last; else None."""
 
 
-@triton.jit(do_not_specialize=["T", "pairs", "key_rows", "q_start", "num_blocks", "nowhere"])
+@kernel(do_not_specialize=["T", "pairs", "key_rows", "q_start", "num_blocks", "nowhere"])
 def nsa_selected_block_ids(
     block_idx_ptr,  # [B, T, K, n], contiguous
     seq_start_ptr,  # [T], with PACKED
@@ -81,7 +83,7 @@ def nsa_selected_block_ids(
     tl.store(block_ids_ptr + pair, block_id.to(block_ids_ptr.dtype.element_ty), mask=pair <= pairs)
 
 
-@triton.jit(do_not_specialize=["pairs", "nowhere", "halvings"])
+@kernel(do_not_specialize=["pairs", "nowhere", "halvings"])
 def nsa_selected_chunk_begins(
     block_ids_ptr,
     begins_ptr,
@@ -111,7 +113,7 @@ def nsa_selected_chunk_begins(
     tl.store(begins_ptr + entry, begins.to(tl.int32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@kernel(do_not_specialize=["pairs"])
 def nsa_selected_chunk_offsets(
     order_ptr,
     begun_ptr,  # chunks that began up to each entry

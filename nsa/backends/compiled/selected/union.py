@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nsa.backends.compiled.selected.tiles import has_union
 from nsa.backends.compiled.tiling import padded
+from nsa.core.kernel import kernel
 
 
 class TileUnions(NamedTuple):
@@ -37,7 +38,7 @@ class TileUnions(NamedTuple):
     """int32 ``[B, tiles, K]``"""
 
 
-@triton.jit(do_not_specialize=["T", "num_tiles", "key_rows", "q_start"])
+@kernel(do_not_specialize=["T", "num_tiles", "key_rows", "q_start"])
 def nsa_selected_union(
     block_idx_ptr,  # [B, T, K, n], contiguous
     seq_start_ptr,  # [T], with PACKED

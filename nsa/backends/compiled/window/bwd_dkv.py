@@ -10,7 +10,6 @@ C, LEAD, STRIDE and ``seq_starts``: :mod:`.bounds`.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from nsa.backends.compiled.columns import (
@@ -32,9 +31,10 @@ from nsa.backends.compiled.window.bounds import (
     visible_to,
 )
 from nsa.backends.compiled.window.rows import load_heads, locate
+from nsa.core.kernel import kernel
 
 
-@triton.jit(do_not_specialize=["T", "S", "window", "q_start", "splits"])
+@kernel(do_not_specialize=["T", "S", "window", "q_start", "splits"])
 def nsa_window_bwd_dkv(
     q_ptr,
     k_ptr,

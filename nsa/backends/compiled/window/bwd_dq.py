@@ -26,6 +26,7 @@ from nsa.backends.compiled.window.rows import (
     load_keys,
     query_rows,
 )
+from nsa.core.kernel import kernel
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def dq_over_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["T", "window", "q_start"])
+@kernel(do_not_specialize=["T", "window", "q_start"])
 def nsa_window_bwd_dq(
     q_ptr,
     k_ptr,

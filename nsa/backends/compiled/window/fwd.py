@@ -11,7 +11,6 @@ C, LEAD, STRIDE and ``seq_starts``: :mod:`.bounds`.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from nsa.backends.compiled.columns import (
@@ -30,9 +29,10 @@ from nsa.backends.compiled.window.rows import (
     load_keys,
     query_rows,
 )
+from nsa.core.kernel import kernel
 
 
-@triton.jit(do_not_specialize=["T", "window", "q_start"])
+@kernel(do_not_specialize=["T", "window", "q_start"])
 def nsa_window_fwd(
     q_ptr,
     k_ptr,
