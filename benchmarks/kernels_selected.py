@@ -1,13 +1,14 @@
 """The Triton kernels of the selected branch on a GPU: every part, several tilings, in one run.
 
     python benchmarks/kernels_selected.py --length 65536 --share 0.2
-    python benchmarks/kernels_selected.py --length 32768 --heads 32 --kv-heads 8 --only forward
+    python benchmarks/kernels_selected.py --length 32768 --heads 32 --kv-heads 8 --only dkv
     python benchmarks/kernels_selected.py --select-share 4    # one list for four tokens
     python benchmarks/kernels_selected.py --length 32768 --head-dim 192    # the paper's heads
 
 Each tiling is first held to a dense fp32 computation on 1000 tokens (the compiled kernel is the
 same), then timed: medians in milliseconds, by CUDA events. TFLOP/s counts the products of queries
-with the keys they list, nothing that a tile computes in vain.
+with the keys they list, nothing that a tile computes in vain. Far blocks are left to
+``selected_groups.py``: tilings of the forward have none here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from functools import partial
 
 import torch
@@ -30,6 +32,7 @@ from nsa.backends.compiled.selected.launch import (
 )
 from nsa.backends.compiled.selected.shared import shared_index
 from nsa.backends.compiled.selected.tiles import (
+    ForwardTiles,
     KeyTiles,
     QueryTiles,
     SelectedTiles,
@@ -111,7 +114,7 @@ class Problem:
         self.out, self.lse = self.forward(None)
         self.delta = (self.dout.float() * self.out.float()).sum(-1)
 
-    def forward(self, tiles: QueryTiles | None, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def forward(self, tiles: ForwardTiles | None, **kwargs: object) -> tuple[Tensor, Tensor]:
         tensors = (self.q, self.k, self.v, self.block_idx)
         return selected_forward(*tensors, **self.common, tiles=tiles, **kwargs)
 
@@ -336,7 +339,9 @@ def main() -> None:
             ms = median_ms(big.index(chunk))
             print(f"{'inverse':12s} {ms:8.3f} ms         in chunks of {chunk}")
     if "forward" in args.only:
-        for tiles in variants(query_variants(G, n, default.forward, args.select_share)):
+        base = QueryTiles(**{x.name: getattr(default.forward, x.name) for x in fields(QueryTiles)})
+        for query in variants(query_variants(G, n, base, args.select_share)):
+            tiles = ForwardTiles(**asdict(query))
             unions = None if args.select_share > 1 else big.unions(tiles.tokens)()
             ms = attempt(
                 lambda: hold(

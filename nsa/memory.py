@@ -22,7 +22,12 @@ from typing import NamedTuple
 
 import torch
 
-from nsa.backends.compiled.selected.tiles import dq_dtype
+from nsa.backends.compiled.selected.tiles import (
+    dq_dtype,
+    part_bytes,
+    part_slices,
+    tiles_for,
+)
 from nsa.backends.sdpa.numerics import CPU_CHUNK_ELEMENTS
 from nsa.backends.sdpa.selected import EVEN
 from nsa.backends.shared.block_tiles import TILE_ROWS
@@ -396,23 +401,49 @@ def _compiled_phases(s: _Shapes, saved: int) -> dict[str, int]:
     """The moments at which the Triton kernels have most in use."""
     weight = s.dim * s.config.num_heads * s.config.dv * s.e  # gradient of o_proj
     call = _compiled_call_phases(s, saved + s.result + weight)
-    return {**call, "forward": saved + s.result}
+    phases = {**call, "forward": saved + s.result}
+    if "forward, selected" in call:
+        phases["forward, selected"] -= s.result + weight
+    return phases
 
 
 def _compiled_call_phases(s: _Shapes, saved: int) -> dict[str, int]:
     c, e = s.config, s.e
     K, D = c.num_kv_heads, c.head_dim
-    dq = s.q * dq_dtype(s.dtype, D).itemsize
+    dq = s.q * dq_dtype(s.dtype, D, c.dv, c.group).itemsize
     rows = (6 * 4 + 3 * e) * s.statistics  # statistics of every row, gradients of the gates
     compressed = s.B * s.N * K * (D + c.dv)
     index = s.B * -(-s.T // c.select_share) * K * c.num_selected * _INDEX_BYTES
     backward = saved + dq + rows + compressed * e
+    later = 2 * s.out * e + s.statistics * s.wide  # window and sum
+    far = _far_parts(s)
     return {
         "forward": saved,
+        **({"forward, selected": saved - later + far} if far else {}),
         "backward, compressed": backward + _parts(s, s.N, s.N * c.compress_stride),
         "backward, window": backward + s.kv * e + _parts(s, s.T, c.window),
         "backward, selected": backward + s.kv * (e + 4) + index,
     }
+
+
+def _far_parts(s: _Shapes) -> int:
+    """Of far blocks in the forward of the selected branch, with their index."""
+    c, K = s.config, s.config.num_kv_heads
+    n, G = c.num_selected, c.group
+    far = tiles_for(
+        *(c.head_dim, c.dv, G),
+        width=n,
+        select_block=c.select_block,
+        dtype=s.dtype,
+        length=s.T,
+        share=c.select_share,
+    ).forward.far
+    if far is None or s.T <= far.since:
+        return 0
+    token = part_bytes(n, G, c.dv, s.e)
+    tokens, heads = part_slices(s.B, s.T, K, token=token, width=n)
+    rows = s.B if tokens == s.T else 1
+    return heads * tokens * token + rows * tokens * K * n * _INDEX_BYTES
 
 
 def _parts(s: _Shapes, keys: int, reach: int) -> int:

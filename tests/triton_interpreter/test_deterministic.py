@@ -83,9 +83,10 @@ def problem(shape: dict[str, Any], share: int = 1) -> Inputs:
         (1, tiling(4, chunk=4), {"dselected.k", "dselected.v"}),
         (1, tiling(4, chunk=100, with_dq=True), {"dq"}),
         (1, tiling(4, chunk=4, ordered=True), set()),
+        (1, tiling(4, chunk=4, ordered=True, since=0), set()),
         (3, tiling(3, chunk=6, ordered=True), set()),
     ],
-    ids=["any order", "dq in any order", "ordered", "ordered, shared lists"],
+    ids=["any order", "dq in any order", "ordered", "ordered, far blocks", "ordered, shared lists"],
 )
 def test_the_order_of_programs(
     shape: dict[str, Any],
@@ -136,6 +137,7 @@ def test_tiles_of_the_mode() -> None:
             assert (long.dkv.ordered, long.dkv.with_dq) == (True, False)
             assert short == long
             assert (usual.forward, usual.dq) == (long.forward, long.dq)
+            assert (usual.forward.far is None) == (share > 1 or shape[2] > 4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -196,10 +198,12 @@ def test_parts_of_the_compressed_branch(mode: bool, monkeypatch: pytest.MonkeyPa
     assert found == ([] if mode else ["dk", "dv"])
 
 
-@pytest.mark.parametrize("share", [1, 3])
-def test_selected_attention_packed_and_alone(share: int) -> None:
+@pytest.mark.parametrize(("share", "since"), [(1, None), (1, 9), (3, None)])
+def test_selected_attention_packed_and_alone(share: int, since: int | None) -> None:
     x = problem(SHAPES["packed"], share)
-    tiles = tiling(3, key_tokens=2, chunk=6, ordered=True)
+    if since is not None:
+        x = listed(replace(x, config=replace(x.config, select_block=2)), 5)
+    tiles = tiling(3, key_tokens=2, chunk=6, ordered=True, since=since)
     packed = run(x, tiles, share)
     for first, end in ((0, 2), (2, 17)):
         alone = tokens(x, first, end)

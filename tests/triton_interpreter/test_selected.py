@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -19,6 +19,8 @@ from nsa.backends.compiled.selected.inverse_index import inverse_index
 from nsa.backends.compiled.selected.launch import selected_backward, selected_forward
 from nsa.backends.compiled.selected.tiles import (
     ROWS,
+    FarTiles,
+    ForwardTiles,
     KeyTiles,
     QueryTiles,
     SelectedTiles,
@@ -31,6 +33,7 @@ from nsa.backends.compiled.tiling import UNTUNED
 from nsa.core.packing import packed_tokens
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
+from tests.support.deterministic import unequal
 from tests.triton_interpreter import triton_fixes
 
 triton_fixes.apply()
@@ -48,12 +51,23 @@ CONFIG = NSAConfig(
 )
 
 
-def tiling(tokens: int = 4, block_n: int = 16, *, key_tokens: int = 4, **key: Any) -> SelectedTiles:
-    """Small tiles, which take many steps."""
+def tiling(
+    tokens: int = 4,
+    block_n: int = 16,
+    *,
+    key_tokens: int = 4,
+    since: int | None = None,
+    room: int = 10**9,
+    **key: Any,
+) -> SelectedTiles:
+    """Small tiles, which take many steps; far blocks from position ``since`` on."""
     common: dict[str, int] = {"block_n": block_n, "num_warps": 4, "num_stages": 1}
     query = QueryTiles(tokens=tokens, **common)
     dkv = KeyTiles(tokens=key_tokens, **common, **{"chunk": 12, **key})
-    return SelectedTiles(forward=query, dq=query, dkv=dkv)
+    far = None
+    if since is not None:
+        far = FarTiles(tokens=key_tokens, **common, chunk=dkv.chunk, since=since, room=room)
+    return SelectedTiles(forward=ForwardTiles(**asdict(query), far=far), dq=query, dkv=dkv)
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +197,42 @@ def test_shared_lists(share: int, tiles: SelectedTiles | None, lengths: Any) -> 
     check(listed(make_inputs(config, **shape, seed=share)), tiles, share)
 
 
+@pytest.mark.parametrize(
+    ("heads", "shape", "since", "dtype"),
+    [
+        ((4, 4), {"length": 23}, 0, torch.bfloat16),
+        ((4, 2), {"lengths": (0, 17, 1, 0, 14)}, 0, torch.float32),
+        ((4, 1), {"length": 19, "batch": 2}, 13, torch.float16),
+        ((8, 1), {"lengths": (16, 12)}, 13, torch.float32),
+    ],
+    ids=str,
+)
+def test_far_blocks(
+    heads: tuple[int, int], shape: dict[str, Any], since: int, dtype: torch.dtype
+) -> None:
+    """From the first token on or not; blocks of fewer keys than a tile."""
+    config = replace(CONFIG, num_heads=heads[0], num_kv_heads=heads[1], select_block=4)
+    inputs = listed(make_inputs(config, **shape, dtype=dtype), 6, seed=since)
+    check(inputs, tiling(since=since, with_dq=True))
+
+
+@pytest.mark.parametrize("shape", [{"length": 11, "batch": 2}, {"lengths": (9, 0, 6)}], ids=str)
+def test_far_blocks_in_slices(shape: Any) -> None:
+    """Parts of some tokens, or of some heads, at a time: the same bits."""
+    config = replace(CONFIG, num_kv_heads=3, select_block=2)
+    x = listed(make_inputs(config, **shape), 6)
+
+    def forward(room: int) -> dict[str, Tensor]:
+        given = (x.q.detach(), *(y.detach() for y in x.selected), x.block_idx)
+        call: dict[str, Any] = {"start": starts(x), "select_block": 2, "scale": 0.5}
+        found = selected_forward(*given, **call, tiles=tiling(since=0, room=room).forward)
+        return dict(zip(("out", "lse"), found, strict=True))
+
+    want = forward(10**9)
+    for room in (2000, 12_000):
+        assert unequal(want, forward(room)) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dq_beside_dk_and_dv_in_half_precision(dtype: torch.dtype) -> None:
     """bf16 scales ds before it is rounded; fp16 has few small numbers: dk and dq, after it."""
@@ -196,8 +246,10 @@ def test_packed_with_empty_sequences(width: int | None) -> None:
     check(listed(make_inputs(CONFIG, lengths=lengths, seed=5), width, seed=1), tiling(8))
 
 
-@pytest.mark.parametrize(("rows", "S"), [(1, 23), (7, 23), (7, 17)])
-def test_position_of_the_first_row(rows: int, S: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "S", "since"), [(1, 23, None), (7, 23, None), (7, 17, None), (7, 9, 19)]
+)
+def test_position_of_the_first_row(rows: int, S: int, since: int | None) -> None:
     """A few rows of q alone, fewer or more keys; those that no row sees get zero gradients."""
     T = 20
     inputs = listed(make_inputs(CONFIG, length=23, batch=2, dtype=torch.float64), 4)
@@ -215,7 +267,7 @@ def test_position_of_the_first_row(rows: int, S: int) -> None:
         "scale": CONFIG.softmax_scale,
         "q_start": T - rows,
     }
-    found = selected_forward(q, k, v, block_idx, **common, tiles=tiling().forward)
+    found = selected_forward(q, k, v, block_idx, **common, tiles=tiling(since=since).forward)
     found += selected_backward(dout, q, k, v, *found, block_idx, **common, tiles=tiling())
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a.double(), b.detach(), rtol=1e-5, atol=1e-6)
@@ -229,7 +281,7 @@ def test_nothing_to_see() -> None:
     blocks[:, 3:9, :, 0] = 2  # past the query until row 12
     blocks[:, 9:, 0] = torch.tensor([1, 2**30, 2**31 - 1])
     inputs = replace(inputs, block_idx=blocks)
-    found = run(inputs, tiling(4))
+    found = run(inputs, tiling(4, since=0))
     seen = torch.zeros(1, 15, 6, dtype=torch.bool)
     seen[:, 9:, :3] = True
     assert torch.equal(found["lse.selected"] > float("-inf"), seen)
@@ -341,7 +393,7 @@ def test_dq_is_in_fp32_where_atomic_adds_sum_it() -> None:
                 for G in (1, 6, 16):
                     sizes = {"width": 16, "select_block": 64, "dtype": dtype, "length": 10**6}
                     tiles = tiles_for(D, V, G, **sizes)
-                    assert not tiles.dkv.with_dq or dq_dtype(dtype, D) == torch.float32
+                    assert not tiles.dkv.with_dq or dq_dtype(dtype, D, V, G) == torch.float32
     assert tiles_for(64, 64, 6, **sizes).dkv.with_dq
 
 

@@ -70,6 +70,12 @@ def problems() -> Iterator[Inputs]:
             yield make_inputs(
                 config, dtype=dtype, device="cuda", surplus="lengths" in shape, **shape
             )
+    yield make_inputs(  # long enough for far blocks
+        replace(WIDE, num_heads=4),
+        length=4200,
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
     yield make_inputs(  # long enough for dq beside dk and dv
         replace(SMALL, num_heads=6, num_kv_heads=1),
         length=2100,

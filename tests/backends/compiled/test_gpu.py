@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nsa import NSAConfig, nsa_attention, resolve
+from nsa.backends.compiled import steps as compiled
 from nsa.core import compile as core_compile
 from nsa.testing import Inputs, attention_parity, make_inputs, random_blocks, selection_faults
 from nsa.testing.strategies import Case, cases
@@ -109,6 +110,24 @@ def test_parity_of_a_long_sequence(dtype: torch.dtype) -> None:
     config = replace(SMALL, num_heads=6, num_kv_heads=1, num_selected=16)
     length = selected_tiles.WITH_DQ_FROM + 77
     assert faults(problem(config, dtype, length=length)) == []
+
+
+@pytest.mark.parametrize("heads", [(8, 2), (2, 2)], ids=["G4", "G1"])
+def test_far_blocks(heads: tuple[int, int]) -> None:
+    """Small groups take blocks by key tiles from some position on; the bits are the pack's."""
+    from nsa.backends.compiled.selected.tiles import FAR_SINCE
+
+    config = replace(WIDE, num_heads=heads[0], num_kv_heads=heads[1], num_selected=16)
+    long = FAR_SINCE + 777
+    for shape in ({"length": long}, {"lengths": (333, long, 0, 1)}):
+        assert faults(problem(config, torch.bfloat16, **shape)) == []
+    x = problem(config, torch.bfloat16, lengths=(333, long))
+    assert x.block_idx is not None
+    q, k, v = x.q.detach(), *(y.detach() for y in x.selected)
+    found = compiled.selected_attention(q, k, v, x.block_idx, config, x.cu_seqlens)
+    alone = (y[:, 333:] for y in (q, k, v, x.block_idx))
+    for a, b in zip(found, compiled.selected_attention(*alone, config), strict=True):
+        assert torch.equal(a[:, 333:], b)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

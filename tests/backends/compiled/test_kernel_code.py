@@ -51,8 +51,8 @@ SPILLING = {
 """What else some kernels may spill, since they were faster so on an H100, or since nobody has tuned
 the shape."""
 PAPER, WIDE, SMALL = (64, 4, 192, 128), (64, 4, 128, 128), (12, 2, 64, 64)
-EIGHTY = (64, 4, 80, 80)
-SHAPES = {"paper": PAPER, "wide": WIDE, "small": SMALL, "eighty": EIGHTY}
+EIGHTY, GROUPS = (64, 4, 80, 80), (32, 8, 128, 128)
+SHAPES = {"paper": PAPER, "wide": WIDE, "small": SMALL, "eighty": EIGHTY, "groups": GROUPS}
 """Hq, Hkv, Dk, Dv."""
 SERIALIZED = {("nsa_window_fwd", "wide")}
 """With heads of 128 the window's forward has 128 registers, so that two programs share a
@@ -82,6 +82,7 @@ SLOW = {
     "wide": (STEPS[13], STEPS[-1]),
     "small": (*OPTIONS, *STEPS[9:11], *STEPS[13:]),
     "eighty": tuple(step for step in STEPS if step != "window backward"),
+    "groups": tuple(step for step in STEPS if step not in STEPS[7:9]),
 }
 MAX_ARGUMENTS = 30
 """Of a kernel, compile-time constants apart; a tuple counts as one."""
@@ -112,7 +113,7 @@ def launch(shape: tuple[int, int, int, int], step: str) -> list[Code]:
     ks, vs = gated.Branches(k_cmp, k, k), gated.Branches(v_cmp, v, v)
     layout = gated.Layout(blocks, 64, 512, scale)
     of_all = (gated.Branches(out, out, out), gated.Branches(lse, lse, lse), lists, layout)
-    dtype = dq_dtype(q.dtype, D)
+    dtype = dq_dtype(q.dtype, D, V, H // K)
     chosen = {"start": None, "select_block": 64, "scale": scale}
     config = NSAConfig(num_heads=H, num_kv_heads=K, head_dim=D, value_dim=V, rope_theta=None)
     optional = replace(

@@ -65,10 +65,14 @@ def _backward(dout: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, ...]:
         block_idx,
         _layout(q.shape[1], *call[:-1]),
         gates_in_unit_interval=call[-1],
-        dq_dtype=dq_dtype(q.dtype, q.shape[3]),
+        dq_dtype=_dq_dtype(q, given[1]),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk[0], dv[0], dk[1], dv[1], dk[2], dv[2], dgates
+
+
+def _dq_dtype(q: Tensor, v: Tensor) -> torch.dtype:
+    return dq_dtype(q.dtype, q.shape[3], v.shape[3], q.shape[2] // v.shape[2])
 
 
 def _outputs(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *rest: object) -> tuple[Tensor, ...]:
@@ -83,7 +87,7 @@ def _outputs(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *rest: object) -> tuple[Te
 def _gradients_like(dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Like q, then k and v of the compressed, selected and window branch, then the gates."""
     q = inputs[0]
-    dtypes = {0: dq_dtype(q.dtype, q.shape[3]), 3: torch.float32, 4: torch.float32}
+    dtypes = {0: _dq_dtype(q, inputs[2]), 3: torch.float32, 4: torch.float32}
     return tuple(
         x.new_empty(x.shape, dtype=dtypes.get(i, x.dtype)) for i, x in enumerate(inputs[:8])
     )

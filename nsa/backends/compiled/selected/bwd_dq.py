@@ -103,7 +103,9 @@ def nsa_selected_bwd_dq(
     WEIGHTED: tl.constexpr,
     C: tl.constexpr,
 ):
-    b, kv_head, token, head, bit, mask, blocks = locate_tile(T, num_tiles, KV_HEADS, union_ptrs, C)
+    b, kv_head, token, head, bit, mask, blocks = locate_tile(
+        tl.program_id(0), T, num_tiles, KV_HEADS, union_ptrs, C
+    )
     n = tl.arange(0, C.BLOCK_N)
     last_row = tl.minimum(q_start + token, S - 1)
     row = (b * T + token) * (KV_HEADS * C.G) + head

@@ -21,6 +21,7 @@ from nsa.backends.compiled.columns import (
     zeros,
 )
 from nsa.backends.compiled.common import LN_2
+from nsa.backends.compiled.selected.far import merge_parts
 from nsa.backends.compiled.selected.query_tile import (
     block_step,
     load_keys,
@@ -70,7 +71,7 @@ def _attend(
     return m_i, l_i, acc
 
 
-@kernel(do_not_specialize=["T", "num_tiles", "S", "q_start"])
+@kernel(do_not_specialize=["T", "num_tiles", "S", "q_start", "first_head"])
 def nsa_selected_fwd(
     q_ptr,
     k_ptr,
@@ -78,6 +79,7 @@ def nsa_selected_fwd(
     out_ptr,  # [B, T, H, V], contiguous
     lse_ptr,  # [B, T, H], contiguous
     union_ptrs,  # of :func:`.query_tile.locate_tile`
+    part_ptrs,  # of :class:`.far.Parts`, with SINCE
     q_strides,
     k_strides,
     v_strides,
@@ -85,11 +87,16 @@ def nsa_selected_fwd(
     num_tiles,
     S,
     q_start,
+    first_head,  # of this launch: b*K + kv_head
     KV_HEADS,
     scale_log2,
+    SINCE: tl.constexpr,
     C: tl.constexpr,
 ):
-    b, kv_head, token, head, bit, mask, blocks = locate_tile(T, num_tiles, KV_HEADS, union_ptrs, C)
+    pid = tl.program_id(0) + first_head * num_tiles
+    b, kv_head, token, head, bit, mask, blocks = locate_tile(
+        pid, T, num_tiles, KV_HEADS, union_ptrs, C
+    )
     n = tl.arange(0, C.BLOCK_N)
     last_row = tl.minimum(q_start + token, S - 1)
     q = load_queries(q_ptr, q_strides, b, token, head, mask, C.D, C.BLOCK_D)
@@ -101,6 +108,11 @@ def nsa_selected_fwd(
     m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.full([C.BLOCK_M], 0.0, tl.float32)
     acc = zeros(C.BLOCK_M, C.BLOCK_DV)
+    if SINCE is not None:
+        m_i, l_i, acc = merge_parts(
+            *(part_ptrs, first_head, b, kv_head, token, head, mask),
+            *(T, S, q_start, KV_HEADS, SINCE, C),
+        )
     for phase in tl.static_range(0 if C.SHARED else 1, 2):
         begin, end = phase_steps(phase, blocks[2], C)
         m_i, l_i, acc = _attend(

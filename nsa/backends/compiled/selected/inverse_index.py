@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.backends.compiled.selected.far import is_far
 from nsa.core.kernel import kernel
 
 _BLOCK = 1024
@@ -31,13 +32,14 @@ class InverseIndex(NamedTuple):
     """Integers ``[P + 1]``, sorted: ``(b*K + kv_head)*num_blocks + first key row // block_pitch``;
     blocks that nobody sees, and one more, stand at the end as ``B*K*num_blocks``."""
     tokens: Tensor
-    """int32 ``[P + 1]``, ``b*T + t`` of each sorted pair."""
+    """int32 ``[P + 1]``, ``b*T + t`` of each sorted pair; of far pairs alone, n times that plus the
+    place in the token's list."""
     offsets: Tensor
     """int32 ``[P + 2]``, first pair of each chunk, and the end of the last; then not set."""
     num_chunks: Tensor
     """int32 ``[1]``"""
     max_chunks: int
-    """What the host knows of ``num_chunks``."""
+    """What the host knows of ``num_chunks``, or of the chunks of fewer heads."""
     num_blocks: int
     """Of one batch row and head, as far as ``block_ids`` counts them."""
     block_pitch: int
@@ -48,6 +50,8 @@ class InverseIndex(NamedTuple):
     """int32 ``[P + 1]``, past the last of them; None: they are ``share`` everywhere."""
     chunk: int | None = None
     """Ordered: entries of every chunk of a block but its last; else None."""
+    head_chunks: Tensor | None = None
+    """Of far pairs alone: int32 ``[B*K + 1]``, the first chunk of each head; then their number."""
 
 
 @kernel(do_not_specialize=["T", "pairs", "key_rows", "q_start", "num_blocks", "nowhere"])
@@ -65,6 +69,7 @@ def nsa_selected_block_ids(
     WIDTH: tl.constexpr,
     SELECT_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
+    SINCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -74,10 +79,13 @@ def nsa_selected_block_ids(
     kv_head = pair // WIDTH % KV_HEADS
     b = token // T
     t = token - b * T
-    first_row = j * SELECT_BLOCK
+    seq_start = tl.zeros_like(t)
     if PACKED:
-        first_row += tl.load(seq_start_ptr + t, mask=mask, other=0)
+        seq_start += tl.load(seq_start_ptr + t, mask=mask, other=0)
+    first_row = seq_start + j * SELECT_BLOCK
     visible = mask & (j >= 0) & (first_row <= q_start + t) & (first_row < key_rows)
+    if SINCE is not None:
+        visible = visible & is_far(j, seq_start, q_start + t, SELECT_BLOCK, SINCE)
     block_id = (b * KV_HEADS + kv_head) * num_blocks + (first_row if PACKED else j)
     block_id = tl.where(visible, block_id, nowhere)
     tl.store(block_ids_ptr + pair, block_id.to(block_ids_ptr.dtype.element_ty), mask=pair <= pairs)
@@ -124,12 +132,16 @@ def nsa_selected_chunk_offsets(
     pairs,
     KV_HEADS,
     WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = entry <= pairs
     pair = tl.load(order_ptr + entry, mask=mask, other=0)
-    tl.store(tokens_ptr + entry, (pair // WIDTH // KV_HEADS).to(tl.int32), mask=mask)
+    token = pair // WIDTH // KV_HEADS
+    if PLACES:
+        token = token * WIDTH + pair % WIDTH
+    tl.store(tokens_ptr + entry, token.to(tl.int32), mask=mask)
     # the first pair is in chunk 0, though nobody may see it
     chunk = tl.load(begun_ptr + entry, mask=mask, other=0) - tl.load(begins_ptr)
     begins = tl.load(begins_ptr + entry, mask=mask, other=0) != 0
@@ -147,12 +159,15 @@ def inverse_index(
     ordered: bool = False,
     q_start: int = 0,
     sequences: int | None = None,
+    since: int | None = None,
+    heads: int | None = None,
 ) -> InverseIndex:
     """Sorts the pairs by block and cuts them into chunks of at most ``chunk`` tokens of one block.
 
     Arguments as of :func:`.union.tile_unions`. Chunks stand by batch row, head, block, and within
     one by token. ``ordered``: each block is divided from its first token on. ``sequences``: at most
-    so many packed ones.
+    so many packed ones. ``since``: of far pairs alone (:mod:`.far`), the position of the first
+    token that has some. ``heads``: of a launch, all if None.
     """
     B, T, K, n = block_idx.shape
     block_idx = block_idx.contiguous()
@@ -177,6 +192,7 @@ def inverse_index(
         WIDTH=n,
         SELECT_BLOCK=select_block,
         PACKED=packed,
+        SINCE=since,
         **options,
     )
     block_ids, order = block_ids.sort(stable=True)
@@ -190,12 +206,22 @@ def inverse_index(
     begun = begins.cumsum(0, dtype=torch.int32)
     tokens, offsets, num_chunks = empty(pairs + 1), empty(pairs + 2), empty(1)
     nsa_selected_chunk_offsets[grid](
-        *(order, begun, begins, tokens, offsets, num_chunks, pairs, K), WIDTH=n, **options
+        *(order, begun, begins, tokens, offsets, num_chunks, pairs, K),
+        WIDTH=n,
+        PLACES=since is not None,
+        **options,
     )
-    most = triton.cdiv(key_rows, select_block)
+    blocks = triton.cdiv(key_rows, select_block)
     if packed:  # the last block of a sequence may be short
         short = key_rows if sequences is None else sequences
-        most = min(key_rows, key_rows // select_block + short)
-    max_chunks = triton.cdiv(pairs, chunk) + min(pairs, B * K * most)
+        blocks = min(key_rows, key_rows // select_block + short)
+
+    heads = heads or B * K
+    listed = pairs // (B * K) * heads
+    max_chunks = 1 + listed // chunk + min(listed, heads * blocks)
     found = InverseIndex(block_ids, tokens, offsets, num_chunks, max_chunks, num_blocks, pitch)
+    if since is not None:
+        first = torch.arange(B * K + 1, dtype=torch.int64, device=device) * num_blocks
+        first = torch.searchsorted(block_ids[:-1], first.to(dtype))
+        found = found._replace(head_chunks=begun[first] - begins[0])
     return found._replace(chunk=chunk) if ordered else found

@@ -1,5 +1,5 @@
 """Selected attention (paper Eq. 11-12), forward and backward: launches of :mod:`.fwd`,
-:mod:`.bwd_dq` and :mod:`.bwd_dkv`.
+:mod:`.bwd_dq` and :mod:`.bwd_dkv`; of :mod:`.far` in :mod:`.far_launch`.
 
 B batch, T query tokens, S key tokens, H query heads, K key/value heads, G heads per group, D key
 size, V value size, n selected blocks.
@@ -16,11 +16,13 @@ from torch import Tensor
 from nsa.backends.compiled.common import LOG2E, bwd_preprocess, rows_contiguous
 from nsa.backends.compiled.selected.bwd_dkv import nsa_selected_bwd_dkv, nsa_selected_bwd_sum
 from nsa.backends.compiled.selected.bwd_dq import nsa_selected_bwd_dq
+from nsa.backends.compiled.selected.far_launch import forward_with_far_blocks
 from nsa.backends.compiled.selected.fwd import nsa_selected_fwd
 from nsa.backends.compiled.selected.inverse_index import InverseIndex, inverse_index
 from nsa.backends.compiled.selected.shared import shared_index, shared_lists
 from nsa.backends.compiled.selected.tiles import (
     Constants,
+    ForwardTiles,
     KeyTiles,
     QueryTiles,
     SelectedTiles,
@@ -43,7 +45,7 @@ def selected_forward(
     q_start: int = 0,
     share: int = 1,
     sequences: int | None = None,
-    tiles: QueryTiles | None = None,
+    tiles: ForwardTiles | None = None,
     unions: TileUnions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the tokens ``s <= t`` of the selected blocks.
@@ -65,7 +67,8 @@ def selected_forward(
             programs may start for nothing.
         tiles: of the launch; None takes :func:`default_tiles`. With ``share``, their tokens divide
             it.
-        unions: made by :func:`tile_unions` for as many tokens a tile as ``tiles`` has, or None.
+        unions: made by :func:`tile_unions` for as many tokens a tile as ``tiles`` has, or None;
+            where ``tiles`` have far blocks, None.
 
     Returns:
         out ``[B, T, H, V]`` in q's dtype and lse ``[B, T, H]``, fp32, natural log; 0 and −inf
@@ -79,16 +82,27 @@ def selected_forward(
         return out, lse
     tiles = tiles or default_tiles(q, v, block_idx, select_block, share).forward
     q, k, v = map(rows_contiguous, (q, k, v))
-    where: dict[str, Any] = {"start": start, "select_block": select_block, "q_start": q_start}
+    where: dict[str, Any] = {"start": start, "select_block": select_block, "sequences": sequences}
     with torch.cuda.device_of(q):
+        if tiles.far is not None:
+            assert share == 1 and unions is None, (share, unions)
+            call: dict[str, Any] = {
+                "scale": scale,
+                "q_start": q_start,
+                "tiles": tiles,
+                "far": tiles.far,
+            }
+            forward_with_far_blocks(q, k, v, block_idx, out, lse, **where, **call)
+            return out, lse
         blocks, num_tiles = _blocks_of_tiles(
-            block_idx, unions, tiles, key_rows=S, share=share, sequences=sequences, **where
+            block_idx, unions, tiles, key_rows=S, share=share, **where, q_start=q_start
         )
         nsa_selected_fwd[(B * num_tiles * K,)](
             *(q, k, v, out, lse),
-            blocks,
+            *(blocks, None),
             *(x.stride() for x in (q, k, v)),
-            *(T, num_tiles, S, q_start, K, scale * LOG2E),
+            *(T, num_tiles, S, q_start, 0, K, scale * LOG2E),
+            SINCE=None,
             C=_query_constants(q, v, block_idx, select_block, tiles, start, share),
             **launch_options(tiles.num_warps, tiles.num_stages),
         )

@@ -20,7 +20,7 @@ from nsa.backends.compiled.columns import load_rows
 
 
 @triton.jit
-def locate_tile(T, num_tiles, KV_HEADS, union_ptrs, C: tl.constexpr):
+def locate_tile(pid, T, num_tiles, KV_HEADS, union_ptrs, C: tl.constexpr):
     """Batch row and key/value head; of each row: the token, the query head, its bit in the union's
     masks, and whether it exists; and the tile's blocks, for :func:`block_step`.
 
@@ -28,7 +28,6 @@ def locate_tile(T, num_tiles, KV_HEADS, union_ptrs, C: tl.constexpr):
     of :class:`.shared.SharedLists`.
     """
     # Tiles of one head side by side: its keys and values then stay in the L2 cache.
-    pid = tl.program_id(0)
     tile = pid % num_tiles
     kv_head = (pid // num_tiles) % KV_HEADS
     b = (pid // num_tiles // KV_HEADS).to(tl.int64)

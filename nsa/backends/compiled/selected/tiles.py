@@ -7,7 +7,7 @@ times the G query heads of a key/value head. D key size, V value size, n selecte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,24 @@ ORDERED_CHUNK = 512
 through memory, at most two times the bytes of dk and dv in fp32 with 16 blocks of 64 listed."""
 
 FP32_DQ_SIZE = 64
-"""Head sizes D up to this one get dq in fp32, as :data:`WITH_DQ_FROM` needs."""
+"""Head sizes D up to this one get dq in fp32, and where a row sums it by atomic adds."""
+
+WITH_DQ_COLUMNS = 320
+"""Of keys and values together at most, with padding, where larger heads sum dq beside dk and dv:
+more do not stay in registers."""
+
+SMALL_GROUP = 8
+"""Query heads of a key/value head up to which far blocks are taken key-stationary (:mod:`.far`)."""
+
+FAR_BLOCK = 128
+"""Keys of a block at most there: a program holds all of it."""
+
+FAR_SINCE = 4096
+"""Position of the first token that has far blocks: up to there random lists of 16 blocks are most
+of what a token sees, and unions are small."""
+
+PARTS_BYTES = 2**29
+"""Of the parts of far blocks at one time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +71,26 @@ class QueryTiles:
     several."""
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FarTiles(QueryTiles):
+    """One launch of the kernel for far blocks, over key tiles; a step has all keys of a block."""
+
+    chunk: int
+    """As of :class:`KeyTiles`."""
+    since: int = FAR_SINCE
+    room: int = PARTS_BYTES
+    maxnreg: int | None = None
+    """As of :class:`KeyTiles`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardTiles(QueryTiles):
+    """The launches of the forward."""
+
+    far: FarTiles | None = None
+    """None: all blocks are near."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +111,7 @@ class KeyTiles(QueryTiles):
 class SelectedTiles:
     """The launches of one problem."""
 
-    forward: QueryTiles
+    forward: ForwardTiles
     dq: QueryTiles
     dkv: KeyTiles
 
@@ -96,6 +133,10 @@ class Row:
     dkv_maxnreg: int | None = None
     with_dq: bool = False
     """Whether long sequences sum dq beside dk and dv."""
+    far: tuple[int, int] | None = None
+    """Warps and stages of the kernel for far blocks; None: all blocks are near."""
+    chunk_rows: int = 0
+    """Rows of a chunk of key tiles, where :data:`CHUNK` tokens have fewer."""
     measured: str
     """The device and dtype that it was timed with, or :data:`UNTUNED`."""
 
@@ -136,6 +177,27 @@ BETWEEN = tuple(
     replace(LARGE_HEADS, D=size, V=size, dkv=(64, 1), measured=UNTUNED)
     for size in (80, 96)
 )
+
+
+def small_group(row: Row, G: int) -> Row:
+    """The row of fewer heads a group: far blocks, and dq, by key tiles.
+
+    A query tile's union grows with its tokens where neighbours share little, and key tiles read
+    the same whatever G is.
+    """
+    with_dq = head_columns(row.D) + head_columns(row.V) <= WITH_DQ_COLUMNS
+    return replace(
+        row,
+        G=G,
+        far=(4, 3),
+        chunk_rows=4096,
+        with_dq=with_dq,
+        dkv=(64, 1) if with_dq else row.dkv,
+        measured=UNTUNED,
+    )
+
+
+SMALL_GROUPS = tuple(small_group(LARGE_HEADS, G) for G in (8, 4, 2, 1))
 FP32 = Row(
     # IEEE fp32 has no matrix unit: small tiles.
     D=128,
@@ -148,7 +210,7 @@ FP32 = Row(
     dkv=(32, 1),
     measured=UNTUNED,
 )
-ROWS = (SMALL_HEADS, LARGE_HEADS, PAPER, *BETWEEN, FP32)
+ROWS = (SMALL_HEADS, LARGE_HEADS, *SMALL_GROUPS, PAPER, *BETWEEN, FP32)
 """A shape without a row of its own gets one by :func:`tile_row`'s rule."""
 
 
@@ -160,14 +222,20 @@ def tile_row(D: int, V: int, G: int, dtype: torch.dtype) -> Row:
         if (row.D, row.V, row.G, row.fp32) == (D, V, G, fp32):
             return row
     nearest = SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
-    same_heads = (row for row in ROWS if (row.D, row.V, row.fp32) == (D, V, fp32))
-    nearest = next(same_heads, FP32 if fp32 else nearest)
-    return replace(nearest, D=D, V=V, G=G, measured=UNTUNED)
+    same_heads = [row for row in ROWS if (row.D, row.V, row.fp32) == (D, V, fp32)]
+    found = min(
+        same_heads or [FP32 if fp32 else nearest], key=lambda row: max(row.G / G, G / row.G)
+    )
+    found = replace(found, D=D, V=V)
+    if G < found.G and G <= SMALL_GROUP and not fp32:
+        found = small_group(found, G)
+    return replace(found, G=G, measured=UNTUNED)
 
 
-def dq_dtype(dtype: torch.dtype, D: int) -> torch.dtype:
+def dq_dtype(dtype: torch.dtype, D: int, V: int, G: int) -> torch.dtype:
     """Of q's gradient within a backward: fp32 where atomic adds may sum it."""
-    return torch.float32 if D <= FP32_DQ_SIZE else dtype
+    summed = D <= FP32_DQ_SIZE or tile_row(D, V, G, dtype).with_dq
+    return torch.float32 if summed else dtype
 
 
 def tokens_per_tile(group: int, rows: int, width: int | None = None) -> int:
@@ -225,6 +293,7 @@ def tiles_for(
         most = tokens_per_tile(G, row.rows)
         tokens = max(m for m in range(1, share + 1) if share % m == 0 and m <= most)
     fp32_warps = 8 if wide >= 256 else 4
+    chunk = max(CHUNK, row.chunk_rows // G)
 
     def query_tiles(n: int, stages: int, row_size: int) -> QueryTiles:
         """``row_size``: elements of a row that stay in shared memory."""
@@ -240,6 +309,16 @@ def tiles_for(
         # More warps than one for 16 rows would compute the same scores twice.
         warps = fp32_warps if row.fp32 else 8 if rows > 64 else 4
         return QueryTiles(tokens=tokens, block_n=n, num_warps=warps, num_stages=stages)
+
+    def far_tiles() -> FarTiles | None:
+        if row.far is None or share > 1 or keys > FAR_BLOCK:
+            return None
+        warps, stages = row.far
+        step = tokens_per_tile(G, row.rows)
+        size = padded(step * G) * head_columns(D)
+        while stages > 1 and (keys * wide + size * stages) * dtype.itemsize > SHARED_BYTES:
+            stages -= 1
+        return FarTiles(tokens=step, block_n=keys, num_warps=warps, num_stages=stages, chunk=chunk)
 
     def key_tiles(n: int, stages: int) -> KeyTiles:
         n = min(keys, n)
@@ -261,12 +340,13 @@ def tiles_for(
             num_stages=stages,
             with_dq=row.with_dq and length >= WITH_DQ_FROM and not deterministic,
             maxnreg=row.dkv_maxnreg,
-            chunk=ORDERED_CHUNK if deterministic else CHUNK,
+            chunk=ORDERED_CHUNK if deterministic else chunk,
             ordered=deterministic,
         )
 
+    forward = query_tiles(*row.forward, head_columns(D))
     return SelectedTiles(
-        forward=query_tiles(*row.forward, head_columns(D)),
+        forward=ForwardTiles(**asdict(forward), far=far_tiles()),
         dq=query_tiles(*row.dq, wide),
         dkv=key_tiles(*row.dkv),
     )
@@ -287,6 +367,24 @@ def default_tiles(
     n = block_idx.shape[3]
     sizes = {"width": n, "select_block": select_block, "length": T, "share": share}
     return tiles_for(D, V, H // K, dtype=q.dtype, deterministic=deterministic, **sizes)
+
+
+def part_slices(
+    B: int, T: int, K: int, *, token: int, width: int, room: int = PARTS_BYTES
+) -> tuple[int, int]:
+    """Tokens, and batch rows times key/value heads, whose parts (:mod:`.far`) have room together,
+    at least one; where there are fewer than T tokens, of one batch row.
+
+    token: bytes of the parts of one token and key/value head; width: n.
+    """
+    tokens = min(T, max(1, room // token), (2**31 - 3) // (B * K * width))
+    heads = (B if tokens == T else 1) * K
+    return tokens, min(heads, max(1, room // (token * tokens)))
+
+
+def part_bytes(n: int, G: int, V: int, itemsize: int) -> int:
+    """Of the parts of one token and key/value head, with their lse."""
+    return n * G * (V * itemsize + 4)
 
 
 @dataclass(frozen=True, slots=True)

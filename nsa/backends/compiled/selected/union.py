@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.backends.compiled.selected.far import is_far
 from nsa.backends.compiled.selected.tiles import has_union
 from nsa.backends.compiled.tiling import padded
 from nsa.core.kernel import kernel
@@ -55,6 +56,7 @@ def nsa_selected_union(
     SELECT_BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
     PACKED: tl.constexpr,
+    SINCE: tl.constexpr,
     INT64: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -68,9 +70,13 @@ def nsa_selected_union(
     pair = ((b.to(tl.int64) * T + token) * KV_HEADS + kv_head) * WIDTH + entry % WIDTH
     j = tl.load(block_idx_ptr + pair, mask=mask, other=-1)
     first_row = j.to(tl.int64) * SELECT_BLOCK  # any block number is legal, as far as int32 goes
+    seq_start = tl.zeros_like(token)
     if PACKED:
-        first_row += tl.load(seq_start_ptr + token, mask=mask, other=0)
+        seq_start = tl.load(seq_start_ptr + token, mask=mask, other=0)
+    first_row += seq_start
     visible = mask & (j >= 0) & (first_row <= q_start + token) & (first_row < key_rows)
+    if SINCE is not None:
+        visible = visible & ~is_far(j, seq_start, q_start + token, SELECT_BLOCK, SINCE)
 
     # The token in the low bits: after sorting, those that selected one block stand side by side.
     LAST: tl.constexpr = 9223372036854775807 if INT64 else 2147483647
@@ -97,6 +103,7 @@ def tile_unions(
     start: Tensor | None,
     select_block: int,
     q_start: int = 0,
+    since: int | None = None,
 ) -> TileUnions:
     """Builds the unions in one kernel.
 
@@ -107,7 +114,8 @@ def tile_unions(
         start: int32 ``[T]``, first row of each token's packed sequence; None for a fixed-length
             batch.
         select_block: l', in tokens.
-        q_start: position of the first token; 0 when packed.
+        q_start: position of the first token; when packed, its row among those of k and v.
+        since: of near blocks alone, the position from which tokens have far ones (:mod:`.far`).
     """
     B, T, K, n = block_idx.shape
     assert tokens == 1 or has_union(tokens, n), (tokens, n)
@@ -127,6 +135,7 @@ def tile_unions(
             SELECT_BLOCK=select_block,
             SLOTS=slots,
             PACKED=start is not None,
+            SINCE=since,
             INT64=(key_rows + 1) * tokens >= 2**31,
             num_warps=1 if slots <= 128 else 4,
             enable_fp_fusion=True,

@@ -1,0 +1,322 @@
+"""Selected attention of small groups on a GPU: far blocks by key tiles against unions, in one run.
+
+    python benchmarks/selected_groups.py                    # 32 heads in groups of 16, 8, 4, 2, 1
+    python benchmarks/selected_groups.py --large-blocks     # 64/4: l' 128 with n 8 and n 16
+
+All kernels are built first, side by side; a tiling that cannot be is named and left out. Each is
+held to the results of query tiles alone, in bf16, then timed: medians in milliseconds by CUDA
+events, whole calls, inverse index and unions included. Equal heads have equal FLOPs: ``of 16`` is
+the time over that of the first group given. Tilings are tried on random lists; the choice and the
+union form also on lists of which neighbours share 65% and 86%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from kernels_selected import block_lists, median_ms
+from torch import Tensor
+from triton.errors import TritonError
+
+from nsa.backends.compiled.selected.launch import selected_backward, selected_forward
+from nsa.backends.compiled.selected.tiles import ForwardTiles, SelectedTiles, tiles_for
+from nsa.core.build import build_once
+from nsa.errors import NSAError
+
+STAYS = {"random": 0.0, "65%": 0.5, "86%": 0.8}
+"""Of lists by what neighbours share: how likely a random block stays for the next token."""
+LIMIT = 1e-2
+"""Of the difference of two results in bf16, relative."""
+FAILURES = (RuntimeError, ValueError, IndexError, TritonError, NSAError)
+"""Of a compiler, and of what does not fit in shared memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of one problem."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    select_block: int
+    num_selected: int
+    length: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    def tiles(self, *, deterministic: bool = False) -> SelectedTiles:
+        return tiles_for(
+            *(self.head_dim, self.value_dim, self.group),
+            width=self.num_selected,
+            select_block=self.select_block,
+            dtype=torch.bfloat16,
+            length=self.length,
+            deterministic=deterministic,
+        )
+
+
+class Problem:
+    """Tensors on a GPU, or what stands for them while kernels are built."""
+
+    def __init__(self, shape: Shape, stays: float | None) -> None:
+        self.call = {"start": None, "select_block": shape.select_block}
+        self.call["scale"] = shape.head_dim**-0.5
+        generator = torch.Generator("cuda").manual_seed(1)
+
+        def normal(heads: int, size: int) -> Tensor:
+            sizes = 1, shape.length, heads, size
+            if stays is None:
+                return torch.empty(sizes, dtype=torch.bfloat16, device="meta")
+            return torch.randn(sizes, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+        self.q = normal(shape.heads, shape.head_dim)
+        self.k = normal(shape.kv_heads, shape.head_dim)
+        self.v = normal(shape.kv_heads, shape.value_dim)
+        self.dout = normal(shape.heads, shape.value_dim)
+        if stays is None:
+            lists = (1, shape.length, shape.kv_heads, shape.num_selected)
+            self.block_idx = torch.empty(lists, dtype=torch.int32, device="meta")
+        else:
+            options = {"share": stays, "select_share": 1, **asdict(shape)}
+            self.block_idx = block_lists(shape.length, argparse.Namespace(**options))
+
+    def forward(self, tiles: SelectedTiles) -> tuple[Tensor, ...]:
+        tensors = (self.q, self.k, self.v, self.block_idx)
+        return selected_forward(*tensors, **self.call, tiles=tiles.forward)
+
+    def attend(self, tiles: SelectedTiles) -> None:
+        """The backward reads its results."""
+        self.out, self.lse = self.forward(tiles)
+
+    def backward(self, tiles: SelectedTiles) -> tuple[Tensor, ...]:
+        tensors = (self.dout, self.q, self.k, self.v, self.out, self.lse, self.block_idx)
+        return selected_backward(*tensors, **self.call, tiles=tiles)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One tiling of one pass."""
+
+    shape: Shape
+    backward: bool
+    name: str
+    tiles: SelectedTiles
+    chosen: bool = False
+    """Timed on all lists."""
+
+    def run(self, problem: Problem) -> tuple[Tensor, ...]:
+        return (problem.backward if self.backward else problem.forward)(self.tiles)
+
+    def rehearse(self) -> None:
+        problem = Problem(self.shape, None)
+        if self.backward:
+            problem.attend(self.tiles)
+        self.run(problem)
+
+
+def union_form(tiles: SelectedTiles) -> SelectedTiles:
+    """No far blocks, and dq by a kernel of its own."""
+    forward = replace(tiles.forward, far=None)
+    return replace(tiles, forward=forward, dkv=replace(tiles.dkv, with_dq=False))
+
+
+def far_variants(tiles: ForwardTiles) -> Iterator[ForwardTiles]:
+    far = tiles.far
+    if far is None:
+        return
+    for warps, stages in ((4, 1), (4, 2), (4, 3), (4, 4), (8, 2), (8, 3)):
+        yield replace(tiles, far=replace(far, num_warps=warps, num_stages=stages))
+    wide = replace(far, tokens=2 * far.tokens, num_warps=8)
+    yield from (replace(tiles, far=replace(wide, num_stages=x)) for x in (2, 3))
+    for chunk in (256, 1024, 4096):
+        yield replace(tiles, far=replace(far, chunk=chunk))
+    for since in (2048, 8192):
+        yield replace(tiles, far=replace(far, since=since))
+    for room in (2**27, 2**28, 2**30):
+        yield replace(tiles, far=replace(far, room=room))
+    for warps, stages in ((4, 1), (4, 2), (8, 2)):
+        yield replace(tiles, num_warps=warps, num_stages=stages)
+
+
+def backward_variants(tiles: SelectedTiles) -> Iterator[SelectedTiles]:
+    dkv = tiles.dkv
+    sums = (True,) if dkv.with_dq else (False,)
+    for warps, stages, with_dq in itertools.product((4, 8), (1, 2, 3), sums):
+        if (warps, with_dq, stages) == (4, True, 3):
+            continue  # spills most
+        found = replace(dkv, num_warps=warps, num_stages=stages, with_dq=with_dq)
+        yield replace(tiles, dkv=found)
+    for chunk in (256, 1024, 4096):
+        yield replace(tiles, dkv=replace(dkv, chunk=chunk))
+    yield replace(tiles, dkv=replace(dkv, tokens=2 * dkv.tokens, num_warps=8, num_stages=1))
+    yield replace(tiles, dkv=replace(dkv, with_dq=False, num_warps=4, num_stages=3))
+
+
+def large_block_variants(tiles: SelectedTiles) -> Iterator[SelectedTiles]:
+    """Steps of 64 keys and of 128."""
+    for n, warps, stages in ((64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2), (128, 8, 3)):
+        new = {"block_n": n, "num_warps": warps, "num_stages": stages}
+        yield replace(tiles, forward=replace(tiles.forward, **new))
+        yield replace(tiles, dq=replace(tiles.dq, **new))
+        yield replace(tiles, dkv=replace(tiles.dkv, **new))
+    yield replace(tiles, dkv=replace(tiles.dkv, block_n=128, num_warps=8, num_stages=1))
+
+
+def variants(shape: Shape, *, tune: bool, large_blocks: bool) -> Iterator[Variant]:
+    """The union form first, to which the others are held."""
+    tiles = shape.tiles()
+    for backward in (False, True):
+        make = partial(Variant, shape=shape, backward=backward)
+        base = union_form(tiles)
+        yield make(name="unions", tiles=base, chosen=True)
+        seen = {base}
+        if tiles not in seen:
+            yield make(name="chosen", tiles=tiles, chosen=True)
+            seen.add(tiles)
+        if backward:
+            ordered = shape.tiles(deterministic=True)
+            yield make(name="deterministic", tiles=ordered, chosen=True)
+        if not tune:
+            continue
+        others = backward_variants(tiles) if backward else iter(())
+        if not backward:
+            others = (replace(tiles, forward=x) for x in far_variants(tiles.forward))
+        for other in large_block_variants(tiles) if large_blocks else others:
+            name = difference(other, tiles)
+            if other in seen or (("dq" in name or "dkv" in name) != backward):
+                continue
+            seen.add(other)
+            yield make(name=name, tiles=other)
+
+
+def difference(x: SelectedTiles, of: SelectedTiles) -> str:
+    """What two tilings have apart."""
+    found = []
+    for part in ("forward", "dq", "dkv"):
+        a, b = asdict(getattr(x, part)), asdict(getattr(of, part))
+        far_a, far_b = a.pop("far", None) or {}, b.pop("far", None) or {}
+        found += [f"{part} {name} {a[name]}" for name in a if a[name] != b[name]]
+        found += [f"far {name} {far_a[name]}" for name in far_a if far_a[name] != far_b.get(name)]
+    return ", ".join(found)
+
+
+def build(every: list[Variant]) -> list[Variant]:
+    """Those whose kernels could be made."""
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def one(variant: Variant) -> Variant | None:
+        try:
+            build_once(variant, device, variant.rehearse)
+        except FAILURES as error:
+            text = str(error).strip().splitlines() or [""]
+            print(f"not built: {label(variant)}: {type(error).__name__}: {text[-1]}", flush=True)
+            return None
+        return variant
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        made = [variant for variant in pool.map(one, every) if variant is not None]
+    print(f"{len(made)} tilings built in {time.perf_counter() - begin:.0f} s", flush=True)
+    return made
+
+
+def label(variant: Variant) -> str:
+    shape = variant.shape
+    heads = f"{shape.heads}/{shape.kv_heads}:{shape.head_dim}"
+    blocks = f"l' {shape.select_block} n {shape.num_selected:2d}"
+    return f"{heads:9s} {blocks} {'backward' if variant.backward else 'forward ':8s} {variant.name}"
+
+
+def worst(found: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    """The largest relative difference, in parts of :data:`LIMIT`; more than 1 is wrong."""
+    errors = [
+        ((x.float() - y.float()).norm() / y.float().norm()).item() / LIMIT
+        for x, y in zip(found, want, strict=True)
+    ]
+    return max(errors) if all(e == e for e in errors) else float("inf")
+
+
+def kernels(call: Callable[[], object], most: int = 7) -> str:
+    """Milliseconds of each kernel of a call, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    times = {x.key: x.self_device_time_total / 1e3 for x in profiler.key_averages()}
+    longest = sorted(times.items(), key=lambda item: -item[1])[:most]
+    return ", ".join(f"{name[:32]} {ms:.2f}" for name, ms in longest)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--groups", type=int, nargs="+", default=[16, 8, 4, 2, 1])
+    parser.add_argument("--tune", type=int, nargs="*", default=[8, 4, 1], help="groups")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--value-dim", type=int, default=128)
+    parser.add_argument("--lists", nargs="+", choices=list(STAYS), default=list(STAYS))
+    parser.add_argument("--large-blocks", action="store_true", help="64/4, l' 64 and 128")
+    parser.add_argument(
+        "--kernels", action="store_true", help="time each kernel of the chosen, too"
+    )
+    args = parser.parse_args()
+    sizes = {"head_dim": args.head_dim, "value_dim": args.value_dim, "length": args.length}
+    common = partial(Shape, **sizes)
+    if args.large_blocks:
+        heads = {"heads": 64, "kv_heads": 4}
+        blocks = ((64, 16), (128, 8), (128, 16))
+        shapes = [common(**heads, select_block=x, num_selected=n) for x, n in blocks]
+    else:
+        of = {"select_block": 64, "num_selected": 16, "heads": args.heads}
+        shapes = [common(kv_heads=args.heads // G, **of) for G in args.groups]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}", flush=True)
+    every = [
+        variant
+        for shape in shapes
+        for variant in variants(
+            shape,
+            tune=shape.select_block > 64 if args.large_blocks else shape.group in args.tune,
+            large_blocks=args.large_blocks,
+        )
+    ]
+    made = build(every)
+    first: dict[tuple[str, bool], float] = {}
+    for lists, shape in itertools.product(args.lists, shapes):
+        here = [x for x in made if x.shape == shape and (x.chosen or lists == args.lists[0])]
+        problem = Problem(shape, STAYS[lists])
+        problem.attend(union_form(shape.tiles()))
+        want: dict[bool, tuple[Tensor, ...]] = {}
+        for variant in here:
+            call = partial(variant.run, problem)
+            try:
+                found = call()
+                error = worst(found, want.setdefault(variant.backward, found))
+                ms = median_ms(call, 7)
+            except FAILURES as failure:  # the others go on
+                print(f"{lists:6s} {label(variant)}: {type(failure).__name__}: {failure}")
+                continue
+            base = first.setdefault((lists, variant.backward), ms)
+            wrong = "" if error < 1 else f"  WRONG: off by {error:.1f} times the limit"
+            print(f"{lists:6s} {ms:7.2f} ms {ms / base:5.2f} of 16  {label(variant)}{wrong}")
+            if args.kernels and variant.name in ("chosen", "unions"):
+                print(f"{'':8s}{kernels(call)}")
+            del found
+        print(flush=True)
+        del problem, want
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Selected attention (paper Eq. 11-12), forward, of small groups: far blocks, key-stationary.
+
+Tiles on the union of neighbours' lists (:mod:`.fwd`) read most blocks for one token alone where
+neighbours share little: bytes grow with the number of key/value heads, and small groups have many.
+Here a program holds one block of keys and values and walks over the tokens that selected it
+(:mod:`.inverse_index`): every row of every product is useful, and what is read is the queries, once
+for each block that they list. A row's results of single blocks, *parts*, go through memory; the
+forward kernel merges them in the order of the list, with no sum in any other order.
+
+Only *far* blocks are taken so: neither the first of a sequence, nor a token's own or the one before
+it, which neighbours have in common; and none of a token near the start of its sequence, whose list
+is most of what it can see. Near blocks go through the union. Which block is far depends on
+positions alone, never on the batch. All keys of a far block that exist are seen.
+
+Parts are normalised and in q's dtype (``n*H*(V*itemsize + 4)`` bytes a token with their lse): each
+is rounded as an output is, and they are averaged, so that the error is that of one more rounding.
+They take half a GiB at most (:data:`.tiles.PARTS_BYTES`): as many heads at a time as have room, or
+as many tokens of one head.
+
+B batch, T query tokens, S key tokens, H query heads, K key/value heads, G heads per group, D key
+size, V value size, n selected blocks; C is a
+:class:`~nsa.backends.compiled.selected.tiles.Constants`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.backends.compiled.columns import (
+    add_products,
+    add_rows,
+    dot_rows,
+    load_rows,
+    scale_rows,
+    store_rows,
+    zeros,
+)
+from nsa.core.kernel import kernel
+
+
+@triton.jit
+def is_far(j, seq_start, row, SELECT_BLOCK: tl.constexpr, SINCE: tl.constexpr):
+    """Whether block j is far from the token whose own key row is ``row``; all are integers.
+
+    SINCE: the position of the first token that has far blocks.
+    """
+    before = (j.to(tl.int64) + 2) * SELECT_BLOCK <= row - seq_start
+    return (j > 0) & before & (row - seq_start >= SINCE)
+
+
+class Parts(NamedTuple):
+    """Results of single blocks, of some batch rows' key/value heads."""
+
+    out: Tensor
+    """``[heads, T, n, G, V]``; only those of far blocks are set, as of the next."""
+    lse: Tensor
+    """fp32 ``[heads, T, n, G]``, base 2."""
+    block_idx: Tensor
+    """int32 ``[B, T, K, n]``, contiguous."""
+    start: Tensor | None
+    """Packed: int32 ``[T]``, as of :func:`.launch.selected_forward`."""
+
+
+@triton.jit
+def merge_parts(
+    part_ptrs,  # of :class:`Parts`
+    first_head,  # of the parts: b*K + kv_head
+    b,
+    kv_head,
+    token,
+    head,
+    mask,
+    T,
+    S,
+    q_start,
+    KV_HEADS,
+    SINCE: tl.constexpr,
+    C: tl.constexpr,
+):
+    """m_i, l_i and acc of the far blocks of a tile's rows."""
+    m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.full([C.BLOCK_M], 0.0, tl.float32)
+    acc = zeros(C.BLOCK_M, C.BLOCK_DV)
+    out_ptr, lse_ptr, list_ptr, start_ptr = part_ptrs
+    list_ptr += ((b * T + token) * KV_HEADS + kv_head) * C.WIDTH
+    part = ((b * KV_HEADS + kv_head - first_head) * T + token) * C.WIDTH
+    seq_start = tl.zeros_like(token)
+    if start_ptr is not None:
+        seq_start = tl.load(start_ptr + token, mask=mask, other=0)
+    for entry in tl.range(0, C.WIDTH):
+        j = tl.load(list_ptr + entry, mask=mask, other=-1)
+        far = mask & is_far(j, seq_start, q_start + token, C.SELECT_BLOCK, SINCE)
+        far = far & (seq_start + j.to(tl.int64) * C.SELECT_BLOCK < S)
+        row = (part + entry) * C.G + head % C.G
+        lse = tl.load(lse_ptr + row, mask=far, other=float("-inf"))
+        out = load_rows(out_ptr + row * C.V, None, 1, far, C.V, C.BLOCK_DV)
+        m_new = tl.maximum(m_i, lse)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - m_safe)
+        weight = tl.exp2(lse - m_safe)
+        l_i = l_i * alpha + weight
+        acc = add_rows(scale_rows(acc, alpha[:, None]), scale_rows(out, weight[:, None]))
+        m_i = m_new
+    return m_i, l_i, acc
+
+
+@kernel(do_not_specialize=["T", "S", "first_head", "num_blocks"])
+def nsa_selected_fwd_far(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,  # of :class:`Parts`; written, as is the next
+    lse_ptr,
+    index_ptrs,  # block ids, offsets, head chunks and entries of :class:`.InverseIndex`
+    q_strides,
+    k_strides,
+    v_strides,
+    T,
+    S,
+    first_head,
+    num_heads,  # of the parts
+    KV_HEADS,
+    num_blocks,
+    scale_log2,
+    BLOCK_PITCH: tl.constexpr,
+    C: tl.constexpr,
+):
+    block_ids_ptr, offsets_ptr, head_chunks_ptr, entries_ptr = index_ptrs
+    row = tl.arange(0, C.BLOCK_M)
+    n = tl.arange(0, C.BLOCK_N)
+    slot = row // C.G
+    chunk = tl.load(head_chunks_ptr + first_head) + tl.program_id(0)
+    if chunk < tl.load(head_chunks_ptr + first_head + num_heads):
+        begin = tl.load(offsets_ptr + chunk)
+        end = tl.load(offsets_ptr + chunk + 1)
+        block_id = tl.load(block_ids_ptr + begin).to(tl.int64)
+        b_head = block_id // num_blocks
+        b, kv_head = b_head // KV_HEADS, b_head % KV_HEADS
+        first_row = block_id % num_blocks * BLOCK_PITCH
+        exists = (n < C.SELECT_BLOCK) & (first_row + n < S)
+        k_ptr += b * k_strides[0] + kv_head * k_strides[2] + first_row * k_strides[1]
+        v_ptr += b * v_strides[0] + kv_head * v_strides[2] + first_row * v_strides[1]
+        k = load_rows(k_ptr + n * k_strides[1], None, 1, exists, C.D, C.BLOCK_D)
+        v = load_rows(v_ptr + n * v_strides[1], None, 1, exists, C.V, C.BLOCK_DV)
+        q_rows = q_ptr + b * q_strides[0] + (kv_head * C.G + row % C.G) * q_strides[2]
+        first_entry = b * T * C.WIDTH
+        part = (b_head - first_head) * T * C.WIDTH
+
+        for pair in tl.range(begin, end, C.TOKENS):
+            mask = (slot < C.TOKENS) & (pair + slot < end)
+            # rows past the end are the last token's again
+            entry = tl.load(entries_ptr + tl.minimum(pair + slot, end - 1)) - first_entry
+            at = q_rows + entry // C.WIDTH * q_strides[1]
+            q = load_rows(at, None, 1, None, C.D, C.BLOCK_D)
+            s = dot_rows(q, k, C)
+            s = tl.where(exists[None, :], s * scale_log2, float("-inf"))
+            m_i = tl.max(s, 1)
+            m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
+            p = tl.exp2(s - m_i[:, None])
+            l_i = tl.sum(p, 1)
+            acc = add_products(zeros(C.BLOCK_M, C.BLOCK_DV), p, v, C)
+            acc = scale_rows(acc, (1.0 / tl.where(l_i == 0.0, 1.0, l_i))[:, None])
+            at = (part + entry) * C.G + row % C.G
+            store_rows(out_ptr + at * C.V, None, acc, mask, C.V, C.BLOCK_DV)
+            tl.store(lse_ptr + at, m_i + tl.log2(l_i), mask=mask)
