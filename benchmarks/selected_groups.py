@@ -71,13 +71,13 @@ class Problem:
     def __init__(self, shape: Shape, stays: float | None) -> None:
         self.call = {"start": None, "select_block": shape.select_block}
         self.call["scale"] = shape.head_dim**-0.5
-        generator = torch.Generator("cuda").manual_seed(1)
+        torch.manual_seed(1)
 
         def normal(heads: int, size: int) -> Tensor:
             sizes = 1, shape.length, heads, size
             if stays is None:
                 return torch.empty(sizes, dtype=torch.bfloat16, device="meta")
-            return torch.randn(sizes, generator=generator, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(sizes, device="cuda", dtype=torch.bfloat16)
 
         self.q = normal(shape.heads, shape.head_dim)
         self.k = normal(shape.kv_heads, shape.head_dim)
@@ -138,11 +138,12 @@ def far_variants(tiles: ForwardTiles) -> Iterator[ForwardTiles]:
         yield replace(tiles, far=replace(far, num_warps=warps, num_stages=stages))
     wide = replace(far, tokens=2 * far.tokens, num_warps=8)
     yield from (replace(tiles, far=replace(wide, num_stages=x)) for x in (2, 3))
-    for chunk in (256, 1024, 4096):
-        yield replace(tiles, far=replace(far, chunk=chunk))
+    for share in (2, 4):
+        yield replace(tiles, far=replace(far, chunk=far.chunk // share))
+        yield replace(tiles, far=replace(far, chunk=far.chunk * share))
     for since in (2048, 8192):
         yield replace(tiles, far=replace(far, since=since))
-    for room in (2**27, 2**28, 2**30):
+    for room in (5 * 2**25, 5 * 2**26, 5 * 2**28):
         yield replace(tiles, far=replace(far, room=room))
     for warps, stages in ((4, 1), (4, 2), (8, 2)):
         yield replace(tiles, num_warps=warps, num_stages=stages)

@@ -71,8 +71,8 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selected_tiles, "ORDERED_CHUNK", 4)
 
 
-def problem(shape: dict[str, Any], share: int = 1) -> Inputs:
-    config = replace(CONFIG, select_share=share, num_kv_heads=2)
+def problem(shape: dict[str, Any], share: int = 1, select_block: int = 6) -> Inputs:
+    config = replace(CONFIG, select_share=share, num_kv_heads=2, select_block=select_block)
     return listed(make_inputs(config, **shape))
 
 
@@ -96,7 +96,7 @@ def test_the_order_of_programs(
     backwards: Callable[[], None],
 ) -> None:
     """Moves the last bits of what atomic adds sum, and of nothing else."""
-    x = problem(shape, share)
+    x = problem(shape, share, 6 if tiles.forward.far is None else 4)
     found = run(x, tiles, share)
     backwards()
     assert set(unequal(found, run(x, tiles, share))) == moves
@@ -198,11 +198,9 @@ def test_parts_of_the_compressed_branch(mode: bool, monkeypatch: pytest.MonkeyPa
     assert found == ([] if mode else ["dk", "dv"])
 
 
-@pytest.mark.parametrize(("share", "since"), [(1, None), (1, 9), (3, None)])
+@pytest.mark.parametrize(("share", "since"), [(1, None), (1, 13), (3, None)])
 def test_selected_attention_packed_and_alone(share: int, since: int | None) -> None:
-    x = problem(SHAPES["packed"], share)
-    if since is not None:
-        x = listed(replace(x, config=replace(x.config, select_block=2)), 5)
+    x = problem(SHAPES["packed"], share, 6 if since is None else 4)
     tiles = tiling(3, key_tokens=2, chunk=6, ordered=True, since=since)
     packed = run(x, tiles, share)
     for first, end in ((0, 2), (2, 17)):

@@ -55,8 +55,11 @@ FAR_SINCE = 4096
 """Position of the first token that has far blocks: up to there random lists of 16 blocks are most
 of what a token sees, and unions are small."""
 
-PARTS_BYTES = 2**29
-"""Of the parts of far blocks at one time."""
+FAR_ROWS = 1024
+"""Rows of a chunk there: many programs, since a launch has no more rows than parts have room."""
+
+PARTS_BYTES = 5 * 2**27
+"""Of the parts of far blocks at one time, 640 MiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +296,6 @@ def tiles_for(
         most = tokens_per_tile(G, row.rows)
         tokens = max(m for m in range(1, share + 1) if share % m == 0 and m <= most)
     fp32_warps = 8 if wide >= 256 else 4
-    chunk = max(CHUNK, row.chunk_rows // G)
 
     def query_tiles(n: int, stages: int, row_size: int) -> QueryTiles:
         """``row_size``: elements of a row that stay in shared memory."""
@@ -318,6 +320,7 @@ def tiles_for(
         size = padded(step * G) * head_columns(D)
         while stages > 1 and (keys * wide + size * stages) * dtype.itemsize > SHARED_BYTES:
             stages -= 1
+        chunk = max(1, FAR_ROWS // G)
         return FarTiles(tokens=step, block_n=keys, num_warps=warps, num_stages=stages, chunk=chunk)
 
     def key_tiles(n: int, stages: int) -> KeyTiles:
@@ -340,7 +343,7 @@ def tiles_for(
             num_stages=stages,
             with_dq=row.with_dq and length >= WITH_DQ_FROM and not deterministic,
             maxnreg=row.dkv_maxnreg,
-            chunk=ORDERED_CHUNK if deterministic else chunk,
+            chunk=ORDERED_CHUNK if deterministic else max(CHUNK, row.chunk_rows // G),
             ordered=deterministic,
         )
 
@@ -378,6 +381,7 @@ def part_slices(
     token: bytes of the parts of one token and key/value head; width: n.
     """
     tokens = min(T, max(1, room // token), (2**31 - 3) // (B * K * width))
+    tokens = -(-T // -(-T // tokens))  # all alike
     heads = (B if tokens == T else 1) * K
     return tokens, min(heads, max(1, room // (token * tokens)))
 
