@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -32,7 +32,6 @@ from nsa.backends.compiled.selected.launch import (
 )
 from nsa.backends.compiled.selected.shared import shared_index
 from nsa.backends.compiled.selected.tiles import (
-    ForwardTiles,
     KeyTiles,
     QueryTiles,
     SelectedTiles,
@@ -114,7 +113,7 @@ class Problem:
         self.out, self.lse = self.forward(None)
         self.delta = (self.dout.float() * self.out.float()).sum(-1)
 
-    def forward(self, tiles: ForwardTiles | None, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def forward(self, tiles: QueryTiles | None, **kwargs: object) -> tuple[Tensor, Tensor]:
         tensors = (self.q, self.k, self.v, self.block_idx)
         return selected_forward(*tensors, **self.common, tiles=tiles, **kwargs)
 
@@ -339,9 +338,8 @@ def main() -> None:
             ms = median_ms(big.index(chunk))
             print(f"{'inverse':12s} {ms:8.3f} ms         in chunks of {chunk}")
     if "forward" in args.only:
-        base = QueryTiles(**{x.name: getattr(default.forward, x.name) for x in fields(QueryTiles)})
-        for query in variants(query_variants(G, n, base, args.select_share)):
-            tiles = ForwardTiles(**asdict(query))
+        base = replace(default.forward, far=None)
+        for tiles in variants(query_variants(G, n, base, args.select_share)):
             unions = None if args.select_share > 1 else big.unions(tiles.tokens)()
             ms = attempt(
                 lambda: hold(
@@ -354,7 +352,9 @@ def main() -> None:
             )
             report("forward", tiles, ms, unit * (D + V))
     if "dq" in args.only:
-        for tiles in variants(query_variants(G, n, default.dq, args.select_share)):
+        for tiles in variants(
+            query_variants(G, n, replace(default.dq, far=None), args.select_share)
+        ):
             unions = None if args.select_share > 1 else big.unions(tiles.tokens)()
             ms = attempt(
                 lambda: hold({"dq": small.dq(tiles)[0]}, truth, str(tiles), small.q.dtype),

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from nsa.backends.compiled.selected.launch import selected_backward, selected_forward
-from nsa.backends.compiled.selected.tiles import ForwardTiles, SelectedTiles, tiles_for
+from nsa.backends.compiled.selected.tiles import QueryTiles, SelectedTiles, tiles_for
 from nsa.core.build import build_once
 from nsa.errors import NSAError
 
@@ -130,7 +130,7 @@ def union_form(tiles: SelectedTiles) -> SelectedTiles:
     return replace(tiles, forward=forward, dkv=replace(tiles.dkv, with_dq=False))
 
 
-def far_variants(tiles: ForwardTiles) -> Iterator[ForwardTiles]:
+def far_variants(tiles: QueryTiles) -> Iterator[QueryTiles]:
     far = tiles.far
     if far is None:
         return

@@ -19,6 +19,7 @@ from nsa.backends.compiled import steps as compiled
 from nsa.backends.compiled.selected import tiles as selected_tiles
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
+from tests.support.deterministic import deterministic
 from tests.triton_interpreter import triton_fixes
 
 triton_fixes.apply()
@@ -101,6 +102,19 @@ def test_every_way_to_sum_dq(
     surplus = "lengths" in shape
     for dtype in (torch.bfloat16, torch.float32)[: 2 if head_dim == 8 else 1]:
         check(make_inputs(config, dtype=dtype, surplus=surplus, **shape), in_unit_interval)
+
+
+@IN_UNIT_INTERVAL
+@pytest.mark.parametrize("mode", [False, True], ids=["atomic", "in order"])
+def test_far_blocks(mode: bool, in_unit_interval: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of groups smaller than those with a row of tiles."""
+    monkeypatch.setattr(selected_tiles, "FAR_SINCE", 3)
+    monkeypatch.setattr(selected_tiles, "WITH_DQ_FROM", 1)
+    config = replace(CONFIG, num_heads=4, num_kv_heads=2, select_block=4)
+    shape: dict[str, Any] = {"lengths": (2, 0, 18)} if mode else {"length": 18}
+    x = make_inputs(config, dtype=torch.bfloat16, surplus=mode, **shape)
+    with deterministic(mode):
+        check(replace(x, block_idx=random_blocks(x, 5)), in_unit_interval)
 
 
 @IN_UNIT_INTERVAL

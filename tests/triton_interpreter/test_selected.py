@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ from nsa.backends.compiled.selected.launch import selected_backward, selected_fo
 from nsa.backends.compiled.selected.tiles import (
     ROWS,
     FarTiles,
-    ForwardTiles,
     KeyTiles,
     QueryTiles,
     SelectedTiles,
@@ -62,12 +61,12 @@ def tiling(
 ) -> SelectedTiles:
     """Small tiles, which take many steps; far blocks from position ``since`` on."""
     common: dict[str, int] = {"block_n": block_n, "num_warps": 4, "num_stages": 1}
-    query = QueryTiles(tokens=tokens, **common)
     dkv = KeyTiles(tokens=key_tokens, **common, **{"chunk": 12, **key})
     far = None
     if since is not None:
         far = FarTiles(tokens=key_tokens, **common, chunk=dkv.chunk, since=since, room=room)
-    return SelectedTiles(forward=ForwardTiles(**asdict(query), far=far), dq=query, dkv=dkv)
+    query = QueryTiles(tokens=tokens, **common, far=far)
+    return SelectedTiles(forward=query, dq=query, dkv=dkv)
 
 
 @pytest.fixture(autouse=True)
@@ -198,22 +197,22 @@ def test_shared_lists(share: int, tiles: SelectedTiles | None, lengths: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("heads", "shape", "since", "dtype"),
+    ("heads", "shape", "since", "dtype", "with_dq"),
     [
-        ((4, 4), {"length": 23}, 0, torch.bfloat16),
-        ((4, 2), {"lengths": (0, 17, 1, 0, 14)}, 0, torch.float32),
-        ((4, 1), {"length": 19, "batch": 2}, 13, torch.float16),
-        ((8, 1), {"lengths": (16, 12)}, 13, torch.float32),
+        ((4, 4), {"length": 21}, 0, torch.bfloat16, False),
+        ((4, 2), {"lengths": (0, 17, 1, 0, 14)}, 0, torch.float32, False),
+        ((4, 1), {"length": 19, "batch": 2}, 13, torch.float16, False),
+        ((8, 1), {"lengths": (16, 12)}, 13, torch.bfloat16, True),
     ],
     ids=str,
 )
 def test_far_blocks(
-    heads: tuple[int, int], shape: dict[str, Any], since: int, dtype: torch.dtype
+    heads: tuple[int, int], shape: dict[str, Any], since: int, dtype: torch.dtype, with_dq: bool
 ) -> None:
     """From the first token on or not; blocks of fewer keys than a tile."""
     config = replace(CONFIG, num_heads=heads[0], num_kv_heads=heads[1], select_block=4)
     inputs = listed(make_inputs(config, **shape, dtype=dtype), 6, seed=since)
-    check(inputs, tiling(since=since, with_dq=True))
+    check(inputs, tiling(since=since, with_dq=with_dq))
 
 
 @pytest.mark.parametrize("shape", [{"length": 11, "batch": 2}, {"lengths": (9, 0, 6)}], ids=str)

@@ -20,6 +20,7 @@ from nsa.backends.compiled.columns import (
     zeros,
 )
 from nsa.backends.compiled.common import LOG2_E
+from nsa.backends.compiled.selected.far import add_parts
 from nsa.backends.compiled.selected.query_tile import (
     block_step,
     load_keys,
@@ -76,7 +77,7 @@ def _add_keys(
     return acc
 
 
-@kernel(do_not_specialize=["T", "num_tiles", "S", "q_start"])
+@kernel(do_not_specialize=["T", "num_tiles", "S", "q_start", "first_head"])
 def nsa_selected_bwd_dq(
     q_ptr,
     k_ptr,
@@ -88,6 +89,7 @@ def nsa_selected_bwd_dq(
     weight_ptr,  # [B, T, H], contiguous: of each row's probabilities, with WEIGHTED
     dq_ptr,  # [B, T, H, D], contiguous; written, with ACCUMULATE added to
     union_ptrs,  # of :func:`.query_tile.locate_tile`
+    part_ptrs,  # of :class:`.far.Parts`, with SINCE
     q_strides,
     k_strides,
     v_strides,
@@ -96,15 +98,18 @@ def nsa_selected_bwd_dq(
     num_tiles,
     S,
     q_start,
+    first_head,  # of this launch: b*K + kv_head
     KV_HEADS,
     scale_log2,
     scale,
     ACCUMULATE: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SINCE: tl.constexpr,
     C: tl.constexpr,
 ):
+    pid = tl.program_id(0) + first_head * num_tiles
     b, kv_head, token, head, bit, mask, blocks = locate_tile(
-        tl.program_id(0), T, num_tiles, KV_HEADS, union_ptrs, C
+        pid, T, num_tiles, KV_HEADS, union_ptrs, C
     )
     n = tl.arange(0, C.BLOCK_N)
     last_row = tl.minimum(q_start + token, S - 1)
@@ -133,6 +138,11 @@ def nsa_selected_bwd_dq(
         )
 
     acc = scale_rows(acc, scale)
+    if SINCE is not None:
+        acc = add_parts(
+            *(acc, part_ptrs, first_head, b, kv_head, token, head, mask),
+            *(T, S, q_start, KV_HEADS, SINCE, C),
+        )
     dq_ptr += row * C.D
     if ACCUMULATE:
         acc = add_rows(acc, load_rows(dq_ptr, None, 1, mask, C.D, C.BLOCK_D))

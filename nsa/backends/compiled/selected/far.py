@@ -39,6 +39,7 @@ from nsa.backends.compiled.columns import (
     store_rows,
     zeros,
 )
+from nsa.backends.compiled.common import LOG2_E
 from nsa.core.kernel import kernel
 
 
@@ -55,14 +56,38 @@ def is_far(j, seq_start, row, SELECT_BLOCK: tl.constexpr, SINCE: tl.constexpr):
 class Parts(NamedTuple):
     """Results of single blocks, of some batch rows' key/value heads."""
 
-    out: Tensor
-    """``[heads, T, n, G, V]``; only those of far blocks are set, as of the next."""
-    lse: Tensor
-    """fp32 ``[heads, T, n, G]``, base 2."""
+    sums: Tensor
+    """``[heads, T, n, G, V]``, in a backward D; only those of far blocks are set, as of the
+    next."""
+    lse: Tensor | None
+    """fp32 ``[heads, T, n, G]``, base 2; None in a backward."""
     block_idx: Tensor
     """int32 ``[B, T, K, n]``, contiguous."""
     start: Tensor | None
     """Packed: int32 ``[T]``, as of :func:`.launch.selected_forward`."""
+
+
+@triton.jit
+def _locate_lists(
+    part_ptrs, first_head, b, kv_head, token, head, mask, T, KV_HEADS, C: tl.constexpr
+):
+    """Of each row of a query tile: its list, its first part, and where its sequence starts."""
+    list_ptr = part_ptrs[2] + ((b * T + token) * KV_HEADS + kv_head) * C.WIDTH
+    part = ((b * KV_HEADS + kv_head - first_head) * T + token) * (C.WIDTH * C.G) + head % C.G
+    seq_start = tl.zeros_like(token)
+    if part_ptrs[3] is not None:
+        seq_start = tl.load(part_ptrs[3] + token, mask=mask, other=0)
+    return list_ptr, part, seq_start
+
+
+@triton.jit
+def _locate_part(entry, lists, mask, row, S, SINCE: tl.constexpr, C: tl.constexpr):
+    """A listed block's part of each row, and whether there is one."""
+    list_ptr, part, seq_start = lists
+    j = tl.load(list_ptr + entry, mask=mask, other=-1)
+    far = mask & is_far(j, seq_start, row, C.SELECT_BLOCK, SINCE)
+    far = far & (seq_start + j.to(tl.int64) * C.SELECT_BLOCK < S)
+    return part + entry * C.G, far
 
 
 @triton.jit
@@ -81,23 +106,15 @@ def merge_parts(
     SINCE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """m_i, l_i and acc of the far blocks of a tile's rows."""
+    """m_i, l_i and acc of the far blocks of a query tile's rows."""
     m_i = tl.full([C.BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.full([C.BLOCK_M], 0.0, tl.float32)
     acc = zeros(C.BLOCK_M, C.BLOCK_DV)
-    out_ptr, lse_ptr, list_ptr, start_ptr = part_ptrs
-    list_ptr += ((b * T + token) * KV_HEADS + kv_head) * C.WIDTH
-    part = ((b * KV_HEADS + kv_head - first_head) * T + token) * C.WIDTH
-    seq_start = tl.zeros_like(token)
-    if start_ptr is not None:
-        seq_start = tl.load(start_ptr + token, mask=mask, other=0)
+    lists = _locate_lists(part_ptrs, first_head, b, kv_head, token, head, mask, T, KV_HEADS, C)
     for entry in tl.range(0, C.WIDTH):
-        j = tl.load(list_ptr + entry, mask=mask, other=-1)
-        far = mask & is_far(j, seq_start, q_start + token, C.SELECT_BLOCK, SINCE)
-        far = far & (seq_start + j.to(tl.int64) * C.SELECT_BLOCK < S)
-        row = (part + entry) * C.G + head % C.G
-        lse = tl.load(lse_ptr + row, mask=far, other=float("-inf"))
-        out = load_rows(out_ptr + row * C.V, None, 1, far, C.V, C.BLOCK_DV)
+        part, far = _locate_part(entry, lists, mask, q_start + token, S, SINCE, C)
+        lse = tl.load(part_ptrs[1] + part, mask=far, other=float("-inf"))
+        out = load_rows(part_ptrs[0] + part * C.V, None, 1, far, C.V, C.BLOCK_DV)
         m_new = tl.maximum(m_i, lse)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m_i - m_safe)
@@ -108,7 +125,49 @@ def merge_parts(
     return m_i, l_i, acc
 
 
-@kernel(do_not_specialize=["T", "S", "first_head", "num_blocks"])
+@triton.jit
+def add_parts(
+    acc,
+    part_ptrs,
+    first_head,
+    b,
+    kv_head,
+    token,
+    head,
+    mask,
+    T,
+    S,
+    q_start,
+    KV_HEADS,
+    SINCE: tl.constexpr,
+    C: tl.constexpr,
+):
+    """acc plus the dq of the far blocks, arguments as of :func:`merge_parts`."""
+    lists = _locate_lists(part_ptrs, first_head, b, kv_head, token, head, mask, T, KV_HEADS, C)
+    for entry in tl.range(0, C.WIDTH):
+        part, far = _locate_part(entry, lists, mask, q_start + token, S, SINCE, C)
+        acc = add_rows(acc, load_rows(part_ptrs[0] + part * C.D, None, 1, far, C.D, C.BLOCK_D))
+    return acc
+
+
+@triton.jit
+def _locate_chunk(
+    index_ptrs, first_head, num_heads, num_blocks, KV_HEADS, BLOCK_PITCH: tl.constexpr
+):
+    """The pairs of a program's chunk, none past the last; the block's batch row, head and first key
+    row."""
+    block_ids_ptr, offsets_ptr, head_chunks_ptr, _ = index_ptrs
+    chunk = tl.load(head_chunks_ptr + first_head) + tl.program_id(0)
+    inside = chunk < tl.load(head_chunks_ptr + first_head + num_heads)
+    begin = tl.load(offsets_ptr + chunk, mask=inside, other=0)
+    end = tl.load(offsets_ptr + chunk + 1, mask=inside, other=0)
+    block_id = tl.load(block_ids_ptr + begin).to(tl.int64)
+    b_head = block_id // num_blocks
+    first_row = block_id % num_blocks * BLOCK_PITCH
+    return begin, end, b_head // KV_HEADS, b_head % KV_HEADS, first_row
+
+
+@kernel(do_not_specialize=["T", "S", "first_head", "num_heads", "num_blocks"])
 def nsa_selected_fwd_far(
     q_ptr,
     k_ptr,
@@ -129,18 +188,13 @@ def nsa_selected_fwd_far(
     BLOCK_PITCH: tl.constexpr,
     C: tl.constexpr,
 ):
-    block_ids_ptr, offsets_ptr, head_chunks_ptr, entries_ptr = index_ptrs
-    row = tl.arange(0, C.BLOCK_M)
-    n = tl.arange(0, C.BLOCK_N)
-    slot = row // C.G
-    chunk = tl.load(head_chunks_ptr + first_head) + tl.program_id(0)
-    if chunk < tl.load(head_chunks_ptr + first_head + num_heads):
-        begin = tl.load(offsets_ptr + chunk)
-        end = tl.load(offsets_ptr + chunk + 1)
-        block_id = tl.load(block_ids_ptr + begin).to(tl.int64)
-        b_head = block_id // num_blocks
-        b, kv_head = b_head // KV_HEADS, b_head % KV_HEADS
-        first_row = block_id % num_blocks * BLOCK_PITCH
+    begin, end, b, kv_head, first_row = _locate_chunk(
+        index_ptrs, first_head, num_heads, num_blocks, KV_HEADS, BLOCK_PITCH
+    )
+    if begin < end:
+        row = tl.arange(0, C.BLOCK_M)
+        n = tl.arange(0, C.BLOCK_N)
+        slot = row // C.G
         exists = (n < C.SELECT_BLOCK) & (first_row + n < S)
         k_ptr += b * k_strides[0] + kv_head * k_strides[2] + first_row * k_strides[1]
         v_ptr += b * v_strides[0] + kv_head * v_strides[2] + first_row * v_strides[1]
@@ -148,14 +202,14 @@ def nsa_selected_fwd_far(
         v = load_rows(v_ptr + n * v_strides[1], None, 1, exists, C.V, C.BLOCK_DV)
         q_rows = q_ptr + b * q_strides[0] + (kv_head * C.G + row % C.G) * q_strides[2]
         first_entry = b * T * C.WIDTH
-        part = (b_head - first_head) * T * C.WIDTH
+        part = (b * KV_HEADS + kv_head - first_head) * T * C.WIDTH
 
         for pair in tl.range(begin, end, C.TOKENS):
             mask = (slot < C.TOKENS) & (pair + slot < end)
             # rows past the end are the last token's again
-            entry = tl.load(entries_ptr + tl.minimum(pair + slot, end - 1)) - first_entry
-            at = q_rows + entry // C.WIDTH * q_strides[1]
-            q = load_rows(at, None, 1, None, C.D, C.BLOCK_D)
+            entry = tl.load(index_ptrs[3] + tl.minimum(pair + slot, end - 1)) - first_entry
+            q_at = q_rows + entry // C.WIDTH * q_strides[1]
+            q = load_rows(q_at, None, 1, None, C.D, C.BLOCK_D)
             s = dot_rows(q, k, C)
             s = tl.where(exists[None, :], s * scale_log2, float("-inf"))
             m_i = tl.max(s, 1)
@@ -167,3 +221,67 @@ def nsa_selected_fwd_far(
             at = (part + entry) * C.G + row % C.G
             store_rows(out_ptr + at * C.V, None, acc, mask, C.V, C.BLOCK_DV)
             tl.store(lse_ptr + at, m_i + tl.log2(l_i), mask=mask)
+
+
+@kernel(do_not_specialize=["T", "S", "first_head", "num_heads", "num_blocks"])
+def nsa_selected_bwd_dq_far(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    row_ptrs,  # lse, delta and, with WEIGHTED, the weight of each row: [B, T, H], contiguous
+    dq_ptr,  # sums of :class:`Parts`; written
+    index_ptrs,  # as of :func:`nsa_selected_fwd_far`
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    T,
+    S,
+    first_head,
+    num_heads,
+    KV_HEADS,
+    num_blocks,
+    scale_log2,
+    scale,
+    BLOCK_PITCH: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    C: tl.constexpr,
+):
+    begin, end, b, kv_head, first_row = _locate_chunk(
+        index_ptrs, first_head, num_heads, num_blocks, KV_HEADS, BLOCK_PITCH
+    )
+    if begin < end:
+        row = tl.arange(0, C.BLOCK_M)
+        n = tl.arange(0, C.BLOCK_N)
+        slot = row // C.G
+        exists = (n < C.SELECT_BLOCK) & (first_row + n < S)
+        k_ptr += b * k_strides[0] + kv_head * k_strides[2] + first_row * k_strides[1]
+        v_ptr += b * v_strides[0] + kv_head * v_strides[2] + first_row * v_strides[1]
+        k = load_rows(k_ptr + n * k_strides[1], None, 1, exists, C.D, C.BLOCK_D)
+        v = load_rows(v_ptr + n * v_strides[1], None, 1, exists, C.V, C.BLOCK_DV)
+        head = kv_head * C.G + row % C.G
+        q_rows = q_ptr + b * q_strides[0] + head * q_strides[2]
+        dout_rows = dout_ptr + b * dout_strides[0] + head * dout_strides[2]
+        first_entry = b * T * C.WIDTH
+        part = (b * KV_HEADS + kv_head - first_head) * T * C.WIDTH
+
+        for pair in tl.range(begin, end, C.TOKENS, disable_licm=True):
+            mask = (slot < C.TOKENS) & (pair + slot < end)
+            entry = tl.load(index_ptrs[3] + tl.minimum(pair + slot, end - 1)) - first_entry
+            token = entry // C.WIDTH
+            q = load_rows(q_rows + token * q_strides[1], None, 1, None, C.D, C.BLOCK_D)
+            dout = load_rows(dout_rows + token * dout_strides[1], None, 1, None, C.V, C.BLOCK_DV)
+            at = (b * T + token) * (KV_HEADS * C.G) + head
+            lse_log2 = tl.load(row_ptrs[0] + at) * LOG2_E
+            delta = tl.load(row_ptrs[1] + at)
+            s = dot_rows(q, k, C)
+            dp = dot_rows(dout, v, C)
+            # as in :mod:`.bwd_dq`
+            p = tl.exp2(tl.minimum(s * scale_log2 - lse_log2[:, None], 0.0))
+            if WEIGHTED:
+                p *= tl.load(row_ptrs[2] + at)[:, None]
+            ds = p * tl.where(exists[None, :], dp - delta[:, None], 0.0)
+            dq = scale_rows(add_products(zeros(C.BLOCK_M, C.BLOCK_D), ds, k, C), scale)
+            at = (part + entry) * C.G + row % C.G
+            store_rows(dq_ptr + at * C.D, None, dq, mask, C.D, C.BLOCK_D)

@@ -16,13 +16,15 @@ from torch import Tensor
 from nsa.backends.compiled.common import LOG2E, bwd_preprocess, rows_contiguous
 from nsa.backends.compiled.selected.bwd_dkv import nsa_selected_bwd_dkv, nsa_selected_bwd_sum
 from nsa.backends.compiled.selected.bwd_dq import nsa_selected_bwd_dq
-from nsa.backends.compiled.selected.far_launch import forward_with_far_blocks
+from nsa.backends.compiled.selected.far_launch import (
+    dq_with_far_blocks,
+    forward_with_far_blocks,
+)
 from nsa.backends.compiled.selected.fwd import nsa_selected_fwd
 from nsa.backends.compiled.selected.inverse_index import InverseIndex, inverse_index
 from nsa.backends.compiled.selected.shared import shared_index, shared_lists
 from nsa.backends.compiled.selected.tiles import (
     Constants,
-    ForwardTiles,
     KeyTiles,
     QueryTiles,
     SelectedTiles,
@@ -45,7 +47,7 @@ def selected_forward(
     q_start: int = 0,
     share: int = 1,
     sequences: int | None = None,
-    tiles: ForwardTiles | None = None,
+    tiles: QueryTiles | None = None,
     unions: TileUnions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the tokens ``s <= t`` of the selected blocks.
@@ -85,14 +87,10 @@ def selected_forward(
     where: dict[str, Any] = {"start": start, "select_block": select_block, "sequences": sequences}
     with torch.cuda.device_of(q):
         if tiles.far is not None:
-            assert share == 1 and unions is None, (share, unions)
-            call: dict[str, Any] = {
-                "scale": scale,
-                "q_start": q_start,
-                "tiles": tiles,
-                "far": tiles.far,
-            }
-            forward_with_far_blocks(q, k, v, block_idx, out, lse, **where, **call)
+            assert share == 1, share
+            assert unions is None
+            call: dict[str, Any] = {**where, "scale": scale, "q_start": q_start, "tiles": tiles}
+            forward_with_far_blocks(q, k, v, block_idx, out, lse, **call)
             return out, lse
         blocks, num_tiles = _blocks_of_tiles(
             block_idx, unions, tiles, key_rows=S, share=share, **where, q_start=q_start
@@ -145,6 +143,10 @@ def selected_dq(
         dq, in q's dtype unless given, and delta.
     """
     T, S, K = q.shape[1], k.shape[1], k.shape[2]
+    tiles = tiles or default_tiles(q, v, block_idx, select_block, share).dq
+    if tiles.far is not None and out is not None:  # which adds to dq alone
+        delta, out = bwd_preprocess(dout, out), None
+        dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     accumulate = out is None
     if out is not None:
         out = out.contiguous()
@@ -154,21 +156,28 @@ def selected_dq(
     assert delta is not None, "expected out, or delta and dq"
     if delta.numel() == 0:
         return dq, delta
-    tiles = tiles or default_tiles(q, v, block_idx, select_block, share).dq
     q, k, v, dout = map(rows_contiguous, (q, k, v, dout))
     where: dict[str, Any] = {"start": start, "select_block": select_block, "q_start": q_start}
     with torch.cuda.device_of(q):
+        if tiles.far is not None:
+            assert share == 1, share
+            assert unions is None
+            of_rows = lse.contiguous(), delta, weight
+            where |= {"scale": scale, "tiles": tiles, "sequences": sequences}
+            dq_with_far_blocks(dout, q, k, v, *of_rows, dq, block_idx, **where)
+            return dq, delta
         blocks, num_tiles = _blocks_of_tiles(
             block_idx, unions, tiles, key_rows=S, share=share, sequences=sequences, **where
         )
         nsa_selected_bwd_dq[(q.shape[0] * num_tiles * K,)](
             *(q, k, v, dout, dq if out is None else out, lse.contiguous(), delta),
             *(delta if weight is None else weight, dq),
-            blocks,
+            *(blocks, None),
             *(x.stride() for x in (q, k, v, dout)),
-            *(T, num_tiles, S, q_start, K, scale * LOG2E, scale),
+            *(T, num_tiles, S, q_start, 0, K, scale * LOG2E, scale),
             ACCUMULATE=accumulate,
             WEIGHTED=weight is not None,
+            SINCE=None,
             C=_query_constants(q, v, block_idx, select_block, tiles, start, share),
             **launch_options(tiles.num_warps, tiles.num_stages),
         )

@@ -7,7 +7,7 @@ times the G query heads of a key/value head. D key size, V value size, n selecte
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,12 +63,12 @@ PARTS_BYTES = 5 * 2**27
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QueryTiles:
-    """One launch of the forward or of the dq kernel."""
+class Tiles:
+    """One launch."""
 
     tokens: int
-    """Consecutive tokens of a tile, at most 32; of key tiles: of a step, any that selected the
-    block, they need not be neighbours."""
+    """Consecutive tokens of a query tile, at most 32; of key tiles: of a step, any that selected
+    the block, they need not be neighbours."""
     block_n: int
     """Keys of a step (key tiles: of a program), a power of two from 16; a block of more keys takes
     several."""
@@ -77,27 +77,26 @@ class QueryTiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FarTiles(QueryTiles):
-    """One launch of the kernel for far blocks, over key tiles; a step has all keys of a block."""
+class FarTiles(Tiles):
+    """One launch of a kernel for far blocks, over key tiles; a program has all keys of a block."""
 
     chunk: int
-    """As of :class:`KeyTiles`."""
+    """As of :class:`KeyTiles`, as is ``maxnreg``."""
     since: int = FAR_SINCE
     room: int = PARTS_BYTES
     maxnreg: int | None = None
-    """As of :class:`KeyTiles`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardTiles(QueryTiles):
-    """The launches of the forward."""
+class QueryTiles(Tiles):
+    """One launch of the forward or of the dq kernel, and of what goes before it."""
 
     far: FarTiles | None = None
     """None: all blocks are near."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyTiles(QueryTiles):
+class KeyTiles(Tiles):
     """One launch of the dk, dv kernel."""
 
     chunk: int = CHUNK
@@ -114,7 +113,7 @@ class KeyTiles(QueryTiles):
 class SelectedTiles:
     """The launches of one problem."""
 
-    forward: ForwardTiles
+    forward: QueryTiles
     dq: QueryTiles
     dkv: KeyTiles
 
@@ -137,7 +136,9 @@ class Row:
     with_dq: bool = False
     """Whether long sequences sum dq beside dk and dv."""
     far: tuple[int, int] | None = None
-    """Warps and stages of the kernel for far blocks; None: all blocks are near."""
+    """Warps and stages of the forward's kernel for far blocks; None: all blocks are near."""
+    far_dq: tuple[int, int] = (4, 1)
+    """Those of dq's."""
     chunk_rows: int = 0
     """Rows of a chunk of key tiles, where :data:`CHUNK` tokens have fewer."""
     measured: str
@@ -312,16 +313,23 @@ def tiles_for(
         warps = fp32_warps if row.fp32 else 8 if rows > 64 else 4
         return QueryTiles(tokens=tokens, block_n=n, num_warps=warps, num_stages=stages)
 
-    def far_tiles() -> FarTiles | None:
+    def far_tiles(warps: int, stages: int, row_size: int) -> FarTiles | None:
         if row.far is None or share > 1 or keys > FAR_BLOCK:
             return None
-        warps, stages = row.far
         step = tokens_per_tile(G, row.rows)
-        size = padded(step * G) * head_columns(D)
+        size = padded(step * G) * row_size
         while stages > 1 and (keys * wide + size * stages) * dtype.itemsize > SHARED_BYTES:
             stages -= 1
         chunk = max(1, FAR_ROWS // G)
-        return FarTiles(tokens=step, block_n=keys, num_warps=warps, num_stages=stages, chunk=chunk)
+        return FarTiles(
+            tokens=step,
+            block_n=keys,
+            num_warps=warps,
+            num_stages=stages,
+            chunk=chunk,
+            since=FAR_SINCE,
+            room=PARTS_BYTES,
+        )
 
     def key_tiles(n: int, stages: int) -> KeyTiles:
         n = min(keys, n)
@@ -347,10 +355,10 @@ def tiles_for(
             ordered=deterministic,
         )
 
-    forward = query_tiles(*row.forward, head_columns(D))
+    forward, dq = query_tiles(*row.forward, head_columns(D)), query_tiles(*row.dq, wide)
     return SelectedTiles(
-        forward=ForwardTiles(**asdict(forward), far=far_tiles()),
-        dq=query_tiles(*row.dq, wide),
+        forward=replace(forward, far=far_tiles(*(row.far or (1, 1)), head_columns(D))),
+        dq=replace(dq, far=far_tiles(*row.far_dq, wide)),
         dkv=key_tiles(*row.dkv),
     )
 
@@ -424,7 +432,7 @@ def constants(
     v: Tensor,
     block_idx: Tensor,
     select_block: int,
-    tiles: QueryTiles,
+    tiles: Tiles,
     *,
     shared: bool = False,
     packed: bool = False,
