@@ -196,6 +196,7 @@ def small_group(row: Row, G: int) -> Row:
         far=(4, 3),
         chunk_rows=4096,
         with_dq=with_dq,
+        dq=(32, 2),  # with 64 keys ptxas waits after every matrix instruction
         dkv=(64, 1) if with_dq else row.dkv,
         measured=UNTUNED,
     )
