@@ -383,6 +383,9 @@ def test_default_tiles_fit() -> None:
                     if rows <= 64 and size <= 256:
                         used = rows * held + tiles.block_n * 2 * size * tiles.num_stages
                         assert used * dtype.itemsize <= 227 * 1024
+                    if (far := tiles.far) is not None:
+                        used = rows * held * far.num_stages + far.block_n * 2 * size
+                        assert used * dtype.itemsize <= 227 * 1024 or far.num_stages == 1
 
 
 def test_dq_is_in_fp32_where_atomic_adds_sum_it() -> None:
@@ -400,7 +403,10 @@ def test_a_shape_without_a_row_is_untuned() -> None:
     for row in ROWS:
         dtype = torch.float32 if row.fp32 else torch.bfloat16
         assert tile_row(row.D, row.V, row.G, dtype) is row
-    assert tile_row(192, 128, 8, torch.bfloat16).dq == tile_row(192, 128, 16, torch.bfloat16).dq
+    paper, small = (tile_row(192, 128, G, torch.bfloat16) for G in (16, 8))
+    assert tile_row(192, 128, 12, torch.bfloat16).dq == paper.dq
+    assert (small.forward, small.far) == (paper.forward, tile_row(128, 128, 8, torch.bfloat16).far)
+    assert paper.far is None
     found = tile_row(80, 96, 4, torch.float16)
     assert (found.D, found.V, found.G, found.measured) == (80, 96, 4, UNTUNED)
 
