@@ -3,7 +3,7 @@
     python benchmarks/selected_groups.py                    # 32 heads in groups of 16, 8, 4, 2, 1
     python benchmarks/selected_groups.py --large-blocks     # 64/4: l' 128 with n 8 and n 16
 
-All kernels are built first, side by side; a tiling that cannot be is named and left out. Each is
+All kernels are built first, by several processes; a tiling that cannot be is named and left out. Each is
 held to the results of query tiles alone, in bf16, then timed: medians in milliseconds by CUDA
 events, whole calls, inverse index and unions included. Equal heads have equal FLOPs: ``of 16`` is
 the time over that of the first group given. Tilings are tried on random lists; the choice and the
@@ -16,9 +16,10 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 from kernels_selected import block_lists, median_ms
@@ -211,24 +212,28 @@ def difference(x: SelectedTiles, of: SelectedTiles) -> str:
     return ", ".join(found)
 
 
-def build(every: list[Variant]) -> list[Variant]:
-    """Those whose kernels could be made."""
+def build_one(variant: Variant) -> str | None:
+    """Why the kernels of a tiling could not be made, or None; they are on the disk then."""
     device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        build_once(variant, device, variant.rehearse)
+    except FAILURES as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:200]}"
+    return None
 
-    def one(variant: Variant) -> Variant | None:
-        try:
-            build_once(variant, device, variant.rehearse)
-        except FAILURES as error:
-            text = str(error).strip().splitlines() or [""]
-            print(f"not built: {label(variant)}: {type(error).__name__}: {text[-1]}", flush=True)
-            return None
-        return variant
 
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(16) as pool:
-        made = [variant for variant in pool.map(one, every) if variant is not None]
+def build(every: list[Variant], processes: int) -> list[Variant]:
+    """Those whose kernels could be made; the chosen ones first, whose kernels others share."""
+    begin, made = time.perf_counter(), []
+    order = sorted(every, key=lambda variant: not variant.chosen)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for variant, failure in zip(order, pool.map(build_one, order), strict=True):
+            if failure is None:
+                made.append(variant)
+            else:
+                print(f"not built: {label(variant)}: {failure}", flush=True)
     print(f"{len(made)} tilings built in {time.perf_counter() - begin:.0f} s", flush=True)
-    return made
+    return [variant for variant in every if variant in made]
 
 
 def label(variant: Variant) -> str:
@@ -292,7 +297,7 @@ def main() -> None:
             large_blocks=args.large_blocks,
         )
     ]
-    made = build(every)
+    made = build(every, args.processes)
     first: dict[tuple[str, bool], float] = {}
     for lists, shape in itertools.product(args.lists, shapes):
         here = [x for x in made if x.shape == shape and (x.chosen or lists == args.lists[0])]

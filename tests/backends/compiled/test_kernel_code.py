@@ -82,7 +82,7 @@ SLOW = {
     "wide": (STEPS[13], STEPS[-1]),
     "small": (*OPTIONS, *STEPS[9:11], *STEPS[13:]),
     "eighty": tuple(step for step in STEPS if step != "window backward"),
-    "groups": STEPS[9:10],
+    "groups": STEPS[9:11],
 }
 MAX_ARGUMENTS = 30
 """Of a kernel, compile-time constants apart; a tuple counts as one."""

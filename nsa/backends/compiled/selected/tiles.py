@@ -226,11 +226,15 @@ def tile_row(D: int, V: int, G: int, dtype: torch.dtype) -> Row:
     for row in ROWS:
         if (row.D, row.V, row.G, row.fp32) == (D, V, G, fp32):
             return row
-    nearest = SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
-    same_heads = [row for row in ROWS if (row.D, row.V, row.fp32) == (D, V, fp32)]
-    found = min(
-        same_heads or [FP32 if fp32 else nearest], key=lambda row: max(row.G / G, G / row.G)
-    )
+    found = None
+    for row in ROWS:  # in a trace, too, which takes no key of min
+        far = row.far is not None and G > SMALL_GROUP
+        if (row.D, row.V, row.fp32) == (D, V, fp32) and not far:
+            ratio = max(row.G / G, G / row.G)
+            if found is None or ratio < max(found.G / G, G / found.G):
+                found = row
+    if found is None:
+        found = FP32 if fp32 else SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
     found = replace(found, D=D, V=V)
     if G < found.G and G <= SMALL_GROUP and not fp32:
         found = small_group(found, G)
