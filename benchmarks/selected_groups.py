@@ -3,11 +3,11 @@
     python benchmarks/selected_groups.py                    # 32 heads in groups of 16, 8, 4, 2, 1
     python benchmarks/selected_groups.py --large-blocks     # 64/4: l' 128 with n 8 and n 16
 
-All kernels are built first, by several processes; a tiling that cannot be is named and left out. Each is
-held to the results of query tiles alone, in bf16, then timed: medians in milliseconds by CUDA
-events, whole calls, inverse index and unions included. Equal heads have equal FLOPs: ``of 16`` is
-the time over that of the first group given. Tilings are tried on random lists; the choice and the
-union form also on lists of which neighbours share 65% and 86%.
+All kernels are built first, by several processes; a tiling that cannot be is named and left out.
+Each is held to the results of query tiles alone, in bf16, then timed: medians in milliseconds by
+CUDA events, whole calls, inverse index and unions included. Equal heads have equal FLOPs: ``of
+first`` is the time over that of query tiles on the first shape. Tilings are tried on random lists;
+the choice and query tiles alone also on lists of which neighbours share 65% and 86%.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def main() -> None:
                 continue
             base = first.setdefault((lists, variant.backward), ms)
             wrong = "" if error < 1 else f"  WRONG: off by {error:.1f} times the limit"
-            print(f"{lists:6s} {ms:7.2f} ms {ms / base:5.2f} of 16  {label(variant)}{wrong}")
+            print(f"{lists:6s} {ms:7.2f} ms {ms / base:5.2f} of first  {label(variant)}{wrong}")
             if args.kernels and variant.name in ("chosen", "unions"):
                 print(f"{'':8s}{kernels(call)}")
             del found
