@@ -125,8 +125,13 @@ def test_far_blocks(heads: tuple[int, int]) -> None:
     assert x.block_idx is not None
     q, k, v = x.q.detach(), *(y.detach() for y in x.selected)
     found = compiled.selected_attention(q, k, v, x.block_idx, config, x.cu_seqlens)
-    alone = (y[:, 333:] for y in (q, k, v, x.block_idx))
-    for a, b in zip(found, compiled.selected_attention(*alone, config), strict=True):
+    alone = [y[:, 333:].contiguous() for y in (q, k, v, x.block_idx)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        want = compiled.selected_attention(*alone, config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(found, want, strict=True):
         assert torch.equal(a[:, 333:], b)
 
 
