@@ -20,7 +20,12 @@ from nsa.backends.compiled.select.tiles import (
     search_tiles,
     select_tiles,
 )
-from nsa.backends.compiled.tiling import head_columns, launch_options, next_power_of_2
+from nsa.backends.compiled.tiling import (
+    capability_of,
+    head_columns,
+    launch_options,
+    next_power_of_2,
+)
 from nsa.config import NSAConfig
 from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.selection.fp8 import quantize
@@ -125,7 +130,8 @@ def _launch_topn(
     if tiles is None:
         blocks = triton.cdiv(queries.q_start + queries.q.shape[1], C.SELECT_BLOCK)
         sizes = C.G, C.D, C.NUM_SELECTED, blocks
-        tiles = select_tiles(queries.q.dtype, *sizes, fp8=C.FP8)
+        capability = capability_of(queries.q.device)
+        tiles = select_tiles(queries.q.dtype, *sizes, fp8=C.FP8, capability=capability)
     assert tiles.blocks >= C.SLOTS, f"expected at least {C.SLOTS} blocks, got {tiles.blocks}"
     C = replace(C, TOKENS=max(1, tiles.rows // C.BLOCK_GROUP), BLOCK_N=max(16, tiles.blocks))
     num_tiles = triton.cdiv(queries.leaders, C.TOKENS)

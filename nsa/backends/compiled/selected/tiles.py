@@ -1,4 +1,4 @@
-"""Tiles of the selected branch's kernels: one row per shape, in :data:`ROWS`.
+"""Tiles of the selected branch's kernels: one row per GPU and shape, in :data:`ROWS`.
 
 Two kinds of launch: *query tiles* (forward, dq: some tokens, over the blocks that they selected)
 and *key tiles* (dk, dv: one block, over the tokens that selected it). The rows of a tile are tokens
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from nsa.backends.compiled.tiling import (
-    SHARED_BYTES,
+    SM_90,
     UNTUNED,
+    Capability,
+    capability_of,
     head_columns,
     next_power_of_2,
     padded,
+    shared_bytes,
 )
 
 MAX_SLOTS = 1024
@@ -87,6 +90,7 @@ class Row:
     V: int
     G: int
     fp32: bool = False
+    capability: Capability = SM_90
     rows: int = 64
     """Rows of a tile at most, if one token has no more."""
     forward: tuple[int, int]
@@ -149,18 +153,21 @@ FP32 = Row(
     measured=UNTUNED,
 )
 ROWS = (SMALL_HEADS, LARGE_HEADS, PAPER, *BETWEEN, FP32)
-"""A shape without a row of its own gets one by :func:`tile_row`'s rule."""
+"""A shape without a row of its own gets one by :func:`tile_row`'s rule; ``bench --tune`` prints a
+row to add."""
 
 
-def tile_row(D: int, V: int, G: int, dtype: torch.dtype) -> Row:
-    """The row of this shape, else of these heads, else the nearest by dtype and head sizes, as
-    untuned."""
+def tile_row(D: int, V: int, G: int, dtype: torch.dtype, capability: Capability = SM_90) -> Row:
+    """The row of this GPU and shape; else, as untuned, an H100's: of the shape, of these heads, or
+    the nearest by dtype and head sizes."""
     fp32 = dtype == torch.float32
-    for row in ROWS:
-        if (row.D, row.V, row.G, row.fp32) == (D, V, G, fp32):
-            return row
+    for of in dict.fromkeys((capability, SM_90)):
+        for row in ROWS:
+            if (row.D, row.V, row.G, row.fp32, row.capability) == (D, V, G, fp32, of):
+                return row if of == capability else replace(row, measured=UNTUNED)
     nearest = SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
-    same_heads = (row for row in ROWS if (row.D, row.V, row.fp32) == (D, V, fp32))
+    h100 = (row for row in ROWS if row.capability == SM_90)
+    same_heads = (row for row in h100 if (row.D, row.V, row.fp32) == (D, V, fp32))
     nearest = next(same_heads, FP32 if fp32 else nearest)
     return replace(nearest, D=D, V=V, G=G, measured=UNTUNED)
 
@@ -209,15 +216,18 @@ def tiles_for(
     length: int,
     share: int = 1,
     deterministic: bool = False,
+    capability: Capability = SM_90,
+    row: Row | None = None,
 ) -> SelectedTiles:
-    """Tiles for an H100: head sizes, group, n, l', T, how many tokens have one list (those of a
+    """Tiles for a GPU: head sizes, group, n, l', T, how many tokens have one list (those of a
     query tile then divide it), and whether sums have one order in every run and batch.
 
     The row of the shape, with no more keys than a block has, and less of everything until it fits
     in shared memory. T says how dq is summed and nothing else: a sequence is tiled alike alone and
-    packed with others.
+    packed with others. ``row``: in place of :func:`tile_row`'s.
     """
-    row = tile_row(D, V, G, dtype)
+    row = row or tile_row(D, V, G, dtype, capability)
+    most_bytes = shared_bytes(capability)
     wide = head_columns(D) + head_columns(V)
     keys = padded(select_block)
     tokens = tokens_per_tile(G, row.rows, width)
@@ -230,7 +240,7 @@ def tiles_for(
         """``row_size``: elements of a row that stay in shared memory."""
         n = min(keys, n)
         rows = padded(tokens * G)
-        while (rows * row_size + n * wide * stages) * dtype.itemsize > SHARED_BYTES:
+        while (rows * row_size + n * wide * stages) * dtype.itemsize > most_bytes:
             if stages > 1:
                 stages -= 1
             elif n > 16:
@@ -244,7 +254,7 @@ def tiles_for(
     def key_tiles(n: int, stages: int) -> KeyTiles:
         n = min(keys, n)
         step = tokens_per_tile(G, row.rows)
-        while (n + padded(step * G) * min(stages, 2)) * wide * dtype.itemsize > SHARED_BYTES:
+        while (n + padded(step * G) * min(stages, 2)) * wide * dtype.itemsize > most_bytes:
             if stages > 1:
                 stages -= 1
             elif step > 1 and padded(step * G) > 16:
@@ -285,8 +295,16 @@ def default_tiles(
     T, H, D = q.shape[1:]
     K, V = v.shape[2:]
     n = block_idx.shape[3]
-    sizes = {"width": n, "select_block": select_block, "length": T, "share": share}
-    return tiles_for(D, V, H // K, dtype=q.dtype, deterministic=deterministic, **sizes)
+    return tiles_for(
+        *(D, V, H // K),
+        width=n,
+        select_block=select_block,
+        dtype=q.dtype,
+        length=T,
+        share=share,
+        deterministic=deterministic,
+        capability=capability_of(q.device),
+    )
 
 
 @dataclass(frozen=True, slots=True)
