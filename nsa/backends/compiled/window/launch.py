@@ -39,7 +39,7 @@ class Mix(NamedTuple):
     """The gated sum of the three branches, which the window's kernel can take too."""
 
     gates: Tensor
-    """``[B, T, H, 3]``"""
+    """``[B, T, H, 3]``, contiguous."""
     compressed: Tensor
     """The branch's out ``[B, T, H, V]``."""
     selected: Tensor
@@ -100,7 +100,6 @@ def window_forward(
     branches: tuple[Tensor | None, ...] = (None, None, None)
     if mix is not None:
         branches = (mix.compressed.contiguous(), mix.selected.contiguous(), mix.out)
-    gates = q if mix is None else mix.gates
     with torch.cuda.device_of(q):
         nsa_window_fwd[(triton.cdiv(T, C.TOKENS) * B * K,)](
             q,
@@ -109,7 +108,7 @@ def window_forward(
             out,
             lse,
             branches,
-            gates,
+            None if mix is None else mix.gates,
             (start, blocks.first),
             T,
             K,
@@ -120,7 +119,6 @@ def window_forward(
             q.stride(),
             k.stride(),
             v.stride(),
-            gates.stride(),
             MIX=mix is not None,
             **options,
         )
