@@ -94,7 +94,7 @@ def gated_forward(
         share=layout.share,
         sequences=None if start is None else layout.sequences,
     )
-    mix = Mix(gates.contiguous(), out_cmp, out_slc, out=torch.empty_like(out_slc))
+    mix = Mix(gates.contiguous(), out_cmp, out_slc, out=out_slc.new_empty(out_slc.shape))
     out_win, lse_win = window_forward(
         q, k.window, v.window, window=layout.window, start=start, scale=scale, mix=mix
     )

@@ -25,6 +25,7 @@ from nsa.backends.compiled.window.bwd_dkv import nsa_window_bwd_dkv
 from nsa.backends.compiled.window.bwd_dq import nsa_window_bwd_dq
 from nsa.backends.compiled.window.fwd import nsa_window_fwd
 from nsa.backends.compiled.window.tiles import Constants, Tiles, constants, tiles_for
+from nsa.core.operators import BUILDING
 
 PROGRAMS = 1024
 """Programs of the kernel for dk and dv that a launch over few keys is split into, about."""
@@ -162,7 +163,7 @@ def window_backward(
     out, lse = out.contiguous(), lse.contiguous()
     dout, q, k, v = map(addressable, (dout, q, k, v))
     positive_q, positive_scale, sign = positive(q, scale)
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(lse.shape)
     tiles = q_tiles or tiles_for(q.dtype, D, V).bwd_dq
     C, options = launch_options(q, k, v, tiles, start, q_start, blocks)
     with torch.cuda.device_of(q):
@@ -268,7 +269,7 @@ def key_gradients(
             **options,
         )
     if splits > 1:
-        dk, dv = (x.sum(0).to(dk.dtype) for x in parts)
+        dk, dv = ((x[0] if BUILDING.get() else x.sum(0)).to(dk.dtype) for x in parts)
     return dk, dv
 
 
