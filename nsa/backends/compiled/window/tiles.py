@@ -6,6 +6,7 @@ The group size G does not matter: rows of a tile are tokens times heads of a gro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -84,6 +85,7 @@ TILES = {
 TILES |= {(size, size): replace(TILES[128, 128], tuned="untuned") for size in (80, 96)}
 
 
+@lru_cache(256)
 def tiles_for(dtype: torch.dtype, D: int, V: int) -> WindowTiles:
     """The row of head sizes D and V; without one, that of the next larger square heads."""
     if dtype == torch.float32:
