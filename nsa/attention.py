@@ -18,7 +18,7 @@ from nsa.backends.dispatch import Resolution, plan, settings_in_force
 from nsa.backends.protocol import Problem
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
-from nsa.core.build import build_once, kind, launches_soon, on_meta
+from nsa.core.build import backward, build_once, kind, launches_soon, on_meta
 from nsa.core.compile import compile_glue
 from nsa.core.dtypes import accumulation_dtype, autocast_dtype
 from nsa.core.inputs import AttentionInputs, Probe
@@ -252,7 +252,7 @@ def rehearse(
     """Call :func:`run` on meta tensors, and its backward if gradients are wanted."""
     out = run(chosen, inputs, config, **options)
     if out.requires_grad:
-        out.backward(torch.empty_like(out))
+        backward(out)
 
 
 def combine(gates: Tensor, *outputs: Tensor) -> Tensor:

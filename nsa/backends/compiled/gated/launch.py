@@ -95,7 +95,7 @@ def gated_forward(
         share=layout.share,
         sequences=None if start is None else layout.sequences,
     )
-    mix = Mix(gates, out_cmp, out_slc, out=torch.empty_like(out_slc))
+    mix = Mix(gates.contiguous(), out_cmp, out_slc, out=out_slc.new_empty(out_slc.shape))
     out_win, lse_win = window_forward(
         q, k.window, v.window, window=layout.window, start=start, scale=scale, mix=mix
     )
@@ -221,7 +221,7 @@ def gated_dq(
             v.compressed,
             k.window,
             v.window,
-            gates,
+            gates.contiguous(),
             tuple(x.contiguous() for x in out),
             tuple(x.contiguous() for x in lse),
             dout,
@@ -242,7 +242,6 @@ def gated_dq(
             v.compressed.stride(),
             k.window.stride(),
             v.window.stride(),
-            gates.stride(),
             dout.stride(),
             WEIGHTED=weighted,
             **options,

@@ -165,14 +165,14 @@ def _launch_search(
 
 def _arguments(queries: Queries, keys: Keys, C: Constants) -> tuple[Any, ...]:
     """What both kernels begin with."""
-    q, lse, k = queries.q, queries.lse, keys.k
+    q, lse, k = queries.q, queries.lse.contiguous(), keys.k
     cmp_start = None
     if keys.offsets is not None:
         cmp_start = keys.offsets[queries.seq_id].to(torch.int32)
     scale = queries.scale if C.IEEE else queries.scale * LOG2E
     return (
         *(q, lse, k, keys.scale, queries.leader, queries.start, cmp_start),
-        *(x.stride() for x in (q, lse, k)),
+        *(x.stride() for x in (q, k)),
         *(q.shape[1], queries.leaders, k.shape[1], k.shape[2], queries.q_start, scale),
     )
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.core.kernel import kernel
+from nsa.core.operators import BUILDING
 
 _BLOCK = 1024
 """Pairs of one program."""
@@ -179,7 +180,11 @@ def inverse_index(
         PACKED=packed,
         **options,
     )
-    block_ids, order = block_ids.sort(stable=True)
+    building = BUILDING.get()  # torch's sort and sum of meta tensors would import its compiler
+    if building:
+        order = empty(pairs + 1, torch.int64)
+    else:
+        block_ids, order = block_ids.sort(stable=True)
     begins = empty(pairs + 1)
     nsa_selected_chunk_begins[grid](
         *(block_ids, begins, pairs, nowhere, pairs.bit_length()),
@@ -187,7 +192,7 @@ def inverse_index(
         ORDERED=ordered,
         **options,
     )
-    begun = begins.cumsum(0, dtype=torch.int32)
+    begun = begins if building else begins.cumsum(0, dtype=torch.int32)
     tokens, offsets, num_chunks = empty(pairs + 1), empty(pairs + 2), empty(1)
     nsa_selected_chunk_offsets[grid](
         *(order, begun, begins, tokens, offsets, num_chunks, pairs, K), WIDTH=n, **options

@@ -8,6 +8,7 @@ times the G query heads of a key/value head. D key size, V value size, n selecte
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -205,6 +206,7 @@ def shared_tokens(q: Tensor, v: Tensor, share: int) -> int:
     return share if 4 * share * G >= 3 * rows else 1
 
 
+@lru_cache(256)
 def tiles_for(
     D: int,
     V: int,

@@ -25,6 +25,7 @@ from nsa.backends.compiled.window.bwd_dkv import nsa_window_bwd_dkv
 from nsa.backends.compiled.window.bwd_dq import nsa_window_bwd_dq
 from nsa.backends.compiled.window.fwd import nsa_window_fwd
 from nsa.backends.compiled.window.tiles import Constants, Tiles, constants, default_tiles
+from nsa.core.operators import BUILDING
 
 PROGRAMS = 1024
 """Programs of the kernel for dk and dv that a launch over few keys is split into, about."""
@@ -39,7 +40,7 @@ class Mix(NamedTuple):
     """The gated sum of the three branches, which the window's kernel can take too."""
 
     gates: Tensor
-    """``[B, T, H, 3]``"""
+    """``[B, T, H, 3]``, contiguous."""
     compressed: Tensor
     """The branch's out ``[B, T, H, V]``."""
     selected: Tensor
@@ -100,7 +101,6 @@ def window_forward(
     branches: tuple[Tensor | None, ...] = (None, None, None)
     if mix is not None:
         branches = (mix.compressed.contiguous(), mix.selected.contiguous(), mix.out)
-    gates = q if mix is None else mix.gates
     with torch.cuda.device_of(q):
         nsa_window_fwd[(triton.cdiv(T, C.TOKENS) * B * K,)](
             q,
@@ -109,7 +109,7 @@ def window_forward(
             out,
             lse,
             branches,
-            gates,
+            None if mix is None else mix.gates,
             (start, blocks.first),
             T,
             K,
@@ -120,7 +120,6 @@ def window_forward(
             q.stride(),
             k.stride(),
             v.stride(),
-            gates.stride(),
             MIX=mix is not None,
             **options,
         )
@@ -164,7 +163,7 @@ def window_backward(
     out, lse = out.contiguous(), lse.contiguous()
     dout, q, k, v = map(addressable, (dout, q, k, v))
     positive_q, positive_scale, sign = positive(q, scale)
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(lse.shape)
     tiles = q_tiles or default_tiles(q, v).bwd_dq
     C, options = launch_options(q, k, v, tiles, start, q_start, blocks)
     with torch.cuda.device_of(q):
@@ -270,7 +269,7 @@ def key_gradients(
             **options,
         )
     if splits > 1:
-        dk, dv = (x.sum(0).to(dk.dtype) for x in parts)
+        dk, dv = ((x[0] if BUILDING.get() else x.sum(0)).to(dk.dtype) for x in parts)
     return dk, dv
 
 

@@ -6,7 +6,7 @@ The group size G does not matter: rows of a tile are tokens times heads of a gro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ def fitted(
     )
 
 
-@cache
+@lru_cache(256)
 def tiles_for(dtype: torch.dtype, D: int, V: int, capability: Capability = SM_90) -> WindowTiles:
     """Tiles for a GPU: :func:`tile_row`, :func:`fitted`."""
     return fitted(tile_row(dtype, D, V, capability), dtype, D, V, capability)

@@ -108,7 +108,9 @@ class Calls:
 
     def fwd(self, tiles: window_tiles.Tiles) -> Results:
         """The compressed branch, and the window with the gated sum."""
-        mix = Mix(self.inputs.gates, self.out[0], self.out[1], torch.empty_like(self.out[2]))
+        mix = Mix(
+            self.inputs.gates.contiguous(), self.out[0], self.out[1], torch.empty_like(self.out[2])
+        )
         return *self.compressed(tiles), *self.window(tiles, mix), mix.out
 
     def bwd_dq(self, tiles: window_tiles.Tiles) -> Results:
