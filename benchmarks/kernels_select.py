@@ -98,7 +98,8 @@ def check(case: Check) -> str:
         return f"{title} packed: lists differ {differ(select(q, k, lse, config, cu), want):.4%}"
     T, middle = 2500, 2000
     q, k, lse = problem(config, 1, T, case.dtype)
-    tiles = select_tiles(case.dtype, config.group, config.head_dim, config.num_selected, T)
+    sizes = config.group, config.head_dim, config.num_selected, T
+    tiles = select_tiles(case.dtype, *sizes, capability=torch.cuda.get_device_capability())
     chosen = select(q, k, lse, config, tiles=tiles)
     share = differ(chosen, sdpa.select_blocks(q, k, config, lse=lse))
     faults = _sequence_faults(q, k, chosen, config) or "none"

@@ -200,7 +200,8 @@ def test_a_group_that_a_launch_cannot_run_is_not_chosen() -> None:
 
 def test_todays_tiles_that_do_not_build() -> None:
     machine = Machine(broken=(50,))
-    with pytest.raises(RuntimeError, match=r"a launch, today's tiles 50: does not fit"):
+    match = r"expected today's tiles to build, got does not fit \(a launch, 50\)"
+    with pytest.raises(BackendUnavailable, match=match):
         machine.search(machine.launch(50, 40))
 
 
@@ -310,6 +311,9 @@ def test_rows_can_be_put_into_the_tables(
     assert before == (window.tile_row(bf16, 128, 128), select.tile_row(bf16, 128, 16))
     assert selected.tile_row(128, 128, 16, bf16) is selected.LARGE_HEADS
     assert select.tile_row(bf16, 128, 16, (8, 0)).measured == UNTUNED
+    other = selected.tile_row(128, 128, 8, bf16, ADA)  # of another group
+    assert (other.rows, other.G, other.measured) == (32, 8, UNTUNED)
+    assert selected.tile_row(128, 128, 8, bf16).rows == 64
 
 
 @pytest.fixture

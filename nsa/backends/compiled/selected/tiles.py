@@ -159,18 +159,18 @@ row to add."""
 
 
 def tile_row(D: int, V: int, G: int, dtype: torch.dtype, capability: Capability = SM_90) -> Row:
-    """The row of this GPU and shape; else, as untuned, an H100's: of the shape, of these heads, or
-    the nearest by dtype and head sizes."""
+    """The row of this GPU and shape; else, as untuned, the GPU's of these heads, an H100's of the
+    shape or of these heads, or the nearest by dtype and head sizes."""
     fp32 = dtype == torch.float32
     for of in dict.fromkeys((capability, SM_90)):
-        for row in ROWS:
-            if (row.D, row.V, row.G, row.fp32, row.capability) == (D, V, G, fp32, of):
+        heads = [x for x in ROWS if (x.D, x.V, x.fp32, x.capability) == (D, V, fp32, of)]
+        for row in heads:
+            if row.G == G:
                 return row if of == capability else replace(row, measured=UNTUNED)
+        if heads:
+            return replace(heads[0], G=G, measured=UNTUNED)
     nearest = SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
-    h100 = (row for row in ROWS if row.capability == SM_90)
-    same_heads = (row for row in h100 if (row.D, row.V, row.fp32) == (D, V, fp32))
-    nearest = next(same_heads, FP32 if fp32 else nearest)
-    return replace(nearest, D=D, V=V, G=G, measured=UNTUNED)
+    return replace(FP32 if fp32 else nearest, D=D, V=V, G=G, measured=UNTUNED)
 
 
 def dq_dtype(dtype: torch.dtype, D: int) -> torch.dtype:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsa.errors import BackendUnavailable
 from nsa.tools.common.failures import failures, one_line
 
 MARGIN = 0.02
@@ -149,7 +150,10 @@ def _search_launch(found: Found, bench: Bench, step: Callable[[str], None]) -> N
     # alone, so that what all candidates launch besides is built once
     notes = [*bench.build([rehearsal(today)])]
     if notes[0]:
-        raise RuntimeError(f"{launch.name}, today's tiles {today.tiles}: {notes[0]}")
+        raise BackendUnavailable(
+            f"--tune: expected today's tiles to build, got {notes[0]} "
+            f"({launch.name}, {today.tiles})"
+        )
     step(launch.name)
     for note in bench.build([rehearsal(other) for other in others]):
         notes.append(note)
