@@ -206,14 +206,15 @@ def compiles_itself(chosen: Resolution, device: torch.device) -> bool:
 
 
 def launches_itself(chosen: Resolution, x: Tensor) -> bool:
-    """Whether a layer's glue is kernels of this library: outside a trace and ``torch.func``."""
-    return (
-        _has_glue(chosen)
-        and (x.is_cuda or INTERPRETED)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    """Whether a layer's glue is kernels of this library: on a GPU and outside ``torch.func``.
+
+    In a trace, too: they are as fast as what Inductor makes, which takes it long.
+    """
+    if not (_has_glue(chosen) and (x.is_cuda or INTERPRETED)):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 def _has_glue(chosen: Resolution) -> bool:
