@@ -81,8 +81,8 @@ OPTIONS, SHARED = STEPS[5:7], STEPS[9]
 SLOW = {
     # the kernels of the other steps, with other flags
     "paper": (*STEPS[2:4], *OPTIONS, *STEPS[9:]),
-    "wide": (STEPS[13], STEPS[-1]),
-    "small": (*OPTIONS, *STEPS[9:11], *STEPS[13:]),
+    "wide": (STEPS[3], STEPS[13], STEPS[-1]),
+    "small": tuple(step for step in STEPS if step not in (STEPS[1], STEPS[8])),
     "eighty": tuple(step for step in STEPS if step != "window backward"),
 }
 SMALLER = {(8, 0): 163, (8, 9): 99}
