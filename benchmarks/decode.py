@@ -322,7 +322,9 @@ def variants(default: DecodeTiles) -> Iterator[tuple[str, DecodeTiles]]:
 
 def compare_tiles(problem: Problem) -> None:
     config, N = problem.config, problem.config.num_compressed(problem.T)
-    default = tiles_for(torch.bfloat16, config.head_dim, config.dv, compressed=N, ratio=4, rows=16)
+    sizes = {"compressed": N, "ratio": 4, "rows": 16}
+    sizes["capability"] = torch.cuda.get_device_capability()
+    default = tiles_for(torch.bfloat16, config.head_dim, config.dv, **sizes)
     for label, tiles in (("the default", default), *variants(default)):
         ms = attempt(problem, tiles)
         print("    does not fit" if ms is None else f"    {ms * 1e3:8.1f} us ", label, flush=True)

@@ -1,24 +1,17 @@
-"""The selection kernel on a GPU: checked against the ``sdpa`` backend, then variants of its tiles.
+"""The selection kernel on a GPU beside ``sdpa``: ``python benchmarks/kernels_select.py``.
 
-    python benchmarks/kernels_select.py              # checks, then every shape
-    python benchmarks/kernels_select.py checks       # checks alone
-    python benchmarks/kernels_select.py paper-65536  # one shape alone
-
-bf16, random data; medians in milliseconds. "lists differ" is the share of queries whose list is
-not that of ``sdpa``: near-ties that rounding decides, which the acceptance rule allows.
+"lists differ" is the share of queries whose list is not that of ``sdpa``: near-ties that rounding
+decides, which the acceptance rule allows. ``python -m nsa.tools.bench --tune`` times other tiles.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
 from side_by_side import side_by_side
 from torch import Tensor
-from triton.testing import do_bench
 
 from nsa import NSAConfig
 from nsa.backends import load
@@ -40,27 +33,6 @@ CONFIGS = {
     "l 48, d 16": replace(PAPER, compress_block=48),
     "l 16, d 16": replace(PAPER, compress_block=16),
     "l 8, d 2, l' 24": replace(SMALL, compress_block=8, compress_stride=2, select_block=24),
-}
-SHAPES = {
-    "paper-8192": (PAPER, 1, 8192),
-    "paper-65536": (PAPER, 1, 65536),
-    "192/128": (NSAConfig.preset("paper"), 1, 32768),
-    "small-2048": (SMALL, 32, 2048),
-    "small-8192": (SMALL, 8, 8192),
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "no maxnreg": {"maxnreg": None},
-    "2 stages": {"num_stages": 2},
-    "4 stages": {"num_stages": 4},
-    "32 blocks": {"blocks": 32},
-    "64 blocks": {"blocks": 64},
-    "128 blocks": {"blocks": 128, "maxnreg": None},
-    "4 warps": {"num_warps": 4, "maxnreg": None},
-    "64 rows": {"rows": 64, "num_warps": 4, "maxnreg": None},
-    "64 rows, 128 regs": {"rows": 64, "num_warps": 4},
-    "64 rows, 128 blocks": {"rows": 64, "num_warps": 4, "blocks": 128, "maxnreg": None},
-    "256 rows": {"rows": 256, "maxnreg": None},
 }
 
 
@@ -126,7 +98,8 @@ def check(case: Check) -> str:
         return f"{title} packed: lists differ {differ(select(q, k, lse, config, cu), want):.4%}"
     T, middle = 2500, 2000
     q, k, lse = problem(config, 1, T, case.dtype)
-    tiles = select_tiles(case.dtype, config.group, config.head_dim, config.num_selected, T)
+    sizes = config.group, config.head_dim, config.num_selected, T
+    tiles = select_tiles(case.dtype, *sizes, capability=torch.cuda.get_device_capability())
     chosen = select(q, k, lse, config, tiles=tiles)
     share = differ(chosen, sdpa.select_blocks(q, k, config, lse=lse))
     faults = _sequence_faults(q, k, chosen, config) or "none"
@@ -149,62 +122,9 @@ def check(case: Check) -> str:
     return f"{title} faults {faults}, lists differ {share:.4%}, {words}"
 
 
-@torch.no_grad()
-def prepare(job: tuple[NSAConfig, str]) -> str:
-    """Compiles a variant, on a shape with the alignments of the real one."""
-    config, name = job
-    q, k, lse = problem(config, 1, 64, torch.bfloat16)
-    try:
-        select(q, k, lse, config, tiles=variant(config, name, 1024))
-    except (RuntimeError, triton.errors.TritonError) as error:
-        return f"  {name:20s} {type(error).__name__}: {str(error)[:90]}"
-    return ""
-
-
-def variant(config: NSAConfig, name: str, num_blocks: int) -> SelectTiles:
-    sizes = config.group, config.head_dim, config.num_selected, num_blocks
-    return replace(select_tiles(torch.bfloat16, *sizes), **VARIANTS[name])
-
-
-@torch.no_grad()
-def variants(config: NSAConfig, batch: int, length: int) -> None:
-    """A table of times; one that does not compile or run says why."""
-    side_by_side(prepare, [(config, name) for name in VARIANTS])
-    q, k, lse = problem(config, batch, length, torch.bfloat16)
-    want = load("sdpa").select_blocks(q, k, config, lse=lse)
-    ends = range(config.compress_block - 1, length, config.compress_stride)
-    seen = sum(length - end for end in ends)
-    flop = 2 * config.head_dim * batch * config.num_heads * seen
-    for name in VARIANTS:
-        tiles = variant(config, name, -(-length // config.select_block))
-        try:
-            share = differ(select(q, k, lse, config, tiles=tiles), want)
-            ms = do_bench(
-                lambda: select(q, k, lse, config, tiles=tiles),
-                warmup=50,
-                rep=300,
-                return_mode="median",
-            )
-        except (RuntimeError, triton.errors.TritonError) as error:
-            print(f"  {name:20s} {type(error).__name__}: {str(error)[:90]}", flush=True)
-            continue
-        rate = flop / ms / 1e9
-        print(
-            f"  {name:20s} {ms:8.3f} ms  {rate:5.0f} TFLOP/s  lists differ {share:.4%}", flush=True
-        )
-
-
 def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    names = sys.argv[1:] or ["checks", *SHAPES]
-    for name in names:
-        if name == "checks":
-            side_by_side(check, CHECKS)
-            continue
-        config, batch, length = SHAPES[name]
-        heads = f"Hq {config.num_heads}, Hkv {config.num_kv_heads}, D {config.head_dim}"
-        print(f"{name}: B {batch}, {heads}", flush=True)
-        variants(config, batch, length)
+    side_by_side(check, CHECKS)
 
 
 if __name__ == "__main__":

@@ -309,8 +309,10 @@ def main() -> None:
         dtype=getattr(torch, args.dtype),
         length=T,
         share=args.select_share,
+        capability=torch.cuda.get_device_capability(),
     )
-    row = tile_row(args.head_dim, args.value_dim, G, getattr(torch, args.dtype))
+    shape = args.head_dim, args.value_dim, G, getattr(torch, args.dtype)
+    row = tile_row(*shape, torch.cuda.get_device_capability())
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
     print(f"tiles of this shape: {row.measured}")
     check_everything(args, default)

@@ -18,7 +18,7 @@ from nsa.backends.dispatch import Resolution, plan, settings_in_force
 from nsa.backends.protocol import Problem
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
-from nsa.core.build import build_once, kind, launches_soon, on_meta
+from nsa.core.build import backward, build_once, kind, launches_soon, on_meta
 from nsa.core.compile import compile_glue
 from nsa.core.dtypes import accumulation_dtype, autocast_dtype
 from nsa.core.inputs import AttentionInputs, Probe
@@ -206,14 +206,15 @@ def compiles_itself(chosen: Resolution, device: torch.device) -> bool:
 
 
 def launches_itself(chosen: Resolution, x: Tensor) -> bool:
-    """Whether a layer's glue is kernels of this library: outside a trace and ``torch.func``."""
-    return (
-        _has_glue(chosen)
-        and (x.is_cuda or INTERPRETED)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    """Whether a layer's glue is kernels of this library: on a GPU and outside ``torch.func``.
+
+    In a trace, too: they are as fast as what Inductor makes, which takes it long.
+    """
+    if not (_has_glue(chosen) and (x.is_cuda or INTERPRETED)):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 def _has_glue(chosen: Resolution) -> bool:
@@ -252,7 +253,7 @@ def rehearse(
     """Call :func:`run` on meta tensors, and its backward if gradients are wanted."""
     out = run(chosen, inputs, config, **options)
     if out.requires_grad:
-        out.backward(torch.empty_like(out))
+        backward(out)
 
 
 def combine(gates: Tensor, *outputs: Tensor) -> Tensor:

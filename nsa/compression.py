@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nsa.config import NSAConfig
 from nsa.core.block_tokens.op import block_means, block_tokens
+from nsa.core.build import backward, on_meta
 from nsa.core.linear import is_unhooked, is_unmodified
 
 
@@ -174,8 +175,15 @@ def _batched(
     return k_cmp, v_cmp
 
 
-def rehearse_compression(x: Tensor, config: NSAConfig, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Launch this library's kernels of φ ``[B, T, K, D]`` -> ``[B, N, K, D]``, on meta tensors."""
-    if config.compression == "mean":
-        return block_means(x, config, cu_seqlens)
-    return block_tokens(x, config, cu_seqlens).mean(3)
+def rehearse_compression(
+    x: Tensor, config: NSAConfig, cu_seqlens: Tensor | None, *, grad: bool
+) -> Tensor:
+    """Launch this library's kernels of φ and of its backward for x ``[B, T, K, D]``, a meta tensor;
+    the result stands for φ's, ``[B, N, K, D]``."""
+    x = on_meta(x, grad=grad)
+    launch = block_means if config.compression == "mean" else block_tokens
+    blocks = launch(x, config, cu_seqlens)
+    if grad:
+        backward(blocks)
+    shape = (*blocks.shape[:3], x.shape[3])
+    return x.new_empty(shape).requires_grad_(grad)

@@ -247,9 +247,12 @@ class NSAttention(nn.Module):
             if product is None or product.dtype not in DTYPES:
                 return self._heads(parts, positions)
             joined = product, None
-        return self._split(*joined, positions)
+        projected = self._split(*joined, positions)
+        gates = GATES[self.config.gate].activate(projected.gates)
+        return projected._replace(gates=gates)
 
     def _split(self, product: Tensor, bias: Tensor | None, positions: Tensor | None) -> Projected:
+        """With logits in place of gates."""
         config, angles = self.config, None
         if config.rope_theta is not None:
             if positions is None:
@@ -259,7 +262,7 @@ class NSAttention(nn.Module):
         q, keys, values, logits = split_heads(product, bias, angles, config)
         copies = len(BRANCHES) // len(keys)
         tokens, selected, window = map(KV, keys * copies, values * copies)
-        return Projected(q, tokens, selected, window, GATES[config.gate].activate(logits))
+        return Projected(q, tokens, selected, window, logits)
 
     def _build_kernels(
         self,
@@ -279,10 +282,11 @@ class NSAttention(nn.Module):
             product = x.new_empty(*x.shape[:2], columns, dtype=dtype, device="meta")
             product.requires_grad_(grad)
             cu = on_meta(cu_seqlens)
-            positions = None if cu is None else packed_tokens(cu, x.shape[1]).position
+            # made without arithmetic: torch's, on meta tensors, would import its compiler
+            positions = torch.empty(x.shape[1], dtype=torch.int64, device="meta")
             bias = on_meta(getattr(self.gate_proj, "bias", None), grad=grad)
             q, tokens, selected, window, gates = self._split(product, bias, positions)
-            compressed = KV(*(rehearse_compression(y, config, cu) for y in tokens))
+            compressed = KV(*(rehearse_compression(y, config, cu, grad=grad) for y in tokens))
             given = AttentionInputs(
                 q, compressed, selected, window, gates, cu_seqlens=cu, max_seqlen=max_seqlen
             )

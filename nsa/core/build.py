@@ -52,6 +52,27 @@ def on_meta(x: Tensor | None, *, grad: bool = False) -> Any:
     )
 
 
+def backward(x: Tensor) -> None:
+    """The backward from a meta tensor x, as from a sum of it.
+
+    ``x.backward(grad)`` and sums of meta tensors import torch's compiler, which takes a second.
+    """
+    _Sum.apply(x).backward()
+
+
+class _Sum(torch.autograd.Function):
+    """Of a number on the CPU, so that the first gradient is one, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.like = on_meta(x)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return ctx.like
+
+
 def kind(x: Tensor | None) -> Hashable:
     """What two tensors have alike that are likely to be launched on the same kernels."""
     return None if x is None else (x.dtype, *(size.bit_length() for size in x.shape))

@@ -28,6 +28,7 @@ BUILDING: ContextVar[bool] = ContextVar("nsa_building", default=False)
 """Whether launches of kernels are built, not run (:mod:`nsa.core.kernel`): operators then launch on
 meta tensors, too."""
 
+_DEVICES = ("cpu", "cuda")
 Forward = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
@@ -170,6 +171,8 @@ def _differentiable(
 
 def _outside_autocast(function: Forward) -> Forward:
     def run(*args: Any, **kwargs: Any) -> Any:
+        if not any(map(torch.is_autocast_enabled, _DEVICES)):
+            return function(*args, **kwargs)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 

@@ -80,9 +80,17 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         build_two()
 
 
+def test_a_rehearsal_does_not_import_torchs_compiler() -> None:
+    """A second or two, of the four that a first call may take."""
+    code = "from tests.support.absent_gpu import rehearse_layer; print(*rehearse_layer())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=_here(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not {"sympy", "torch._dynamo", "torch._inductor"} & set(done.stdout.split())
+
+
 def test_several_processes_on_an_empty_cache(tmp_path: Path) -> None:
-    path = os.pathsep.join((os.getcwd(), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path / "shared")}
+    environment = {**_here(), "TRITON_CACHE_DIR": str(tmp_path / "shared")}
     command = [sys.executable, "-c", CODE]
     running = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -92,3 +100,9 @@ def test_several_processes_on_an_empty_cache(tmp_path: Path) -> None:
         out, err = process.communicate()
         assert process.returncode == 0, err.decode()
         assert out.decode().strip() == str(NAMES)
+
+
+def _here() -> dict[str, str]:
+    """An environment where a process finds this library."""
+    path = os.pathsep.join((os.getcwd(), os.environ.get("PYTHONPATH", "")))
+    return {**os.environ, "PYTHONPATH": path}

@@ -277,3 +277,11 @@ def test_reference_imports_nothing_of_the_library_but_config():
 )
 def test_the_import_check_finds_what_it_looks_for(source, expected):
     assert imports_of_nsa(source) == expected
+
+
+def test_a_row_that_leads_no_list_is_refused() -> None:
+    config = dataclasses.replace(CONFIG, select_share=4)
+    q, k = torch.zeros(1, 2, 4, 4), torch.zeros(1, 5, 2, 4)
+    with pytest.raises(ValueError, match=r"^q_start: expected a multiple of 4, got 6$"):
+        reference.select_blocks(q, k, config, q_start=6)
+    assert reference.select_blocks(q, k, config, q_start=8).shape == (1, 2, 2, 3)

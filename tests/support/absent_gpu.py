@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -53,3 +55,27 @@ def build_two(key: object = "two") -> list[str]:
     build.build_once(key, torch.device("cuda", 0), rehearsal)
     made = (kernels.nsa_block_tokens_gather, kernels.nsa_block_tokens_scatter)
     return [x.__name__ for x in made if x.device_caches[0][0]]
+
+
+def rehearse_layer() -> set[str]:
+    """Names of all modules after a layer has rehearsed its first call, of which nothing is made."""
+    from nsa import NSAConfig, NSAttention, module
+    from nsa.backends.compiled import steps
+
+    def submit(self: object, make: object) -> Future[object]:
+        made = Future[object]()
+        made.set_result(object())
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch)
+        patch.setattr(build._Loading, "submit", submit)
+        patch.setattr(steps, "INTERPRETED", True)  # for tensors that are on no GPU
+        patch.setattr(steps, "cpu_refusal", lambda: None)
+        patch.setattr(module, "launches_itself", lambda chosen, x: True)
+        patch.setattr(module, "launches_soon", lambda x: True)
+        config = NSAConfig(num_heads=4, num_kv_heads=2, head_dim=32)
+        layer = NSAttention(64, config, backend="compiled", dtype=torch.bfloat16)
+        layer.build_kernels(torch.empty(1, 300, 64, dtype=torch.bfloat16))
+        assert build._BUILT
+    return {*sys.modules}

@@ -1,7 +1,7 @@
 """What Triton makes of a launch on a GPU that need not be there.
 
 A launcher runs on CPU tensors with its kernels replaced by recorders; what they were called with is
-compiled for sm_90, and ptxas says what the code needs. Nothing is run.
+compiled for sm_90 or another GPU, and ptxas says what the code needs. Nothing is run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-TARGET = 90
+SM_90 = (9, 0)
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _NAMES = {
     torch.bfloat16: "*bf16",
@@ -92,7 +92,12 @@ def recorded(*modules: ModuleType) -> Iterator[Launches]:
         yield launches
 
 
-def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Code:
+def compile_launch(
+    kernel: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    capability: tuple[int, int] = SM_90,
+) -> Code:
     """Compiles as the JIT would: ones are constants, multiples of 16 are known to be."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -126,17 +131,19 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         else:
             signature[name] = type_of(value, (i,), special=not parameter.do_not_specialize)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", TARGET, 32), options=options)
-    return _read(kernel.__name__, made.asm["ptx"], made.metadata.shared)
+    target = 10 * capability[0] + capability[1]
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return _read(kernel.__name__, made.asm["ptx"], made.metadata.shared, target)
 
 
-def _read(name: str, ptx: str, shared: int) -> Code:
+def _read(name: str, ptx: str, shared: int, target: int) -> Code:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{TARGET}a", str(file)]
+        name_of_gpu = f"sm_{target}a" if target >= 90 else f"sm_{target}"
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name_of_gpu}", str(file)]
         ran = subprocess.run(
             [*command, "-o", str(file.with_suffix(".cubin"))],
             capture_output=True,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
@@ -149,3 +151,26 @@ def test_wrong_widths_are_refused_as_before() -> None:
     layer.q_proj = nn.Linear(DIM, 31, bias=False)
     with pytest.raises(RuntimeError, match="31"):
         layer(torch.randn(1, 6, DIM))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
+def test_in_a_trace(packed: bool) -> None:
+    """In one graph for all lengths, and with the numbers of an eager call."""
+    layer, graphs = NSAttention(DIM, CONFIG, backend="compiled"), []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph.print_readable(print_output=False))
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(layer, backend=keep, fullgraph=True)
+    for length in (24, 37):  # the second may make it dynamic
+        ends = torch.tensor([0, 9, length], dtype=torch.int32) if packed else None
+        x = torch.randn(1, length, DIM, requires_grad=True)
+        found = []
+        for call in (layer, compiled):
+            out = call(x, cu_seqlens=ends)
+            found.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(graphs) <= 2
+    assert all("split_heads" in graph for graph in graphs)

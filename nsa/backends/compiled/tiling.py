@@ -2,11 +2,56 @@
 
 from __future__ import annotations
 
-SHARED_BYTES = 220 * 1024
-"""Shared memory that a program may plan with (227 KiB on sm_90, less what reductions need)."""
+from functools import cache
+
+import torch
+
+Capability = tuple[int, int]
+"""Of a GPU, as in ``(9, 0)`` for sm_90."""
+
+SM_90: Capability = (9, 0)
+"""An H100's, which rows of tiles are for unless they name another."""
+
+_SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
+_LEAST_SHARED_KIB = 99
+"""Of all others from sm_80 on: sm_86, sm_89, sm_120."""
+_REDUCTIONS_KIB = 7
 
 UNTUNED = "untuned"
 """What a row of a table of tiles says of itself if nobody has timed it."""
+
+
+def shared_bytes(capability: Capability) -> int:
+    """Shared memory that a program may plan with: what it can have, less what reductions need."""
+    return (_SHARED_KIB.get(capability, _LEAST_SHARED_KIB) - _REDUCTIONS_KIB) * 1024
+
+
+def stage_buffers(num_stages: int, capability: Capability) -> int:
+    """Tiles of one operand that stand in shared memory at once; before sm_90 a matrix product has
+    read its own into registers."""
+    return num_stages if capability >= SM_90 else max(1, num_stages - 1)
+
+
+def capability_of(device: torch.device) -> Capability:
+    """What a launch on tensors there is tiled for.
+
+    On meta tensors, whose launches are built and not run, the current GPU's; an H100's where there
+    is none, as in Triton's interpreter.
+    """
+    if device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available()):
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _capability(index)
+    return SM_90
+
+
+@cache
+def _capability(index: int) -> Capability:
+    return torch.cuda.get_device_capability(index)
+
+
+def sm(capability: Capability) -> str:
+    """As in "sm_90"."""
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 def next_power_of_2(size: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.core.operators import config_of, define
+from nsa.core.operators import BUILDING, config_of, define
 from nsa.core.rope import Angles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -118,7 +118,9 @@ def _gradients(
         for grad, zeros in zip(grads, _empty(given, B, T, config_of(key)), strict=True)
     ]
     product = _JOIN(*saved, P, key, every)
-    dbias = None if bias is None else every[-1].flatten(2).sum((0, 1)).to(bias)
+    if bias is None or BUILDING.get():  # a sum of meta tensors would import torch's compiler
+        return product, None, None, None, None
+    dbias = every[-1].flatten(2).sum((0, 1)).to(bias)
     return product, dbias, None, None, None
 
 

@@ -68,13 +68,27 @@ def _main(argv: Sequence[str] | None) -> int:
         return _bench(plan, settings, file, argv)
 
 
+def _tune(plan: Plan, settings: Settings, console: Console) -> int:
+    for trial in plan.trials:
+        why_not = unavailable("compiled", trial.problem, settings)
+        if why_not is not None:
+            fail(f"--tune: compiled cannot run this: {why_not}")
+            return 1
+    from nsa.tools.bench.tune.run import tune  # needs triton
+
+    clock = make_clock(plan.device)
+    return tune(plan.trials, clock, console, seconds=plan.seconds, runs=plan.runs)
+
+
 def _bench(plan: Plan, settings: Settings, file: Output | None, argv: Sequence[str] | None) -> int:
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+    if plan.tune:
+        return _tune(plan, settings, console)
     clock = make_clock(plan.device)
     dtypes = tuple(dict.fromkeys(trial.dtype for trial in plan.trials))
     ceilings = measure_ceilings(plan.device, dtypes, clock)
     known = header(plan.device, settings, ceilings, argv)
     write_line(file, known)
-    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     if plan.decode is not None:
         print_header(known, {}, console)
         return _decode(plan, plan.decode, settings, clock, file, console)

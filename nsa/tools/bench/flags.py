@@ -43,6 +43,9 @@ _THRESHOLD_LENGTHS = {
     "cuda": tuple(64 * 2**i for i in range(9)),
     "cpu": tuple(64 * 2**i for i in range(5)),  # FA-2 on a CPU is there for tests, and quadratic
 }
+_TUNED_LENGTHS = (8192,)
+_TUNED_BYTES = 2
+"""Of an element of the dtypes whose tiles are tuned."""
 _Item = TypeVar("_Item")
 
 _EXAMPLES = """\
@@ -52,6 +55,7 @@ examples:
   python -m nsa.tools.bench --backends sdpa,fa2-varlen --packed 4 --jsonl bench.jsonl
   python -m nsa.tools.bench --decode --batch 32 --lengths 65536
   python -m nsa.tools.bench --find-fa2-min-len
+  python -m nsa.tools.bench --tune --heads 64/4:128,32/8:128
 """
 
 
@@ -71,6 +75,8 @@ class Plan:
     """New tokens of a sequence in the step of decode that alone is timed; None: training."""
     find_min_len: bool
     """Whether only what decides FA-2's least lengths is timed."""
+    tune: bool
+    """Whether tiles of the kernels are tried, and nothing else."""
     seconds: float
     runs: int
     jsonl: Path | None
@@ -109,6 +115,8 @@ def bench_parser() -> Parser:
     add("--provider", type=one_of("--provider", PROVIDERS), metavar="NAME", help=text)
     text = "time only what decides NSA_FA2_MIN_LEN_WIN and _CMP, and print both"
     add("--find-fa2-min-len", action="store_true", help=text, dest="find_min_len")
+    text = "find the best tiles of compiled's kernels on this GPU, and print rows for its tables"
+    add("--tune", action="store_true", help=text)
     text = f"time one step of decode, of S new tokens (1 to {MAX_STEP}; default: 1)"
     add("--decode", type=integer, nargs="?", const=1, metavar="S", help=text)
     how = parser.add_argument_group("how")
@@ -138,6 +146,8 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     for name in ("branches", "plot", "packed", "provider") if given.decode is not None else ():
         if getattr(given, name) is not None:
             raise UsageError(f"--decode: expected no --{name}, which it does not have")
+    if given.tune:
+        _check_tune(given, device)
     if given.decode is not None and given.find_min_len:
         raise UsageError("--decode: expected no --find-fa2-min-len, which times training")
     if given.decode is not None and not 1 <= given.decode <= MAX_STEP:
@@ -166,11 +176,30 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
         provider=given.provider,
         decode=given.decode,
         find_min_len=given.find_min_len,
+        tune=given.tune,
         seconds=given.seconds,
         runs=given.runs,
         jsonl=given.jsonl,
         plot=given.plot,
     )
+
+
+def _check_tune(given: argparse.Namespace, device: torch.device) -> None:
+    """What ``--tune`` cannot go with; and it needs the GPU that the tiles are for."""
+    for name in ("backends", "branches", "packed", "provider", "decode", "jsonl", "plot"):
+        if getattr(given, name) is not None:
+            raise UsageError(f"--tune: expected no --{name}, which it does not have")
+    if given.find_min_len:
+        raise UsageError("--tune: expected no --find-fa2-min-len, which times other kernels")
+    for dtype in given.dtypes or ():
+        if dtype.itemsize != _TUNED_BYTES:
+            got = f"got {short(dtype)}, whose kernels are for checks"
+            raise UsageError(f"--tune: expected bf16 or fp16 in --dtypes, {got}")
+    if device.type != "cuda":
+        raise UsageError(
+            f"--tune: expected a CUDA GPU, the one that the tiles are for, got {device.type}: run "
+            "it on a machine that has that GPU, with a PyTorch built for CUDA"
+        )
 
 
 def _trials(given: argparse.Namespace, device: torch.device) -> tuple[Trial, ...]:
@@ -180,6 +209,8 @@ def _trials(given: argparse.Namespace, device: torch.device) -> tuple[Trial, ...
     lengths = given.lengths or _DEFAULT_LENGTHS[device.type]
     if given.find_min_len and not given.lengths:
         lengths = _THRESHOLD_LENGTHS[device.type]
+    if given.tune and not given.lengths:
+        lengths = _TUNED_LENGTHS
     least = given.packed or 1
     if min(lengths) < least:
         raise UsageError(f"--lengths: expected an int >= {least}, got {show(min(lengths))}")

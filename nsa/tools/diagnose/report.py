@@ -33,6 +33,7 @@ from nsa.tools.diagnose.choices import Choice, choose
 from nsa.tools.diagnose.compile.report import CompileReport, collect_compile_report
 from nsa.tools.diagnose.compile.toolchain import read_variables
 from nsa.tools.diagnose.profile import BranchProfile, check_profile_device, profile_choice
+from nsa.tools.diagnose.tiles import TileRow, tile_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,8 @@ class Diagnosis:
     settings_error: str | None
     backends: tuple[BackendRow, ...]
     parity: tuple[ParityResult, ...]
+    tiles: tuple[TileRow, ...]
+    """What ``compiled``'s kernels are tiled by on the GPUs of this machine."""
     choices: tuple[Choice, ...]
     """What the settings come to on this machine; none where they are wrong."""
     profile: tuple[BranchProfile, ...] | None
@@ -161,6 +164,7 @@ def collect_diagnosis(
         settings_error=mistake,
         backends=rows,
         parity=tuple(parity),
+        tiles=tile_rows(machine.gpus),
         choices=() if mistake is not None else tuple(choices),
         profile=tuple(profiles) if profile else None,
         compile=report,

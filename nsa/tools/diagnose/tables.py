@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nsa.backends.compiled.tiling import UNTUNED
 from nsa.backends.fa2.providers import BROKEN, WORKS, WRONG, Report
 from nsa.tools.common.machine import Machine
 from nsa.tools.common.styles import BAD, DIM, GOOD, WARN, listed, table_of
@@ -15,6 +16,7 @@ from nsa.tools.diagnose.choices import BranchChoice, Choice
 from nsa.tools.diagnose.compile.tables import compile_answer, compile_tables
 from nsa.tools.diagnose.profile import BranchProfile
 from nsa.tools.diagnose.report import BackendRow, Diagnosis, ParityResult
+from nsa.tools.diagnose.tiles import TUNE, TileRow
 
 _COMPILE_HINT = "torch.compile: --compile shows graphs, recompiles, caches and kernels"
 _STATUS_STYLES = {WORKS: GOOD, BROKEN: BAD, WRONG: BAD}
@@ -36,6 +38,8 @@ def _parts(diagnosis: Diagnosis) -> Iterator[RenderableType]:
     yield _parity(diagnosis.parity)
     if diagnosis.choices:
         yield _choices(diagnosis.choices)
+    if diagnosis.tiles:
+        yield _tiles(diagnosis.tiles)
     if diagnosis.profile is not None:
         yield _profile(diagnosis.profile)
     if diagnosis.compile is not None:
@@ -152,6 +156,19 @@ def _source(branch: BranchChoice) -> Text:
     if branch.provider is None:
         return Text(branch.why or "-", style=DIM)
     return Text(branch.provider if branch.fa2 else f"{branch.provider}: not FA-2, plain PyTorch")
+
+
+def _tiles(rows: Iterable[TileRow]) -> Table:
+    columns = ("gpu", "heads", "window, compressed", "selection", "selected")
+    table = table_of("Where the tiles of compiled's kernels were measured, in bf16", *columns)
+    untuned = [row for row in rows if not row.tuned]
+    for row in rows:
+        cells = (row.window_and_compressed, row.selection, row.selected)
+        table.add_row(row.gpu, row.heads, *(Text(x, WARN if x == UNTUNED else "") for x in cells))
+    if untuned:
+        table.caption = f"{UNTUNED}: they run; {TUNE} {untuned[0].heads} finds faster ones"
+        table.caption_justify = "left"
+    return table
 
 
 def _profile(profiles: Iterable[BranchProfile]) -> Table:

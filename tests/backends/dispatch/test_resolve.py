@@ -22,6 +22,7 @@ from nsa import (
     Settings,
     SettingsError,
     nsa_attention,
+    reference,
     registry,
     resolve,
     use_settings,
@@ -29,6 +30,7 @@ from nsa import (
 from nsa.backends import TABLE, dispatch, unavailable
 from nsa.backends.protocol import STEPS, Problem
 from nsa.testing import make_inputs
+from tests.support.deterministic import deterministic
 from tests.support.entries import CONFIG, DIM, REGULAR, Entry, attention, every_entry, refused
 
 PROBLEM = Problem(
@@ -467,3 +469,26 @@ def test_outside_a_trace_a_plan_is_bound_to_the_settings_given(
 def test_what_is_no_name_is_shown() -> None:
     with pytest.raises(SettingsError, match="got 7"):
         dispatch.plan(PROBLEM, 7, Settings())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "mass", "mode", "runs"),
+    [
+        ("cuda", 0.8, "strict", False),
+        ("cuda", 0.8, "warn", True),
+        ("cuda", 0.8, "off", True),
+        ("cuda", 1.0, "strict", True),
+        ("cuda", None, "strict", True),
+        ("cpu", 0.8, "strict", True),
+    ],
+)
+def test_the_oracle_and_deterministic_mode(
+    device: str, mass: float | None, mode: str, runs: bool
+) -> None:
+    """Its sum of scores has no deterministic kernel on CUDA."""
+    config = replace(CONFIG, select_mass=mass)
+    problem = PROBLEM._replace(config=config, device=torch.device(device))
+    with deterministic(mode != "off", warn_only=mode == "warn"):
+        refusal = reference.unavailable(problem, None)
+    assert (refusal is None) == runs
+    assert runs or str(refusal).startswith("reference needs torch.cumsum for select_mass")

@@ -5,12 +5,15 @@ import types
 
 import pytest
 import torch
+from rich.console import Console
 
 from nsa.backends.fa2.providers import Report
 from nsa.settings import Settings
 from nsa.tools.common import machine as machine_module
 from nsa.tools.common.machine import Gpu, collect_machine
 from nsa.tools.diagnose.advice import advice
+from nsa.tools.diagnose.tables import _tiles
+from nsa.tools.diagnose.tiles import tile_rows
 
 ABSENT = Report(name="flash_attn", version=None, status="absent", detail="not installed")
 H100 = Gpu(name="H100", capability="9.0", memory_gib=80.0, has_kernels=True)
@@ -130,3 +133,19 @@ def test_code_for_a_gpu(monkeypatch):
     assert gpu(12, 1, "sm_90", "compute_90").has_kernels
     assert not gpu(7, 5, "sm_80", "sm_90", "compute_90").has_kernels
     assert not gpu(10, 0, "sm_80", "sm_90").has_kernels
+
+
+def test_tiles_are_those_of_the_gpu():
+    """An H100's own are measured; on another card they are untuned, with the command to mend it."""
+    ada = dataclasses.replace(H100, name="RTX 4090", capability="8.9")
+    old = dataclasses.replace(H100, name="T4", capability="7.5")
+    rows = tile_rows((H100, ada, ada, old))
+    assert {row.gpu for row in rows} == {"H100", "RTX 4090"}
+    assert len(rows) == 6
+    tuned = {(row.gpu, row.heads) for row in rows if row.tuned}
+    assert tuned == {("H100", "64/4:128"), ("H100", "12/2:64")}
+    assert rows[0].selected == "H100, bf16"
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(_tiles(rows))
+    assert "bench --tune --heads 64/4:192/128" in " ".join(printed.get().split())

@@ -24,7 +24,13 @@ from nsa.backends.compiled.decode.tiles import (
     Split,
     tiles_for,
 )
-from nsa.backends.compiled.tiling import launch_options, next_power_of_2, padded
+from nsa.backends.compiled.tiling import (
+    SM_90,
+    capability_of,
+    launch_options,
+    next_power_of_2,
+    padded,
+)
 from nsa.config import NSAConfig
 from nsa.core.inputs import DecodeInputs
 from nsa.errors import BackendUnavailable
@@ -57,7 +63,10 @@ def decode_attention(
     q, scale, _ = positive(q, config.softmax_scale)
     rows = min(MOST_ROWS, padded(S * (H // K)))
     ratio = config.select_block // config.compress_stride
-    tiles = tiles or tiles_for(q.dtype, q.shape[3], V, compressed=N, ratio=ratio, rows=rows)
+    sizes = {"compressed": N, "ratio": ratio, "rows": rows}
+    if tiles is None:
+        capability = capability_of(q.device)
+        tiles = tiles_for(q.dtype, q.shape[3], V, **sizes, capability=capability)
     C = _constants(q, K, V, inputs, config, tiles)
     out = torch.empty(B, S, H, V, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
@@ -132,9 +141,7 @@ def _constants(
         BLOCK_D=padded(D),
         BLOCK_DV=padded(V),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        OVERLAP=tiles.overlap
-        and q.is_cuda
-        and torch.cuda.get_device_capability(q.device) >= (9, 0),
+        OVERLAP=tiles.overlap and q.is_cuda and capability_of(q.device) >= SM_90,
     )
 
 

@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nsa.backends.compiled.tiling import SHARED_BYTES, next_power_of_2, padded
+from nsa.backends.compiled.tiling import (
+    SM_90,
+    Capability,
+    next_power_of_2,
+    padded,
+    shared_bytes,
+)
 
 MOST_SPLITS = 64
 """Of the compressed keys; longer caches have longer splits."""
@@ -89,17 +95,25 @@ FP32 = DecodeTiles(compressed=_FP32, window=_FP32, selected=_FP32)
 
 
 def tiles_for(
-    dtype: torch.dtype, D: int, V: int, *, compressed: int, ratio: int, rows: int
+    dtype: torch.dtype,
+    D: int,
+    V: int,
+    *,
+    compressed: int,
+    ratio: int,
+    rows: int,
+    capability: Capability = SM_90,
 ) -> DecodeTiles:
-    """Tiles for an H100: dtype and sizes of heads, compressed keys N, how many of them begin in a
-    selection block, query rows of a program."""
+    """An H100's tiles, as far as they fit a GPU: dtype and sizes of heads, compressed keys N, how
+    many of them begin in a selection block, query rows of a program."""
     tiles = FP32 if dtype == torch.float32 else DEFAULT
     keys = max(tiles.compressed.keys, next_power_of_2(-(-compressed // MOST_SPLITS)))
+    most = shared_bytes(capability)
     row_bytes = (padded(D) + padded(V)) * dtype.itemsize
 
     def fitted(launch: KeyTiles, least: int = 16) -> KeyTiles:
         n, stages = max(launch.block_n, least), launch.num_stages
-        while (n * stages + rows) * row_bytes > SHARED_BYTES and (n, stages) != (least, 1):
+        while (n * stages + rows) * row_bytes > most and (n, stages) != (least, 1):
             n, stages = (n, stages - 1) if stages > 1 else (n // 2, 1)
         return replace(launch, block_n=n, num_stages=stages)
 

@@ -26,8 +26,7 @@ def _row_statistics(
     dout,
     out_ptrs,
     lse_ptrs,
-    gate_ptr,
-    gate_stride,
+    gates_ptr,
     dgates_ptr,
     stats_ptr,
     rows,
@@ -44,7 +43,7 @@ def _row_statistics(
         out = load_rows(out_ptrs[branch], row * C.V, 1, None, C.V, C.BLOCK_DV)
         delta = sum_products(dout, out)
         lse = tl.load(lse_ptrs[branch] + row)
-        weight = tl.load(gate_ptr + branch * gate_stride).to(tl.float32)
+        weight = tl.load(gates_ptr + row * 3 + branch).to(tl.float32)
         tl.store(dgates_ptr + row * 3 + branch, delta.to(dgates_ptr.dtype.element_ty), mask=mask)
         if not WEIGHTED:  # exp(s - lse + log g) is g*p
             delta = tl.where((weight < 0.0) | (weight > 1.0), float("nan"), delta)
@@ -66,7 +65,7 @@ def nsa_gated_bwd_dq(
     v_cmp_ptr,
     k_win_ptr,
     v_win_ptr,
-    gates_ptr,
+    gates_ptr,  # [B, T, H, 3], contiguous
     out_ptrs,  # three [B, T, H, V], contiguous
     lse_ptrs,  # three [B, T, H], contiguous
     dout_ptr,
@@ -87,7 +86,6 @@ def nsa_gated_bwd_dq(
     v_cmp_strides,
     k_win_strides,
     v_win_strides,
-    gates_strides,
     dout_strides,
     LEAD: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -102,19 +100,15 @@ def nsa_gated_bwd_dq(
     """
     b, kv_head, first_t, last_t, t, head, mask = query_rows(T, KV_HEADS, C)
     rows = rows.to(tl.int64)
-    wide_t = t.to(tl.int64)
-    row = (b * T + wide_t) * (KV_HEADS * C.G) + head
+    row = (b * T + t.to(tl.int64)) * (KV_HEADS * C.G) + head
     q = load_heads(q_ptr, b, t, head, q_strides, None, C.D, C.BLOCK_D)
     dout = load_heads(dout_ptr, b, t, head, dout_strides, None, C.V, C.BLOCK_DV)
-    gate_ptr = gates_ptr + b * gates_strides[0] + wide_t * gates_strides[1]
-    gate_ptr += head * gates_strides[2]
     # all before the loops: dout is then no longer held in registers
     cmp_stats, win_stats = _row_statistics(
         dout,
         out_ptrs,
         lse_ptrs,
-        gate_ptr,
-        gates_strides[3],
+        gates_ptr,
         dgates_ptr,
         stats_ptr,
         rows,

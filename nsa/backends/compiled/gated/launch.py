@@ -30,7 +30,8 @@ from nsa.backends.compiled.window.launch import (
     launch_options,
     window_forward,
 )
-from nsa.backends.compiled.window.tiles import tiles_for
+from nsa.backends.compiled.window.tiles import Tiles
+from nsa.backends.compiled.window.tiles import default_tiles as window_tiles
 
 
 class Layout(NamedTuple):
@@ -94,7 +95,7 @@ def gated_forward(
         share=layout.share,
         sequences=None if start is None else layout.sequences,
     )
-    mix = Mix(gates, out_cmp, out_slc, out=torch.empty_like(out_slc))
+    mix = Mix(gates.contiguous(), out_cmp, out_slc, out=out_slc.new_empty(out_slc.shape))
     out_win, lse_win = window_forward(
         q, k.window, v.window, window=layout.window, start=start, scale=scale, mix=mix
     )
@@ -135,7 +136,7 @@ def gated_backward(
     stats = torch.empty(3 if weighted else 2, 3, B, T, H, dtype=torch.float32, device=q.device)
     dgates = torch.empty(B, T, H, 3, dtype=gates.dtype, device=q.device)
     dout = rows_contiguous(dout)
-    _bwd_dq(dout, q, k, v, gates, out, lse, layout, dq, stats, dgates, weighted=weighted)
+    gated_dq(dout, q, k, v, gates, out, lse, layout, dq, stats, dgates, weighted=weighted)
     rows = [RowStatistics(*stats[:, branch]) for branch in range(3)]
     start, scale = layout.start, layout.scale
     dk_cmp, dv_cmp = key_gradients(
@@ -186,7 +187,7 @@ def gated_backward(
     return dq, Branches(dk_cmp, dk_slc, dk_win), Branches(dv_cmp, dv_slc, dv_win), dgates
 
 
-def _bwd_dq(
+def gated_dq(
     dout: Tensor,
     q: Tensor,
     k: Branches,
@@ -200,15 +201,17 @@ def _bwd_dq(
     dgates: Tensor,
     *,
     weighted: bool,
+    tiles: Tiles | None = None,
 ) -> None:
-    """Writes dq of two branches, ``dgates`` and ``stats``, the row statistics of all branches."""
-    B, T, H, D = q.shape
-    K, V = v.window.shape[2:]
+    """Writes dq of two branches, ``dgates`` and ``stats``, the row statistics of all branches;
+    ``tiles`` override the table's."""
+    B, T, H = q.shape[:3]
+    K = v.window.shape[2]
     if stats.numel() == 0:
         return
     q, scale, sign = positive(q, layout.scale)
     q, k, v = addressable(q), Branches(*map(addressable, k)), Branches(*map(addressable, v))
-    tiles = tiles_for(q.dtype, D, V).bwd_dq
+    tiles = tiles or window_tiles(q, v.window).bwd_dq
     C, options = launch_options(q, k.window, v.window, tiles, layout.start, 0, TOKENS)
     options |= {"LEAD": layout.blocks.block - 1, "STRIDE": layout.blocks.stride}
     with torch.cuda.device_of(q):
@@ -218,7 +221,7 @@ def _bwd_dq(
             v.compressed,
             k.window,
             v.window,
-            gates,
+            gates.contiguous(),
             tuple(x.contiguous() for x in out),
             tuple(x.contiguous() for x in lse),
             dout,
@@ -239,7 +242,6 @@ def _bwd_dq(
             v.compressed.stride(),
             k.window.stride(),
             v.window.stride(),
-            gates.stride(),
             dout.stride(),
             WEIGHTED=weighted,
             **options,

@@ -156,14 +156,13 @@ def _add_scored(
 @kernel(do_not_specialize=["T", "L", "N", "num_tiles", "q_start"])
 def nsa_select_topn(
     q_ptr,
-    lse_ptr,
+    lse_ptr,  # [B, T, H], contiguous
     k_ptr,
     k_scale_ptr,  # [B, N, K], contiguous, with FP8
     leader_ptr,  # [L + 1], the last is T, with PACKED and SHARE > 1
     seq_start_ptr,  # [T], with PACKED, as is the next
     cmp_seq_start_ptr,
     q_strides,
-    lse_strides,
     k_strides,
     T,
     L,
@@ -184,7 +183,7 @@ def nsa_select_topn(
 
     row = tile * C.TOKENS + tl.arange(0, C.TOKENS * C.BLOCK_GROUP) // C.BLOCK_GROUP
     row_t = leading_tokens(leader_ptr, row, L, C)
-    q, lse = load_queries(q_ptr, lse_ptr, q_strides, lse_strides, b, kv_head, row_t, T, C)
+    q, lse = load_queries(q_ptr, lse_ptr, q_strides, b, kv_head, row_t, T, KV_HEADS, C)
     q, scale = round_queries(q, scale, C)
     k_ptr += b * k_strides[0] + kv_head * k_strides[2]
     if C.FP8:

@@ -20,7 +20,12 @@ from nsa.backends.compiled.select.tiles import (
     search_tiles,
     select_tiles,
 )
-from nsa.backends.compiled.tiling import head_columns, launch_options, next_power_of_2
+from nsa.backends.compiled.tiling import (
+    capability_of,
+    head_columns,
+    launch_options,
+    next_power_of_2,
+)
 from nsa.config import NSAConfig
 from nsa.core.packing import packed_blocks, packed_tokens
 from nsa.selection.fp8 import quantize
@@ -125,7 +130,8 @@ def _launch_topn(
     if tiles is None:
         blocks = triton.cdiv(queries.q_start + queries.q.shape[1], C.SELECT_BLOCK)
         sizes = C.G, C.D, C.NUM_SELECTED, blocks
-        tiles = select_tiles(queries.q.dtype, *sizes, fp8=C.FP8)
+        capability = capability_of(queries.q.device)
+        tiles = select_tiles(queries.q.dtype, *sizes, fp8=C.FP8, capability=capability)
     assert tiles.blocks >= C.SLOTS, f"expected at least {C.SLOTS} blocks, got {tiles.blocks}"
     C = replace(C, TOKENS=max(1, tiles.rows // C.BLOCK_GROUP), BLOCK_N=max(16, tiles.blocks))
     num_tiles = triton.cdiv(queries.leaders, C.TOKENS)
@@ -159,14 +165,14 @@ def _launch_search(
 
 def _arguments(queries: Queries, keys: Keys, C: Constants) -> tuple[Any, ...]:
     """What both kernels begin with."""
-    q, lse, k = queries.q, queries.lse, keys.k
+    q, lse, k = queries.q, queries.lse.contiguous(), keys.k
     cmp_start = None
     if keys.offsets is not None:
         cmp_start = keys.offsets[queries.seq_id].to(torch.int32)
     scale = queries.scale if C.IEEE else queries.scale * LOG2E
     return (
         *(q, lse, k, keys.scale, queries.leader, queries.start, cmp_start),
-        *(x.stride() for x in (q, lse, k)),
+        *(x.stride() for x in (q, k)),
         *(q.shape[1], queries.leaders, k.shape[1], k.shape[2], queries.q_start, scale),
     )
 

@@ -69,14 +69,13 @@ def _key_masses(q, scale, lse, k, k_scale, C: tl.constexpr):
 @kernel(do_not_specialize=["T", "L", "N", "q_start"])
 def nsa_select_in_regions(
     q_ptr,
-    lse_ptr,
+    lse_ptr,  # [B, T, H], contiguous
     k_ptr,
     k_scale_ptr,  # [B, N, K], contiguous, with FP8
     leader_ptr,  # [L + 1], the last is T, with PACKED and SHARE > 1
     seq_start_ptr,  # [T], with PACKED, as is the next
     cmp_seq_start_ptr,
     q_strides,
-    lse_strides,
     k_strides,
     T,
     L,
@@ -102,7 +101,7 @@ def nsa_select_in_regions(
     if t >= T:
         return
     row_t = t + tl.full((C.BLOCK_GROUP,), 0, tl.int32)
-    q, lse = load_queries(q_ptr, lse_ptr, q_strides, lse_strides, b, kv_head, row_t, T, C)
+    q, lse = load_queries(q_ptr, lse_ptr, q_strides, b, kv_head, row_t, T, KV_HEADS, C)
     q, scale = round_queries(q, scale, C)
     if C.FP8:
         scale = tl.trans(scale)

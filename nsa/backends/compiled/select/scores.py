@@ -35,14 +35,14 @@ def lists_after(leader_ptr, leader, t, T, L, C: tl.constexpr):
 
 
 @triton.jit
-def load_queries(q_ptr, lse_ptr, q_strides, lse_strides, b, kv_head, row_t, T, C: tl.constexpr):
+def load_queries(q_ptr, lse_ptr, q_strides, b, kv_head, row_t, T, KV_HEADS, C: tl.constexpr):
     """q, a tile in parts, and lse ``[BLOCK_M]`` of tokens ``row_t``, BLOCK_GROUP rows each."""
     row_h = tl.arange(0, C.TOKENS * C.BLOCK_GROUP) % C.BLOCK_GROUP
     row_mask = (row_t < T) & (row_h < C.G)
     head = kv_head * C.G + row_h
     q_ptr += b * q_strides[0] + row_t.to(tl.int64) * q_strides[1] + head * q_strides[2]
     q = load_rows(q_ptr, None, q_strides[3], row_mask, C.D, C.BLOCK_D)
-    lse_row = b * lse_strides[0] + row_t.to(tl.int64) * lse_strides[1] + head * lse_strides[2]
+    lse_row = (b * T + row_t.to(tl.int64)) * (KV_HEADS * C.G) + head
     lse = tl.load(lse_ptr + lse_row, mask=row_mask, other=float("inf"))
     # exp(-inf): nothing for the rows that fill up a group, nor for a query that sees no block
     return q, tl.where(lse == float("-inf"), float("inf"), lse)

@@ -1,4 +1,4 @@
-"""Tiles of the selection kernel: one row per shape, in :data:`ROWS`."""
+"""Tiles of the selection kernel: one row per GPU and shape, in :data:`ROWS`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nsa.backends.compiled.tiling import UNTUNED, next_power_of_2
+from nsa.backends.compiled.tiling import (
+    SM_90,
+    UNTUNED,
+    Capability,
+    head_columns,
+    next_power_of_2,
+    shared_bytes,
+    stage_buffers,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,7 @@ class Row:
     tiles: SelectTiles
     measured: str
     """The device and dtype that it was timed with, or :data:`UNTUNED`."""
+    capability: Capability = SM_90
 
 
 # Two programs to a multiprocessor: one multiplies while the other exponentiates.
@@ -58,7 +67,8 @@ LARGE_HEAD = Row(192, 16, False, SelectTiles(128, 64, 8, 2), UNTUNED)
 # No tensor cores: the tiles are what the registers hold.
 FP32 = Row(128, 16, True, SelectTiles(32, 32, 4, 2), UNTUNED)
 ROWS = (LARGE_GROUP, SMALL_GROUP, LARGE_HEAD, FP32)
-"""A shape without a row of its own gets one of these four by :func:`tile_row`'s rule."""
+"""A shape without a row of its own gets one by :func:`tile_row`'s rule; ``bench --tune`` prints a
+row to add."""
 
 
 # Untuned from here on. The scales of e4m3 keys take registers: three smaller programs, no spills.
@@ -68,12 +78,14 @@ SEARCH = SearchTiles(64, 512, 1, 2)
 SEARCH_FP32 = SearchTiles(16, 512, 4, 2)
 
 
-def tile_row(dtype: torch.dtype, D: int, G: int) -> Row:
-    """The row of this shape, else the nearest by dtype, head size and group, as untuned."""
+def tile_row(dtype: torch.dtype, D: int, G: int, capability: Capability = SM_90) -> Row:
+    """The row of this GPU and shape; else, as untuned, an H100's: of the shape, or the nearest by
+    dtype, head size and group."""
     fp32 = dtype == torch.float32
-    for row in ROWS:
-        if (row.D, row.G, row.fp32) == (D, G, fp32):
-            return row
+    for of in dict.fromkeys((capability, SM_90)):
+        for row in ROWS:
+            if (row.D, row.G, row.fp32, row.capability) == (D, G, fp32, of):
+                return row if of == capability else replace(row, measured=UNTUNED)
     small = SMALL_GROUP if G < 8 else LARGE_GROUP
     nearest = FP32 if fp32 else LARGE_HEAD if D > 128 else small
     return replace(nearest, D=D, G=G, measured=UNTUNED)
@@ -87,19 +99,32 @@ def select_tiles(
     num_blocks: int,
     *,
     fp8: bool = False,
+    capability: Capability = SM_90,
+    row: Row | None = None,
 ) -> SelectTiles:
-    """Tiles for sm_90: dtype of q, G, D, n, at least as many blocks as a sequence has, and whether
-    scores are of e4m3."""
-    tiles = tile_row(dtype, key_size, group).tiles
+    """Tiles for a GPU: dtype of q, G, D, n, at least as many blocks as a sequence has, and whether
+    scores are of e4m3. ``row``: in place of :func:`tile_row`'s."""
+    tiles = (row or tile_row(dtype, key_size, group, capability)).tiles
     if fp8 and tiles == LARGE_GROUP.tiles:
         tiles = FP8_LARGE_GROUP
     least = max(16, next_power_of_2(num_selected))
     most = max(least, next_power_of_2(num_blocks))
-    return replace(tiles, blocks=min(most, max(tiles.blocks, least)))
+    tiles = replace(tiles, blocks=min(most, max(tiles.blocks, least)))
+    row_bytes = head_columns(key_size) * dtype.itemsize
+    while True:
+        keys = tiles.blocks * stage_buffers(tiles.num_stages, capability)
+        if (tiles.rows + keys) * row_bytes <= shared_bytes(capability):
+            return tiles
+        if tiles.num_stages > 1:
+            tiles = replace(tiles, num_stages=tiles.num_stages - 1)
+        elif tiles.rows > 16:
+            tiles = replace(tiles, rows=tiles.rows // 2)
+        else:
+            return tiles
 
 
 def search_tiles(dtype: torch.dtype) -> SearchTiles:
-    """Tiles of :mod:`.regions` for sm_90: dtype of q."""
+    """Tiles of :mod:`.regions`, chosen on an H100: dtype of q."""
     return SEARCH_FP32 if dtype == torch.float32 else SEARCH
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nsa.backends.compiled.selected.far import is_far
 from nsa.core.kernel import kernel
+from nsa.core.operators import BUILDING
 
 _BLOCK = 1024
 """Pairs of one program."""
@@ -195,7 +196,11 @@ def inverse_index(
         SINCE=since,
         **options,
     )
-    block_ids, order = block_ids.sort(stable=True)
+    building = BUILDING.get()  # torch's sort and sum of meta tensors would import its compiler
+    if building:
+        order = empty(pairs + 1, torch.int64)
+    else:
+        block_ids, order = block_ids.sort(stable=True)
     begins = empty(pairs + 1)
     nsa_selected_chunk_begins[grid](
         *(block_ids, begins, pairs, nowhere, pairs.bit_length()),
@@ -203,7 +208,7 @@ def inverse_index(
         ORDERED=ordered,
         **options,
     )
-    begun = begins.cumsum(0, dtype=torch.int32)
+    begun = begins if building else begins.cumsum(0, dtype=torch.int32)
     tokens, offsets, num_chunks = empty(pairs + 1), empty(pairs + 2), empty(1)
     nsa_selected_chunk_offsets[grid](
         *(order, begun, begins, tokens, offsets, num_chunks, pairs, K),
@@ -220,7 +225,9 @@ def inverse_index(
     listed = pairs // (B * K) * heads
     max_chunks = 1 + listed // chunk + min(listed, heads * blocks)
     found = InverseIndex(block_ids, tokens, offsets, num_chunks, max_chunks, num_blocks, pitch)
-    if since is not None:
+    if since is not None and building:
+        found = found._replace(head_chunks=empty(B * K + 1))
+    elif since is not None:
         first = torch.arange(B * K + 1, dtype=torch.int64, device=device) * num_blocks
         first = torch.searchsorted(block_ids[:-1], first.to(dtype))
         found = found._replace(head_chunks=begun[first] - begins[0])

@@ -1,4 +1,4 @@
-"""Tiles of the selected branch's kernels: one row per shape, in :data:`ROWS`.
+"""Tiles of the selected branch's kernels: one row per GPU and shape, in :data:`ROWS`.
 
 Two kinds of launch: *query tiles* (forward, dq: some tokens, over the blocks that they selected)
 and *key tiles* (dk, dv: one block, over the tokens that selected it). The rows of a tile are tokens
@@ -8,16 +8,20 @@ times the G query heads of a key/value head. D key size, V value size, n selecte
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from nsa.backends.compiled.tiling import (
-    SHARED_BYTES,
+    SM_90,
     UNTUNED,
+    Capability,
+    capability_of,
     head_columns,
     next_power_of_2,
     padded,
+    shared_bytes,
 )
 
 MAX_SLOTS = 1024
@@ -63,7 +67,7 @@ PARTS_BYTES = 5 * 2**27
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
+class Launch:
     """One launch."""
 
     tokens: int
@@ -77,7 +81,7 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FarTiles(Tiles):
+class FarTiles(Launch):
     """One launch of a kernel for far blocks, over key tiles; a program has all keys of a block."""
 
     chunk: int
@@ -88,7 +92,7 @@ class FarTiles(Tiles):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QueryTiles(Tiles):
+class QueryTiles(Launch):
     """One launch of the forward or of the dq kernel, and of what goes before it."""
 
     far: FarTiles | None = None
@@ -96,7 +100,7 @@ class QueryTiles(Tiles):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyTiles(Tiles):
+class KeyTiles(Launch):
     """One launch of the dk, dv kernel."""
 
     chunk: int = CHUNK
@@ -126,6 +130,7 @@ class Row:
     V: int
     G: int
     fp32: bool = False
+    capability: Capability = SM_90
     rows: int = 64
     """Rows of a tile at most, if one token has no more."""
     forward: tuple[int, int]
@@ -169,17 +174,18 @@ LARGE_HEADS = Row(
     measured="H100, bf16",
 )
 PAPER = replace(
-    # Forward and dq: two programs a multiprocessor. Chosen by the code, not timed.
+    # Forward and dq: two programs a multiprocessor.
     LARGE_HEADS,
     D=192,
     forward=(64, 2),
     dq=(32, 3),
-    measured=UNTUNED,
+    dkv=(64, 1),
 )
-BETWEEN = tuple(
-    # With two stages ptxas waits after every matrix instruction of dk and dv. Not timed.
-    replace(LARGE_HEADS, D=size, V=size, dkv=(64, 1), measured=UNTUNED)
-    for size in (80, 96)
+BETWEEN = (
+    # With two stages ptxas waits after every matrix instruction of dk and dv, and with heads of 96
+    # that is faster all the same.
+    replace(LARGE_HEADS, D=96, V=96, forward=(64, 2), dkv=(64, 2)),
+    replace(LARGE_HEADS, D=80, V=80, dkv=(64, 1), measured=UNTUNED),
 )
 
 
@@ -216,34 +222,44 @@ FP32 = Row(
     measured=UNTUNED,
 )
 ROWS = (SMALL_HEADS, LARGE_HEADS, *SMALL_GROUPS, PAPER, *BETWEEN, FP32)
-"""A shape without a row of its own gets one by :func:`tile_row`'s rule."""
+"""A shape without a row of its own gets one by :func:`tile_row`'s rule; ``bench --tune`` prints a
+row to add."""
 
 
-def tile_row(D: int, V: int, G: int, dtype: torch.dtype) -> Row:
-    """The row of this shape, else of these heads, else the nearest by dtype and head sizes, as
-    untuned."""
+def tile_row(D: int, V: int, G: int, dtype: torch.dtype, capability: Capability = SM_90) -> Row:
+    """The row of this GPU and shape; else, as untuned, the GPU's of these heads, an H100's of the
+    shape or of these heads, or the nearest by dtype and head sizes."""
     fp32 = dtype == torch.float32
-    for row in ROWS:
-        if (row.D, row.V, row.G, row.fp32) == (D, V, G, fp32):
-            return row
-    found = None
-    for row in ROWS:  # in a trace, too, which takes no key of min
-        far = row.far is not None and G > SMALL_GROUP
-        if (row.D, row.V, row.fp32) == (D, V, fp32) and not far:
-            ratio = max(row.G / G, G / row.G)
-            if found is None or ratio < max(found.G / G, G / found.G):
-                found = row
-    if found is None:
-        found = FP32 if fp32 else SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
-    found = replace(found, D=D, V=V)
-    if G < found.G and G <= SMALL_GROUP and not fp32:
+    for of in dict.fromkeys((capability, SM_90)):
+        heads = [x for x in ROWS if (x.D, x.V, x.fp32, x.capability) == (D, V, fp32, of)]
+        for row in heads:
+            if row.G == G:
+                return row if of == capability else replace(row, measured=UNTUNED)
+        if heads:
+            found = _nearest_group(heads, G)
+            break
+    else:
+        found = SMALL_HEADS if padded(D) + padded(V) <= 128 else LARGE_HEADS
+        found = replace(FP32 if fp32 else found, D=D, V=V)
+    if found.far is None and G < found.G and G <= SMALL_GROUP and not fp32:
         found = small_group(found, G)
     return replace(found, G=G, measured=UNTUNED)
 
 
+def _nearest_group(rows: list[Row], G: int) -> Row:
+    """The row of the nearest group, not of a small one for a large one."""
+    rows = [row for row in rows if row.far is None or G <= SMALL_GROUP] or rows
+    found = rows[0]
+    for row in rows:  # in a trace, too, which takes no key of min
+        if max(row.G / G, G / row.G) < max(found.G / G, G / found.G):
+            found = row
+    return found
+
+
 def dq_dtype(dtype: torch.dtype, D: int, V: int, G: int) -> torch.dtype:
     """Of q's gradient within a backward: fp32 where atomic adds may sum it."""
-    summed = D <= FP32_DQ_SIZE or tile_row(D, V, G, dtype).with_dq
+    few = head_columns(D) + head_columns(V) <= WITH_DQ_COLUMNS
+    summed = D <= FP32_DQ_SIZE or (G <= SMALL_GROUP and few)
     return torch.float32 if summed else dtype
 
 
@@ -275,6 +291,7 @@ def shared_tokens(q: Tensor, v: Tensor, share: int) -> int:
     return share if 4 * share * G >= 3 * rows else 1
 
 
+@lru_cache(256)
 def tiles_for(
     D: int,
     V: int,
@@ -286,15 +303,19 @@ def tiles_for(
     length: int,
     share: int = 1,
     deterministic: bool = False,
+    capability: Capability = SM_90,
+    row: Row | None = None,
 ) -> SelectedTiles:
-    """Tiles for an H100: head sizes, group, n, l', T, how many tokens have one list (those of a
+    """Tiles for a GPU: head sizes, group, n, l', T, how many tokens have one list (those of a
     query tile then divide it), and whether sums have one order in every run and batch.
 
     The row of the shape, with no more keys than a block has, and less of everything until it fits
     in shared memory. T says how dq is summed and nothing else: a sequence is tiled alike alone and
-    packed with others.
+    packed with others. ``row``: in place of :func:`tile_row`'s.
     """
-    row = tile_row(D, V, G, dtype)
+    row = row or tile_row(D, V, G, dtype, capability)
+    most_bytes = shared_bytes(capability)
+    with_dq = row.with_dq and dq_dtype(dtype, D, V, G) == torch.float32
     wide = head_columns(D) + head_columns(V)
     keys = padded(select_block)
     tokens = tokens_per_tile(G, row.rows, width)
@@ -307,7 +328,7 @@ def tiles_for(
         """``row_size``: elements of a row that stay in shared memory."""
         n = min(keys, n)
         rows = padded(tokens * G)
-        while (rows * row_size + n * wide * stages) * dtype.itemsize > SHARED_BYTES:
+        while (rows * row_size + n * wide * stages) * dtype.itemsize > most_bytes:
             if stages > 1:
                 stages -= 1
             elif n > 16:
@@ -323,7 +344,7 @@ def tiles_for(
             return None
         step = tokens_per_tile(G, row.rows)
         size = padded(step * G) * row_size
-        while stages > 1 and (keys * wide + size * stages) * dtype.itemsize > SHARED_BYTES:
+        while stages > 1 and (keys * wide + size * stages) * dtype.itemsize > most_bytes:
             stages -= 1
         chunk = max(1, FAR_ROWS // G)
         return FarTiles(
@@ -339,7 +360,7 @@ def tiles_for(
     def key_tiles(n: int, stages: int) -> KeyTiles:
         n = min(keys, n)
         step = tokens_per_tile(G, row.rows)
-        while (n + padded(step * G) * min(stages, 2)) * wide * dtype.itemsize > SHARED_BYTES:
+        while (n + padded(step * G) * min(stages, 2)) * wide * dtype.itemsize > most_bytes:
             if stages > 1:
                 stages -= 1
             elif step > 1 and padded(step * G) > 16:
@@ -348,13 +369,13 @@ def tiles_for(
                 n //= 2
             else:
                 break
-        large = n * wide > 64 * 256 or padded(step * G) > 64
+        large = n * wide > 64 * (256 if row.with_dq else 320) or padded(step * G) > 64
         return KeyTiles(
             tokens=step,
             block_n=n,
             num_warps=fp32_warps if row.fp32 else 8 if large else 4,
             num_stages=stages,
-            with_dq=row.with_dq and length >= WITH_DQ_FROM and not deterministic,
+            with_dq=with_dq and length >= WITH_DQ_FROM and not deterministic,
             maxnreg=row.dkv_maxnreg,
             chunk=ORDERED_CHUNK if deterministic else max(CHUNK, row.chunk_rows // G),
             ordered=deterministic,
@@ -381,8 +402,16 @@ def default_tiles(
     T, H, D = q.shape[1:]
     K, V = v.shape[2:]
     n = block_idx.shape[3]
-    sizes = {"width": n, "select_block": select_block, "length": T, "share": share}
-    return tiles_for(D, V, H // K, dtype=q.dtype, deterministic=deterministic, **sizes)
+    return tiles_for(
+        *(D, V, H // K),
+        width=n,
+        select_block=select_block,
+        dtype=q.dtype,
+        length=T,
+        share=share,
+        deterministic=deterministic,
+        capability=capability_of(q.device),
+    )
 
 
 def part_slices(
@@ -437,7 +466,7 @@ def constants(
     v: Tensor,
     block_idx: Tensor,
     select_block: int,
-    tiles: Tiles,
+    tiles: Launch,
     *,
     shared: bool = False,
     packed: bool = False,

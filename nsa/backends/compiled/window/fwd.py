@@ -40,7 +40,7 @@ def nsa_window_fwd(
     out_ptr,  # [B, T, H, V], contiguous
     lse_ptr,  # [B, T, H], contiguous
     branch_ptrs,  # with MIX: out of the compressed and the selected branch, the sum (written)
-    gates_ptr,
+    gates_ptr,  # with MIX: [B, T, H, 3], contiguous
     seq_starts,
     T,
     KV_HEADS,
@@ -51,7 +51,6 @@ def nsa_window_fwd(
     q_strides,
     k_strides,
     v_strides,
-    gates_strides,
     LEAD: tl.constexpr,
     STRIDE: tl.constexpr,
     MIX: tl.constexpr,
@@ -97,12 +96,11 @@ def nsa_window_fwd(
     store_rows(out_ptr, row * C.V, acc, mask, C.V, C.BLOCK_DV)
     tl.store(lse_ptr + row, lse + tl.log(l_i), mask=mask)
     if MIX:
-        gates_ptr += b * gates_strides[0] + t.to(tl.int64) * gates_strides[1]
-        gates_ptr += head * gates_strides[2]
-        gate = tl.load(gates_ptr + 2 * gates_strides[3]).to(tl.float32)[:, None]
+        gates_ptr += row * 3
+        gate = tl.load(gates_ptr + 2).to(tl.float32)[:, None]
         acc = scale_rows(acc, gate)
         for branch in tl.static_range(2):
-            gate = tl.load(gates_ptr + branch * gates_strides[3]).to(tl.float32)[:, None]
+            gate = tl.load(gates_ptr + branch).to(tl.float32)[:, None]
             out = load_rows(branch_ptrs[branch], row * C.V, 1, mask, C.V, C.BLOCK_DV)
             acc = add_rows(acc, scale_rows(out, gate))
         store_rows(branch_ptrs[2], row * C.V, acc, mask, C.V, C.BLOCK_DV)

@@ -24,7 +24,8 @@ from nsa.backends.compiled.window.bounds import TOKENS, Blocks
 from nsa.backends.compiled.window.bwd_dkv import nsa_window_bwd_dkv
 from nsa.backends.compiled.window.bwd_dq import nsa_window_bwd_dq
 from nsa.backends.compiled.window.fwd import nsa_window_fwd
-from nsa.backends.compiled.window.tiles import Constants, Tiles, constants, tiles_for
+from nsa.backends.compiled.window.tiles import Constants, Tiles, constants, default_tiles
+from nsa.core.operators import BUILDING
 
 PROGRAMS = 1024
 """Programs of the kernel for dk and dv that a launch over few keys is split into, about."""
@@ -39,7 +40,7 @@ class Mix(NamedTuple):
     """The gated sum of the three branches, which the window's kernel can take too."""
 
     gates: Tensor
-    """``[B, T, H, 3]``"""
+    """``[B, T, H, 3]``, contiguous."""
     compressed: Tensor
     """The branch's out ``[B, T, H, V]``."""
     selected: Tensor
@@ -80,7 +81,7 @@ def window_forward(
             token's sequence, which does not decrease.
         q_start: number of q's first token; 0 when packed.
         blocks: what a key stands for.
-        tiles: overrides those of :func:`tiles_for`.
+        tiles: overrides those of :func:`default_tiles`.
         mix: also written, if this is the window.
 
     Returns:
@@ -95,12 +96,11 @@ def window_forward(
         return out, lse
     q, scale, _ = positive(q, scale)
     q, k, v = map(addressable, (q, k, v))
-    tiles = tiles or tiles_for(q.dtype, D, V).fwd
+    tiles = tiles or default_tiles(q, v).fwd
     C, options = launch_options(q, k, v, tiles, start, q_start, blocks)
     branches: tuple[Tensor | None, ...] = (None, None, None)
     if mix is not None:
         branches = (mix.compressed.contiguous(), mix.selected.contiguous(), mix.out)
-    gates = q if mix is None else mix.gates
     with torch.cuda.device_of(q):
         nsa_window_fwd[(triton.cdiv(T, C.TOKENS) * B * K,)](
             q,
@@ -109,7 +109,7 @@ def window_forward(
             out,
             lse,
             branches,
-            gates,
+            None if mix is None else mix.gates,
             (start, blocks.first),
             T,
             K,
@@ -120,7 +120,6 @@ def window_forward(
             q.stride(),
             k.stride(),
             v.stride(),
-            gates.stride(),
             MIX=mix is not None,
             **options,
         )
@@ -149,7 +148,7 @@ def window_backward(
 
     Args:
         dout: ``[B, T, H, V]``, the gradient of ``out``, in its dtype.
-        q_tiles, k_tiles: override those of :func:`tiles_for`.
+        q_tiles, k_tiles: override those of :func:`default_tiles`.
         splits: parts of the queries that dk and dv are summed over apart; None chooses.
         deterministic: that a fixed-length batch has as many as one row of it would have alone.
 
@@ -157,15 +156,15 @@ def window_backward(
         dq, dk, dv, shaped like q, k, v and in their dtypes.
     """
     B, T, H, D = q.shape
-    S, K, V = k.shape[1], v.shape[2], v.shape[3]
+    S, K = k.shape[1], v.shape[2]
     dq = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     if lse.numel() == 0 or S == 0:
         return dq.zero_(), k.new_zeros(k.shape), v.new_zeros(v.shape)
     out, lse = out.contiguous(), lse.contiguous()
     dout, q, k, v = map(addressable, (dout, q, k, v))
     positive_q, positive_scale, sign = positive(q, scale)
-    delta = torch.empty_like(lse)
-    tiles = q_tiles or tiles_for(q.dtype, D, V).bwd_dq
+    delta = lse.new_empty(lse.shape)
+    tiles = q_tiles or default_tiles(q, v).bwd_dq
     C, options = launch_options(q, k, v, tiles, start, q_start, blocks)
     with torch.cuda.device_of(q):
         nsa_window_bwd_dq[(triton.cdiv(T, C.TOKENS) * B * K,)](
@@ -234,7 +233,7 @@ def key_gradients(
         return dk.zero_(), dv.zero_()
     q, scale, _ = positive(q, scale)
     dout, q, k, v = map(addressable, (dout, q, k, v))
-    tiles = tiles or tiles_for(q.dtype, D, V).bwd_dkv
+    tiles = tiles or default_tiles(q, v).bwd_dkv
     C, options = launch_options(q, k, v, tiles, start, q_start, blocks)
     programs = triton.cdiv(S, C.BLOCK_N) * B * K
     if splits is None:
@@ -270,7 +269,7 @@ def key_gradients(
             **options,
         )
     if splits > 1:
-        dk, dv = (x.sum(0).to(dk.dtype) for x in parts)
+        dk, dv = ((x[0] if BUILDING.get() else x.sum(0)).to(dk.dtype) for x in parts)
     return dk, dv
 
 

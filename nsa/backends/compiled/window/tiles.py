@@ -1,4 +1,4 @@
-"""Tiles of the kernels of window and compressed branch: a table by head sizes and dtype.
+"""Tiles of the kernels of window and compressed branch: one row per GPU and head sizes.
 
 The group size G does not matter: rows of a tile are tokens times heads of a group.
 """
@@ -6,11 +6,21 @@ The group size G does not matter: rows of a tile are tokens times heads of a gro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from nsa.backends.compiled.tiling import head_columns, next_power_of_2
+from nsa.backends.compiled.tiling import (
+    SM_90,
+    UNTUNED,
+    Capability,
+    capability_of,
+    head_columns,
+    next_power_of_2,
+    shared_bytes,
+    stage_buffers,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,62 +44,110 @@ class WindowTiles:
     fwd: Tiles
     bwd_dq: Tiles
     bwd_dkv: Tiles
-    tuned: str
-    """What they were measured on, or "untuned"."""
+    measured: str
+    """The device, dtype and G that they were timed with, or :data:`UNTUNED`."""
 
 
 FP32 = WindowTiles(  # no tensor cores: the tiles are what the registers hold
     fwd=Tiles(32, 32, num_warps=4, num_stages=1),
     bwd_dq=Tiles(32, 32, num_warps=8, num_stages=1),
     bwd_dkv=Tiles(32, 32, num_warps=8, num_stages=1),
-    tuned="untuned",
+    measured=UNTUNED,
 )
 UP_TO_256 = WindowTiles(
     fwd=Tiles(128, 64, num_warps=8, num_stages=2),
     bwd_dq=Tiles(64, 64, num_warps=8, num_stages=2),
     bwd_dkv=Tiles(32, 64, num_warps=8, num_stages=2),  # more rows spill in the loops
-    tuned="untuned",
+    measured=UNTUNED,
 )
 LARGER = WindowTiles(
     fwd=Tiles(64, 32, num_warps=8, num_stages=1),
     bwd_dq=Tiles(64, 32, num_warps=8, num_stages=1),
     bwd_dkv=Tiles(32, 64, num_warps=8, num_stages=1),
-    tuned="untuned",
+    measured=UNTUNED,
 )
 PAPER = WindowTiles(
-    # No spills; dq, dk and dv: two programs to a multiprocessor. Chosen by the code, not timed.
-    fwd=Tiles(128, 64, num_warps=8, num_stages=2),
+    fwd=Tiles(128, 64, num_warps=8, num_stages=3),
     bwd_dq=Tiles(64, 32, num_warps=4, num_stages=2),
-    bwd_dkv=Tiles(32, 64, num_warps=4, num_stages=3),
-    tuned="untuned",
+    bwd_dkv=Tiles(32, 128, num_warps=8, num_stages=3),
+    measured="H100, bf16, G 16",
 )
 TILES = {
-    (64, 64): WindowTiles(
+    (SM_90, 64, 64): WindowTiles(
         fwd=Tiles(128, 64, num_warps=4, num_stages=3),
         bwd_dq=Tiles(64, 32, num_warps=4, num_stages=3),
         bwd_dkv=Tiles(64, 64, num_warps=4, num_stages=3),
-        tuned="H100, bf16, G 6",
+        measured="H100, bf16, G 6",
     ),
     # forward and dq: two programs to a multiprocessor, one multiplies while the other exponentiates
-    (128, 128): WindowTiles(
+    (SM_90, 128, 128): WindowTiles(
         fwd=Tiles(128, 64, num_warps=8, num_stages=2, maxnreg=128),
         bwd_dq=Tiles(128, 32, num_warps=8, num_stages=2, maxnreg=128),
         bwd_dkv=Tiles(64, 128, num_warps=8, num_stages=3),
-        tuned="H100, bf16, G 16",
+        measured="H100, bf16, G 16",
     ),
-    (192, 128): PAPER,
-    (256, 256): UP_TO_256,
+    (SM_90, 192, 128): PAPER,
+    (SM_90, 256, 256): UP_TO_256,
 }
-"""fp16 and bf16, by D and V."""
-TILES |= {(size, size): replace(TILES[128, 128], tuned="untuned") for size in (80, 96)}
+"""fp16 and bf16, by compute capability, D and V; ``bench --tune`` prints a row to add."""
+TILES |= {(SM_90, size, size): TILES[SM_90, 128, 128] for size in (80, 96)}
 
 
-def tiles_for(dtype: torch.dtype, D: int, V: int) -> WindowTiles:
-    """The row of head sizes D and V; without one, that of the next larger square heads."""
+def tile_row(dtype: torch.dtype, D: int, V: int, capability: Capability = SM_90) -> WindowTiles:
+    """The row of this GPU and of head sizes D and V; else, as untuned, an H100's: of these heads,
+    or of the next larger square ones."""
     if dtype == torch.float32:
         return FP32
-    larger = (TILES[size, size] for size in (64, 128, 256) if max(D, V) <= size)
-    return TILES.get((D, V)) or next(larger, LARGER)
+    if (capability, D, V) in TILES:
+        return TILES[capability, D, V]
+    squares = (size for size in (64, 128, 256) if max(D, V) <= size)
+    sizes = ((D, V), *((size, size) for size in squares))
+    found = (TILES[SM_90, K, E] for K, E in sizes if (SM_90, K, E) in TILES)
+    return replace(next(found, LARGER), measured=UNTUNED)
+
+
+def fitted(
+    row: WindowTiles, dtype: torch.dtype, D: int, V: int, capability: Capability
+) -> WindowTiles:
+    """The row, with less of everything in each launch until it fits in shared memory: a step's
+    loads still overlap the step before as long as there are more than 32 rows of anything."""
+    key, value = head_columns(D), head_columns(V)
+
+    def fit(tiles: Tiles, held: str, held_size: int, step: str) -> Tiles:
+        """``held`` rows stay there, of so many elements; ``step`` rows of a key and a value, for
+        every stage."""
+        while True:
+            stays = getattr(tiles, held) * held_size
+            buffers = stage_buffers(tiles.num_stages, capability)
+            steps = getattr(tiles, step) * (key + value) * buffers
+            if (stays + steps) * dtype.itemsize <= shared_bytes(capability):
+                return tiles
+            larger = max(step, held, key=lambda name: getattr(tiles, name))
+            rows = getattr(tiles, larger)
+            if tiles.num_stages > 2 or (rows <= 32 and tiles.num_stages > 1):
+                tiles = replace(tiles, num_stages=tiles.num_stages - 1)
+            elif rows > 16:
+                tiles = replace(tiles, **{larger: rows // 2})
+            else:
+                return tiles
+
+    return replace(
+        row,
+        fwd=fit(row.fwd, "block_m", key, "block_n"),
+        bwd_dq=fit(row.bwd_dq, "block_m", key + value, "block_n"),
+        bwd_dkv=fit(row.bwd_dkv, "block_n", key + value, "block_m"),
+    )
+
+
+@lru_cache(256)
+def tiles_for(dtype: torch.dtype, D: int, V: int, capability: Capability = SM_90) -> WindowTiles:
+    """Tiles for a GPU: :func:`tile_row`, :func:`fitted`."""
+    return fitted(tile_row(dtype, D, V, capability), dtype, D, V, capability)
+
+
+def default_tiles(q: Tensor, v: Tensor) -> WindowTiles:
+    """:func:`tiles_for` q ``[B, T, H, D]`` and v ``[B, S, K, V]``."""
+    return tiles_for(q.dtype, q.shape[3], v.shape[3], capability_of(q.device))
 
 
 @dataclass(frozen=True, slots=True)
