@@ -126,9 +126,15 @@ class Variant:
 
 
 def union_form(tiles: SelectedTiles) -> SelectedTiles:
-    """No far blocks, and dq by a kernel of its own."""
-    forward = replace(tiles.forward, far=None)
-    return replace(tiles, forward=forward, dkv=replace(tiles.dkv, with_dq=False))
+    """No far blocks, and dq by a kernel of its own: as of large groups."""
+    if tiles.forward.far is None:
+        return tiles
+    return replace(
+        tiles,
+        forward=replace(tiles.forward, far=None),
+        dq=replace(tiles.dq, far=None, block_n=64),
+        dkv=replace(tiles.dkv, with_dq=False, num_stages=3, chunk=256),
+    )
 
 
 def far_variants(tiles: QueryTiles) -> Iterator[QueryTiles]:
@@ -274,6 +280,7 @@ def main() -> None:
     parser.add_argument("--value-dim", type=int, default=128)
     parser.add_argument("--lists", nargs="+", choices=list(STAYS), default=list(STAYS))
     parser.add_argument("--large-blocks", action="store_true", help="64/4, l' 64 and 128")
+    parser.add_argument("--processes", type=int, default=16, help="that build kernels")
     parser.add_argument(
         "--kernels", action="store_true", help="time each kernel of the chosen, too"
     )
@@ -311,11 +318,14 @@ def main() -> None:
                 error = worst(found, want.setdefault(variant.backward, found))
                 ms = median_ms(call, 7)
             except FAILURES as failure:  # the others go on
-                print(f"{lists:6s} {label(variant)}: {type(failure).__name__}: {failure}")
+                print(
+                    f"{lists:6s} {label(variant)}: {type(failure).__name__}: {failure}", flush=True
+                )
                 continue
             base = first.setdefault((lists, variant.backward), ms)
             wrong = "" if error < 1 else f"  WRONG: off by {error:.1f} times the limit"
-            print(f"{lists:6s} {ms:7.2f} ms {ms / base:5.2f} of first  {label(variant)}{wrong}")
+            times = f"{lists:6s} {ms:7.2f} ms {ms / base:5.2f} of first"
+            print(f"{times}  {label(variant)}{wrong}", flush=True)
             if args.kernels and variant.name in ("chosen", "unions"):
                 print(f"{'':8s}{kernels(call)}")
             del found

@@ -134,7 +134,7 @@ def forward_with_far_blocks(
                     **launch_options(far.num_warps, far.num_stages, far.maxnreg),
                 )
             nsa_selected_fwd[(heads * x.num_tiles,)](
-                *(*tensors, out[rows], lse[rows], x.unions, x.parts),
+                *(*tensors, out[rows], lse[rows], x.unions, tuple(x.parts)),
                 *strides,
                 *(T, x.num_tiles, S, x.q_start, first, K, scale * LOG2E),
                 SINCE=far.since,
@@ -183,7 +183,7 @@ def dq_with_far_blocks(
                     **launch_options(far.num_warps, far.num_stages, far.maxnreg),
                 )
             nsa_selected_bwd_dq[(heads * x.num_tiles,)](
-                *(*tensors, dq[rows], *of_rows, dq[rows], x.unions, x.parts),
+                *(*tensors, dq[rows], *of_rows, dq[rows], x.unions, tuple(x.parts)),
                 *strides,
                 *(T, x.num_tiles, S, x.q_start, first, K, scale * LOG2E, scale),
                 ACCUMULATE=True,
