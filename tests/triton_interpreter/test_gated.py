@@ -104,8 +104,11 @@ def test_every_way_to_sum_dq(
         check(make_inputs(config, dtype=dtype, surplus=surplus, **shape), in_unit_interval)
 
 
-@IN_UNIT_INTERVAL
-@pytest.mark.parametrize("mode", [False, True], ids=["atomic", "in order"])
+@pytest.mark.parametrize(
+    ("mode", "in_unit_interval"),
+    [(False, True), (True, False)],
+    ids=["atomic, folded", "in order, weighted"],
+)
 def test_far_blocks(mode: bool, in_unit_interval: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of groups smaller than those with a row of tiles."""
     monkeypatch.setattr(selected_tiles, "FAR_SINCE", 3)

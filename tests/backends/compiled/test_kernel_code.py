@@ -84,7 +84,7 @@ SLOW = {
     "wide": (STEPS[3], STEPS[13], STEPS[-1]),
     "small": tuple(step for step in STEPS if step not in (STEPS[1], STEPS[8])),
     "eighty": tuple(step for step in STEPS if step != "window backward"),
-    "groups": STEPS[9:11],
+    "groups": STEPS[8:11],
 }
 SMALLER = {(8, 0): 163, (8, 9): 99}
 """The KiB of shared memory that a program may have, by compute capability."""
