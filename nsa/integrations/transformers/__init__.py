@@ -11,8 +11,16 @@ check_version()
 from nsa.integrations.transformers.attention import NSASelfAttention  # noqa: E402
 from nsa.integrations.transformers.cache import NSACacheLayer, NSAStaticCacheLayer  # noqa: E402
 from nsa.integrations.transformers.convert import Conversion, convert  # noqa: E402
+from nsa.integrations.transformers.listed import listed_attention  # noqa: E402
 from nsa.integrations.transformers.models import register  # noqa: E402
 
 register()
 
-__all__ = ["Conversion", "NSACacheLayer", "NSASelfAttention", "NSAStaticCacheLayer", "convert"]
+__all__ = [
+    "Conversion",
+    "NSACacheLayer",
+    "NSASelfAttention",
+    "NSAStaticCacheLayer",
+    "convert",
+    "listed_attention",
+]

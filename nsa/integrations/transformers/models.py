@@ -14,7 +14,14 @@ from typing import Any, cast
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import AttentionInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -23,9 +30,12 @@ from nsa.errors import CheckpointError, ConfigError, require_fields, show
 from nsa.integrations.transformers.attention import NSASelfAttention
 from nsa.integrations.transformers.batch import LAYER_TYPE, describe_batch
 from nsa.integrations.transformers.dense import find_attention, fitting
+from nsa.integrations.transformers.listed import listed_attention
 from nsa.integrations.transformers.starts import Start, begin
 
-MODEL_TYPE = ATTENTION = "nsa"
+MODEL_TYPE = "nsa"
+ATTENTION = "nsa_layers"
+"""Of a converted model, for transformers: it makes no masks for a name that it has none for."""
 HEADS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
 """The Auto classes that find converted models."""
 
@@ -208,14 +218,9 @@ def replace_attention(
     return layers
 
 
-def _without_lists(*args: Any, **kwargs: Any) -> Any:
-    raise ConfigError(
-        "attn_implementation='nsa': expected a converted model, got a dense one; "
-        "nsa.integrations.transformers.convert(model) puts NSA layers into it"
-    )
-
-
 def register() -> None:
-    """Let transformers' Auto classes and attention functions know of converted models."""
+    """Let transformers know of converted models, and of ``attn_implementation="nsa"``."""
     AutoConfig.register(MODEL_TYPE, NSAModelConfig, exist_ok=True)
-    AttentionInterface.register(ATTENTION, _without_lists)
+    AttentionInterface.register(ATTENTION, listed_attention)
+    AttentionInterface.register("nsa", listed_attention)
+    AttentionMaskInterface.register("nsa", sdpa_mask)

@@ -140,14 +140,9 @@ def test_a_layer_by_itself_does_not_guess_what_a_mask_means(model):
         layer(x)
 
 
-def test_other_attention_functions(model, tmp_path):
-    with pytest.raises(ConfigError, match="got 'sdpa'; convert\\(backend=...\\) or NSA_BACKEND"):
+def test_other_attention_functions(model):
+    with pytest.raises(ConfigError, match=r"got 'sdpa'; convert\(backend=...\) or NSA_BACKEND"):
         model.set_attn_implementation("sdpa")
-    ids = tokens(1, 9)
-    plain = dense()
-    plain.set_attn_implementation("nsa")
-    with pytest.raises(ConfigError, match="expected a converted model, got a dense one"):
-        plain(ids)
 
 
 @pytest.mark.parametrize(
