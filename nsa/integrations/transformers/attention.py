@@ -6,7 +6,6 @@ B batch, T tokens, H query heads, K key/value heads, D head size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -135,14 +134,13 @@ class NSASelfAttention(NSAttention):
         return None if weight is None or weight.is_meta else weight
 
     def _projections(self) -> dict[str, nn.Module]:
-        projections: Mapping[str, Any] = super()._projections()
+        projections: dict[str, Any] = dict(super()._projections())
         norms = {"q": self.q_norm, "k": self.k_norm}
-        return {
-            name: projection
-            if (norm := norms.get(name[0])) is None
-            else cast(nn.Module, _Normed(projection, norm, self.config.head_dim))
-            for name, projection in projections.items()
-        }
+        for name in projections:
+            norm = norms.get(name[0])
+            if norm is not None:
+                projections[name] = _Normed(projections[name], norm, self.config.head_dim)
+        return projections
 
 
 class _Normed:

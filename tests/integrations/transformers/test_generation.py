@@ -1,5 +1,7 @@
 """``generate`` of a converted model gives what the library's own generation gives."""
 
+import copy
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from nsa import CacheError
 from nsa.integrations.transformers import NSACacheLayer, NSAStaticCacheLayer, convert
+from nsa.integrations.transformers import cache as cache_module
 from tests.support.tiny_models import CONFIG, KINDS, Own, dense, new_parts, tokens
 
 NEW = 24
@@ -119,13 +122,27 @@ def test_chunked_prefill(model, own):
     assert continued(model, tokens(1, 37), prefill_chunk_size=10) == own
 
 
-def test_a_cache_grows(model):
+def test_a_cache_grows(model, monkeypatch):
     """Past what it has room for at first, several times."""
-    ids = tokens(1, 3)
-    found = continued(model, ids, max_new_tokens=200)
+    monkeypatch.setattr(cache_module, "ROOM", 8)
+    ids, cache = tokens(1, 3), DynamicCache(config=model.config)
+    found = continued(model, ids, cache=cache, max_new_tokens=60)
+    assert cache.layers[0].nsa_cache.max_length > 62
     with torch.no_grad():
         logits = Own(model)(torch.cat([ids, torch.tensor(found)], 1))
     assert logits[0, 2:-1].argmax(-1).tolist() == found[0]
+
+
+def test_a_copied_cache_is_another(model):
+    """A prompt that is read once, for several continuations."""
+    ids, cache = prefilled(model)
+    for seed in (0, 1):
+        copied = copy.deepcopy(cache)
+        with torch.no_grad():
+            found = model(tokens(2, 5, seed=seed), cache=copied).logits
+            whole = Own(model)(torch.cat([ids, tokens(2, 5, seed=seed)], 1))
+        torch.testing.assert_close(found, whole[:, -5:], atol=2e-4, rtol=1e-4)
+    assert cache.get_seq_length() == 21
 
 
 # The layers' methods, one by one

@@ -16,31 +16,32 @@ T = 45
 
 def m3(attention, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    config = MiniMaxM3VLTextConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=16,
-        dense_intermediate_size=32,
-        shared_intermediate_size=16,
-        num_hidden_layers=3,
-        layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
-        mlp_layer_types=["dense"] * 3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
-        rotary_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        index_n_heads=2,
-        index_head_dim=16,
-        index_block_size=8,
-        index_topk_blocks=3,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
+    options = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "dense_intermediate_size": 32,
+        "shared_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense"] * 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_block_size": 8,
+        "index_topk_blocks": 3,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
         **options,
-    )
+    }
+    config = MiniMaxM3VLTextConfig(**options)
     config._attn_implementation = attention
     return MiniMaxM3VLForCausalLM(config).to(dtype).eval()
 

@@ -124,6 +124,18 @@ def test_twenty_steps_learn(kind, flat):
     assert all(later < losses[0] for later in losses[1:])
 
 
+def test_one_graph():
+    """torch.compile of the whole model, as a training step calls it."""
+    model, ids = dense("Qwen3", num_hidden_layers=1), tokens(2, 30)
+    convert(model, CONFIG, trainable="all")
+    expected = model(ids, labels=ids).loss
+    model.compile(backend="eager", fullgraph=True)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert model.model.layers[0].self_attn.gate_proj.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant):
     model, batch = converted(trainable="all").train(), flattened()
