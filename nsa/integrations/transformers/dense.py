@@ -5,10 +5,8 @@ D head size.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,23 +40,25 @@ def find_attention(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_attention(name: str, attention: Any) -> None:
-    """Refuse a module that computes more than causal softmax attention over rotated heads.
+    """Refuse a module that computes something else than a converted layer's branches do.
 
     Raises:
-        ConfigError: names the part that a converted layer would lose.
+        ConfigError: names the part that would be lost.
     """
     known = (*PROJECTIONS, *NORMS)
     others = [part for part, _ in attention.named_children() if part not in known]
     others += [part for part, _ in attention.named_parameters(recurse=False)]
     dropout = getattr(attention, "attention_dropout", 0.0)
-    softcap = getattr(attention, "attn_logit_softcapping", None)
     for good, expected, got in (
         (not others, f"no parts but {', '.join(known)}", ", ".join(others)),
         (getattr(attention, "is_causal", True), "causal attention", "another"),
         (not dropout, "attention_dropout=0 (set it in model.config and model)", dropout),
-        (softcap is None, "logits that are not capped", f"attn_logit_softcapping={softcap}"),
-        (_norms_heads(attention), "norms of one head", "norms of all heads at once"),
-        (_rotates_halves(attention), "RoPE that rotates halves, as Llama's", "another"),
+        (not attention.q_proj.weight.is_meta, "weights in memory", "offloaded ones"),
+        (
+            attention.q_proj.weight.is_meta or _is_plain(attention),
+            "softmax of heads, normed one by one if at all, that RoPE rotates by halves",
+            "another attention",
+        ),
     ):
         if not good:
             raise ConfigError(f"{name}: expected {expected}, got {got}: it cannot be converted")
@@ -119,29 +119,47 @@ def check_model(model: object) -> PreTrainedModel:
     return model
 
 
-def _norms_heads(attention: Any) -> bool:
-    norms = [getattr(attention, name, None) for name in NORMS]
-    weights = [getattr(norm, "weight", None) for norm in norms]
-    return all(weight is None or weight.numel() == attention.head_dim for weight in weights)
+@torch.no_grad()
+def _is_plain(attention: Any) -> bool:
+    """Whether the module gives what its parts say, for the last of three tokens.
 
-
-def _rotates_halves(attention: Any) -> bool:
-    """Whether the module's file rotates as this library does, by trying."""
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None:
-        return False
-    D = int(attention.head_dim)
-    x = torch.linspace(-1.0, 1.0, 3 * D, dtype=torch.float32, device="cpu").view(
-        1, 1, 3, D
-    )  # one head
-    angle = torch.linspace(0.0, 3.0, 3 * (D // 2), dtype=torch.float32, device="cpu").view(
-        1, 3, D // 2
-    )
-    cos, sin = (torch.cat([part, part], -1) for part in (angle.cos(), angle.sin()))
+    It is tried, since what else a module does (caps, clips, layers without RoPE, other rotations)
+    has many names.
+    """
+    weight, D = attention.q_proj.weight, int(getattr(attention, "head_dim", 0))
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+    here: dict[str, Any] = {"dtype": dtype, "device": weight.device}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, attention.q_proj.in_features, generator=generator, dtype=torch.float32)
+    angle = torch.linspace(0.0, 3.0, 3 * (D // 2), dtype=torch.float32).view(1, 3, D // 2)
+    cos, sin = (torch.cat([part, part], -1).to(**here) for part in (angle.cos(), angle.sin()))
     try:
-        found, _ = cast(Callable[..., tuple[Tensor, Tensor]], rotate)(x, x, cos, sin)
-    except (TypeError, ValueError, RuntimeError):  # one of other arguments or shapes
+        x = x.to(**here)
+        logits, _ = _plain(attention, x, cos, sin)
+        x = x * (2 / logits.float().std().clamp_min(1e-6)).sqrt().to(dtype)  # so that they matter
+        _, expected = _plain(attention, x, cos, sin)
+        place = torch.arange(3, device=weight.device)[None]
+        found = attention(
+            x, position_embeddings=(cos, sin), attention_mask=None, position_ids=place
+        )
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # other arguments or shapes
         return False
-    angles = Angles(angle[0].cos()[:, None], angle[0].sin()[:, None])
-    expected = apply_rope(x.transpose(1, 2), 1.0, angles).transpose(1, 2)
-    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-6)
+    error = (found[0][:, -1].float() - expected.float()).norm()
+    return bool(error <= max(1e-3, 16 * torch.finfo(dtype).eps) * expected.float().norm())
+
+
+def _plain(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The last query's scores, and what it gives."""
+    D = int(attention.head_dim)
+    q, k, v = (getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, D)) for name in "qkv")
+    norms = [getattr(attention, name, None) for name in NORMS]
+    angles = Angles(*(part[0, :, None, : D // 2] for part in (cos, sin)))
+    q, k = (
+        apply_rope(heads if norm is None else norm(heads), 1.0, angles)
+        for heads, norm in zip((q, k), norms, strict=True)
+    )
+    group = q.shape[2] // k.shape[2]
+    k, v = (heads.repeat_interleave(group, 2) for heads in (k, v))
+    scores = (q[:, -1:] * k).float().sum(-1, keepdim=True) * float(attention.scaling)
+    out = (scores.softmax(1) * v.float()).sum(1).to(x.dtype)
+    return scores, attention.o_proj(out.flatten(1))

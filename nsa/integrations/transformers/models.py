@@ -67,7 +67,10 @@ class _Converted:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        replace_attention(cast(PreTrainedModel, self), read_config(config))
+        model = cast(PreTrainedModel, self)
+        # heads for classification are put on what AutoModel makes, which is one of these
+        if not any(isinstance(module, NSASelfAttention) for module in model.modules()):
+            replace_attention(model, read_config(config))
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any

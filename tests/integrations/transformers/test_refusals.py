@@ -9,6 +9,7 @@ pytest.importorskip("transformers", minversion="5.24")
 
 import transformers
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from nsa import ConfigError, NSAError, ShapeError
 from nsa.integrations.transformers import convert
@@ -39,6 +40,20 @@ def changed(change, **options):
     return model
 
 
+def capped(attention):
+    """Scores in (-1, 1), by an attention of its own."""
+
+    def forward(x, position_embeddings, **kwargs):
+        q, k, v = (getattr(attention, f"{n}_proj")(x).unflatten(-1, (-1, 8)) for n in "qkv")
+        q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        k, v = (heads.repeat_interleave(2, 2) for heads in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * attention.scaling
+        out = torch.einsum("bhts,bshd->bthd", scores.tanh().softmax(-1), v)
+        return attention.o_proj(out.flatten(2)), None
+
+    attention.forward = forward
+
+
 def gpt2():
     config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4)
     return transformers.GPT2LMHeadModel(config)
@@ -49,8 +64,11 @@ def gpt2():
     [
         (gpt2, "attention modules with q_proj, k_proj, v_proj, o_proj, as of Llama, got GPT2LM"),
         (lambda: other("Phi3"), "got Phi3ForCausalLM without"),
-        (lambda: other("Cohere"), "RoPE that rotates halves, as Llama's, got another"),
-        (lambda: other("Olmo2"), "norms of one head, got norms of all heads at once"),
+        (lambda: other("Cohere"), "that RoPE rotates by halves, got another attention"),
+        (lambda: other("Olmo2"), "normed one by one if at all"),
+        (lambda: other("Olmo", clip_qkv=0.5), "got another attention"),
+        (lambda: other("SmolLM3", no_rope_layers=[0]), "layers.0.self_attn: expected softmax"),
+        (lambda: other("StableLm", partial_rotary_factor=0.25), "got another attention"),
         (lambda: nn.Linear(2, 2), "a transformers model, got Linear; convert before PEFT"),
         (lambda: dense(attention_dropout=0.1), "attention_dropout=0 (set it in model.config"),
         (
@@ -58,8 +76,9 @@ def gpt2():
             "model.layers.0.self_attn: expected no parts but q_proj, k_proj, v_proj, o_proj, "
             "q_norm, k_norm, got sinks",
         ),
-        (lambda: changed(lambda x: setattr(x, "attn_logit_softcapping", 50.0)), "not capped"),
+        (lambda: changed(capped), "expected softmax of heads"),
         (lambda: changed(lambda x: setattr(x, "is_causal", False)), "causal attention"),
+        (lambda: dense().to("meta"), "weights in memory, got offloaded ones"),
         (lambda: convert(dense(), CONFIG).model, "got one that is converted already"),
     ],
 )

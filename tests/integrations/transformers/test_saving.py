@@ -12,7 +12,13 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.24")
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 from nsa import CheckpointError, ConfigError
 from nsa.integrations.transformers import convert, models
@@ -108,6 +114,21 @@ def test_other_heads_of_the_model(tmp_path):
     loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded).__name__ == "NSALlamaModel"
     torch.testing.assert_close(loaded(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_a_classifier(tmp_path):
+    config = dense().config
+    config.num_labels = 3
+    model, ids = LlamaForSequenceClassification(config).eval(), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    convert(model, CONFIG)
+    expected = model(ids, attention_mask=mask).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(loaded(ids, attention_mask=mask).logits, expected)
+    torch.testing.assert_close(loaded(ids[:1, 9:]).logits, expected[:1], atol=1e-4, rtol=1e-4)
 
 
 def test_copies_and_pickles():

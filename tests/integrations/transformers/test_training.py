@@ -124,6 +124,7 @@ def test_twenty_steps_learn(kind, flat):
     assert all(later < losses[0] for later in losses[1:])
 
 
+@pytest.mark.slow
 def test_one_graph():
     """torch.compile of the whole model, as a training step calls it."""
     model, ids = dense("Qwen3", num_hidden_layers=1), tokens(2, 30)
