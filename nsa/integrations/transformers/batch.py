@@ -53,7 +53,7 @@ class Aligned(NamedTuple):
     """How many stand side by side from there on."""
 
     def align(self, x: Tensor) -> Tensor:
-        """``[B, T, dim]`` to ``[B, max(counts), dim]``, each row from the left."""
+        """``[B, T, dim]`` to ``[B, max(1, *counts), dim]``, each row from the left."""
         row, column = self._index(x)
         return x[row, column.clamp_max(self.columns - 1)]
 
@@ -83,7 +83,7 @@ class Aligned(NamedTuple):
     def _index(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first = torch.tensor(self.first, device=x.device)[:, None]
         row = torch.arange(len(self.first), device=x.device)[:, None]
-        return row, first + torch.arange(max(self.counts), device=x.device)
+        return row, first + torch.arange(max(1, *self.counts), device=x.device)
 
 
 def describe_batch(

@@ -234,6 +234,26 @@ def test_crop_takes_columns_and_not_tokens(model):
     assert cache.layers[0].nsa_cache.lengths == [1, 0]
 
 
+def test_rows_that_pause(model):
+    """A mask that hides a row's new token: it is as if that had not been."""
+    ids, cache = prefilled(model)
+    steps = [tokens(2, 1, seed=t) for t in range(3)]
+    seen = [(False, True), (False, False), (True, True)]
+    mask = torch.ones(2, 21, dtype=torch.long)
+    with torch.no_grad():
+        for new, there in zip(steps, seen, strict=True):
+            mask = torch.cat([mask, torch.tensor(there).long()[:, None]], 1)
+            found = model(new, cache=cache, attention_mask=mask).logits
+        assert cache.layers[0].lengths == [22, 23]
+        for b in range(2):
+            own = [new[b : b + 1] for new, there in zip(steps, seen, strict=True) if there[b]]
+            whole = Own(model)(torch.cat([ids[b : b + 1], *own], 1))
+            torch.testing.assert_close(found[b, -1], whole[0, -1], atol=2e-4, rtol=1e-4)
+        found = following(model, ids, cache, steps=1)  # without a mask, from each row's length
+        new = torch.cat([ids[:1], steps[2][:1], tokens(2, 1)[:1]], 1)
+        torch.testing.assert_close(found[0], Own(model)(new)[0, -1:], atol=2e-4, rtol=1e-4)
+
+
 def test_offloading_moves_it_and_back(model):
     ids, cache = prefilled(model)
     for layer in cache.layers:
