@@ -46,6 +46,28 @@ def assert_close(found, expected):
     assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dense_equal_start_is_as_accurate_as_the_dense_model(kind, dtype):
+    """The rule of docs/accuracy.md, the dense model in the same dtype being the plain one."""
+    ids, results = tokens(2, 16), []
+    for converted, kept in ((False, torch.float64), (False, dtype), (True, dtype)):
+        model = dense(kind).to(dtype).to(kept)  # the same weights
+        if converted:
+            convert(model, SHARED, start="dense-equal", trainable="all")
+        results.append((model(ids).logits, gradients(model, ids)))
+    (truth, grads), (plain, plain_grads), (found, found_grads) = results
+    f = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 4
+
+    def hold(x, x_plain, x_true, c):
+        error, allowed = (x.double() - x_true).norm(), (x_plain.double() - x_true).norm()
+        assert error <= c * allowed + f * x_true.norm()
+
+    hold(found, plain, truth, 2)
+    for name, grad in grads.items():
+        hold(found_grads[name], plain_grads[name], grad, 3)
+
+
 def test_a_dense_equal_start_is_stuck_nowhere():
     model = dense()
     made = convert(model, SHARED, start="dense-equal", trainable="all")
