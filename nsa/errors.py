@@ -40,6 +40,10 @@ class CheckpointError(NSAError):
     """A checkpoint that is damaged, truncated, or belongs to another configuration."""
 
 
+class MissingDependency(NSAError, ImportError):
+    """A package that a part of the library needs is not installed, or too old."""
+
+
 class UsageError(NSAError):
     """A command line that does not parse, or flags that contradict each other."""
 

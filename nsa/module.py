@@ -122,6 +122,7 @@ class NSAttention(nn.Module):
         max_seqlen: int | None = None,
         cache: LayerCache | None = None,
         counts: list[int] | None = None,
+        angles: Angles | None = None,
     ) -> Tensor:
         """Attends within each sequence.
 
@@ -133,6 +134,8 @@ class NSAttention(nn.Module):
                 x are the next tokens of its sequences, which are added to it.
             counts: with a cache, how many of the T tokens, from the left, each sequence has; None:
                 all. Rows of the output past them mean nothing.
+            angles: cosines and sines ``[T, 1, D/2]`` or ``[B, T, 1, D/2]`` that q and keys are
+                rotated by, in place of those of ``rope_theta``.
 
         Returns:
             ``[B, T, dim]``.
@@ -149,17 +152,19 @@ class NSAttention(nn.Module):
         max_seqlen = validate.check_packing(x, cu_seqlens, max_seqlen, check=check)
         if check:
             validate.check_finite({"x": x})
+        if angles is not None:
+            validate.check_angles(*angles, x, self.config)
         dtype = autocast_dtype(x.device) or x.dtype
         if cache is not None or counts is not None:
             if cu_seqlens is not None:
                 raise ShapeError("cu_seqlens: expected None with a cache, whose rows are sequences")
-            return self._attend_cached(x, check_cache(cache, x, self.config), counts)
+            return self._attend_cached(x, check_cache(cache, x, self.config), counts, angles)
         chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
-        self._build_kernels(x, chosen, dtype, cu_seqlens, max_seqlen)
+        self._build_kernels(x, chosen, dtype, cu_seqlens, max_seqlen, angles)
         if compiles_itself(chosen, x.device):
             with in_a_graph() if self.recompute else nullcontext():
-                return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen)
-        return self._attend(x, chosen, dtype, cu_seqlens, max_seqlen)
+                return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen, angles)
+        return self._attend(x, chosen, dtype, cu_seqlens, max_seqlen, angles)
 
     def build_kernels(
         self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
@@ -196,12 +201,13 @@ class NSAttention(nn.Module):
         dtype: torch.dtype,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
+        angles: Angles | None = None,
     ) -> Tensor:
         """Projections, branches and gates, of checked input and expected ``dtype`` of queries."""
-        positions = None
-        if cu_seqlens is not None and self.config.rope_theta is not None:
+        positions: Tensor | Angles | None = angles
+        if angles is None and cu_seqlens is not None and self.config.rope_theta is not None:
             positions = packed_tokens(cu_seqlens, x.shape[1]).position
-        by_kernel = launches_itself(chosen, x)
+        by_kernel = launches_itself(chosen, x) and _of_one_row(angles)
         projected = (self._project_by_kernel if by_kernel else self._project)(x, positions)
         if projected.q.dtype != dtype:  # a projection that decides itself, a quantised one, say
             chosen = self._plan_for(x, projected.q.dtype, cu_seqlens, max_seqlen)
@@ -213,9 +219,13 @@ class NSAttention(nn.Module):
             out = branches(*projected, cu_seqlens, max_seqlen)
         return self.o_proj(out.flatten(2))
 
-    def _attend_cached(self, x: Tensor, layer: LayerCache, counts: list[int] | None) -> Tensor:
+    def _attend_cached(
+        self, x: Tensor, layer: LayerCache, counts: list[int] | None, angles: Angles | None
+    ) -> Tensor:
         """The same of the next tokens of a cache's sequences."""
-        projected = self._project(x, layer.angles(x.shape[1], accumulation_dtype(x)))
+        if angles is None:
+            angles = layer.angles(x.shape[1], accumulation_dtype(x))
+        projected = self._project(x, angles)
         q = projected.q
         longest = layer.cache.max_length
         problem = Problem(self.config, q.device, q.dtype, longest, packed=False, needs_grad=False)
@@ -236,7 +246,7 @@ class NSAttention(nn.Module):
         """
         return self._heads(project(x, self._projections()), positions)
 
-    def _project_by_kernel(self, x: Tensor, positions: Tensor | None) -> Projected:
+    def _project_by_kernel(self, x: Tensor, positions: Tensor | Angles | None) -> Projected:
         """The same in one kernel, whatever module makes a part, as long as all have one dtype."""
         config, projections = self.config, self._projections()
         sizes = widths(config)
@@ -251,13 +261,16 @@ class NSAttention(nn.Module):
         gates = GATES[self.config.gate].activate(projected.gates)
         return projected._replace(gates=gates)
 
-    def _split(self, product: Tensor, bias: Tensor | None, positions: Tensor | None) -> Projected:
+    def _split(
+        self, product: Tensor, bias: Tensor | None, positions: Tensor | Angles | None
+    ) -> Projected:
         """With logits in place of gates."""
-        config, angles = self.config, None
-        if config.rope_theta is not None:
+        config, angles, dtype = self.config, None, accumulation_dtype(product)
+        if isinstance(positions, Angles):
+            angles = Angles(*(x.squeeze(1).to(dtype) for x in positions))
+        elif config.rope_theta is not None:
             if positions is None:
                 positions = torch.arange(product.shape[1], device=product.device)
-            dtype = accumulation_dtype(product)
             angles = Angles(*rope_table(positions, config.head_dim, config.rope_theta, dtype))
         q, keys, values, logits = split_heads(product, bias, angles, config)
         copies = len(BRANCHES) // len(keys)
@@ -271,8 +284,9 @@ class NSAttention(nn.Module):
         dtype: torch.dtype,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
+        angles: Angles | None = None,
     ) -> None:
-        if not (launches_itself(chosen, x) and launches_soon(x)):
+        if not (launches_itself(chosen, x) and _of_one_row(angles) and launches_soon(x)):
             return
         config, grad = self.config, torch.is_grad_enabled()
 
@@ -283,7 +297,9 @@ class NSAttention(nn.Module):
             product.requires_grad_(grad)
             cu = on_meta(cu_seqlens)
             # made without arithmetic: torch's, on meta tensors, would import its compiler
-            positions = torch.empty(x.shape[1], dtype=torch.int64, device="meta")
+            positions: Tensor | Angles = torch.empty(x.shape[1], dtype=torch.int64, device="meta")
+            if angles is not None:
+                positions = Angles(*(on_meta(y) for y in angles))
             bias = on_meta(getattr(self.gate_proj, "bias", None), grad=grad)
             q, tokens, selected, window, gates = self._split(product, bias, positions)
             compressed = KV(*(rehearse_compression(y, config, cu, grad=grad) for y in tokens))
@@ -293,7 +309,7 @@ class NSAttention(nn.Module):
             unit = GATES[config.gate].in_unit_interval
             rehearse(chosen, given, config, gates_in_unit_interval=unit)
 
-        key = (config, chosen, dtype, grad, kind(x), kind(cu_seqlens))
+        key = (config, chosen, dtype, grad, kind(x), kind(cu_seqlens), angles is not None)
         build_once(key, x.device, rehearsal)
 
     def _heads(self, projected: dict[str, Tensor], positions: Tensor | Angles | None) -> Projected:
@@ -385,9 +401,16 @@ class NSAttention(nn.Module):
         return KV(self._rotate(k, positions), v)
 
     def _rotate(self, x: Tensor, positions: Tensor | Angles | None) -> Tensor:
-        """RoPE at ``positions``; see :func:`apply_rope`."""
+        """RoPE at ``positions``, or by angles; see :func:`apply_rope`."""
         theta = self.config.rope_theta
-        return x.contiguous() if theta is None else apply_rope(x, theta, positions)
+        if theta is None and not isinstance(positions, Angles):
+            return x.contiguous()
+        return apply_rope(x, theta or 0.0, positions)
+
+
+def _of_one_row(angles: Angles | None) -> bool:
+    """Whether all sequences share a row of them: the kernel that splits heads takes no other."""
+    return angles is None or angles.cos.ndim == 3
 
 
 _ATTEND_COMPILED = compile_glue(

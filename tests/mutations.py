@@ -70,6 +70,14 @@ def generation(name: str, file: str, old: str, new: str) -> Mutation:
     return Mutation(f"generation: {name}", f"nsa/{file}", old, new, paths)
 
 
+def hf(name: str, file: str, old: str, new: str, tests: str) -> Mutation:
+    path, tests = (
+        f"nsa/integrations/transformers/{file}",
+        f"tests/integrations/transformers/test_{tests}.py",
+    )
+    return Mutation(f"transformers: {name}", path, old, new, (tests,))
+
+
 MUTATIONS = (
     oracle("window off by one", "masks.py", "t - config.window < s", "t - config.window <= s"),
     oracle("visibility < for <=", "masks.py", "(last_token <= t)", "(last_token < t)"),
@@ -200,6 +208,27 @@ MUTATIONS = (
     generation("the shorter of two stops", "models/stopping.py", "held) - max(ended)", "held) - min(ended)"),
     generation("a dense query does not see itself", "models/dense_cache.py", "(token <= position[:, None])", "(token < position[:, None])"),
     generation("freed sequences go on in a graph", "cache/cache.py", "self.position.add_(self._present, alpha=step.uniform)", "self.position.add_(step.uniform)"),
+    hf("norms of q and k left out", "attention.py", "norms = {\"q\": self.q_norm, \"k\": self.k_norm}", "norms = {}", "convert"),
+    hf("branches share one copy", "attention.py", "copy.deepcopy(projection)", "projection", "convert"),
+    hf("every row has the first row's angles", "attention.py", "part[0] if part.shape[0] == 1 else part", "part[0]", "generation"),
+    hf("padding is taken for tokens", "batch.py", "        return Packed(padding.cu_seqlens, padding.max_seqlen, places)", "        return None", "training"),
+    hf("rows of a packed batch run on", "batch.py", "starts = sorted([b * T for b in range(B)] + ", "starts = sorted([0] + ", "training"),
+    hf("positions count padding", "batch.py", "kwargs[\"position_ids\"] = _positions(x, batch, mask, cache)", "pass", "training"),
+    hf("crop counts columns as tokens", "batch.py", "min(count, max(0, columns - first))", "min(count, columns)", "generation"),
+    hf("rows move without their padding", "cache.py", "None if part is None else part.select(rows)", "part", "generation"),
+    hf("a cache does not grow", "cache.py", "if needed > self._cache.max_length:", "if False:", "generation"),
+    hf("crop removes nothing", "cache.py", "self._cache.crop(lengths)", "pass", "generation"),
+    hf("the model's scale is dropped", "dense.py", "scale=None if scale == D**-0.5 else scale", "scale=None", "convert"),
+    hf("any attention will do", "dense.py", "return bool(error <= ", "return True or bool(error <= ", "refusals"),
+    hf("scores too small to matter", "dense.py", "x = x * (2 /", "x = 1e-3 * x * (2 /", "refusals"),
+    hf("φ of values is the mean at once", "starts.py", "nn.init.zeros_(last.weight)", "pass", "convert"),
+    hf("φ is a sum", "starts.py", ".repeat(1, L) / L", ".repeat(1, L)", "convert"),
+    hf("half of the GELU", "starts.py", "torch.cat([mean, -mean])", "torch.cat([mean, mean])", "convert"),
+    hf("a dense checkpoint loads", "models.py", "        if lacks:", "        if False:", "saving"),
+    hf("the types of layers are saved", "models.py", "if k != \"layer_types\"", "if k", "training"),
+    hf("all is trained", "convert.py", "which == \"all\" or", "True or", "convert"),
+    Mutation("cache: pages are left behind", "nsa/cache/cache.py", "self._copy_pages(layer.by_page(), target.by_page(), copies)", "pass", ("tests/cache/test_operations.py",)),
+    Mutation("layer: given angles are not looked at", "nsa/module.py", "positions: Tensor | Angles | None = angles\n", "positions: Tensor | Angles | None = None\n", ("tests/api/test_angles.py",)),
 )  # fmt: skip
 
 

@@ -371,6 +371,36 @@ class NSACache:
             self._write_positions()
         return self.batch_size - 1
 
+    def extend(self, max_length: int) -> None:
+        """Make room for sequences of so many tokens, at least as many as now. Tensors are replaced:
+        no graph that was captured before may be replayed."""
+        good = is_int(max_length) and self.max_length <= max_length < 2**31
+        require(good, "max_length", f"an int >= {self.max_length}", max_length)
+        pages = self.pages
+        longer = NSACache(
+            self.config,
+            num_layers=len(self.layers),
+            batch_size=self.batch_size,
+            max_length=max_length,
+            device=self.device,
+            dtype=self.dtype,
+            pages=None if pages.fixed else pages.count,
+            page_size=pages.size,
+            max_crop=self.max_crop,
+            selected_dtype=self.selected_dtype,
+        )
+        longer.pages.restore(pages.rows)
+        copies = Copies([], [])
+        for old, new in zip(pages.rows, longer.pages.rows, strict=True):
+            copies.sources.extend(old)
+            copies.targets.extend(new[: len(old)])
+        for layer, target in zip(self.layers, longer.layers, strict=True):
+            for kept, x in zip(layer.by_sequence(), target.by_sequence(), strict=True):
+                x[:, : kept.shape[1]] = kept
+            self._copy_pages(layer.by_page(), target.by_page(), copies)
+            layer.replace(target.by_sequence(), target.by_page())
+        self.pages, self.max_length, self.blocks = longer.pages, max_length, longer.blocks
+
     def to(self, device: torch.device | str) -> NSACache:
         """Move every tensor to a device; returns the cache itself."""
         self.device = as_device(device)

@@ -100,6 +100,19 @@ def check_layer_input(x: Tensor, dim: int, weight: Tensor | None) -> None:
         raise ShapeError(f"x: expected the layer's dtype {weight.dtype}, got {x.dtype}")
 
 
+def check_angles(cos: Tensor, sin: Tensor, x: Tensor, config: NSAConfig) -> None:
+    """Cosines and sines for every token of x ``[B, T, dim]``, a row or one for all."""
+    one_row = (x.shape[1], 1, config.head_dim // 2)
+    for name, given in (("cos", cos), ("sin", sin)):
+        check_tensor(f"angles.{name}", given)
+        if given.shape not in (one_row, (x.shape[0], *one_row)):
+            raise ShapeError(
+                f"angles.{name}: expected {list(one_row)} or {[x.shape[0], *one_row]}, "
+                f"got {list(given.shape)}"
+            )
+        check_device(f"angles.{name}", given, x, "x's device")
+
+
 def check_inputs(inputs: AttentionInputs, config: NSAConfig, *, check: bool) -> AttentionInputs:
     """Everything that is checked before a backend sees the inputs, which are returned."""
     q, cu_seqlens = inputs.q, inputs.cu_seqlens

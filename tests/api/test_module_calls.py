@@ -116,7 +116,8 @@ def test_who_compiles_the_layer(monkeypatch, glue, compiling):
         layer = NSAttention(DIM, CONFIG, backend="sdpa", recompute=recompute, dtype=case.x.dtype)
         found = layer(case.x, cu_seqlens=case.cu_seqlens, max_seqlen=max(LENGTHS))
         if glue and not compiling:
-            who, x, chosen, dtype, cu_seqlens, longest = found
+            who, x, chosen, dtype, cu_seqlens, longest, angles = found
+            assert angles is None
             assert (who, x, cu_seqlens) == (layer, case.x, case.cu_seqlens)
             assert (chosen.backend, dtype, longest) == ("sdpa", case.x.dtype, max(LENGTHS))
         else:

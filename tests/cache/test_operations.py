@@ -60,7 +60,7 @@ class Decoding(RuleBasedStateMachine):
             self.layer.config,
             num_layers=1,
             batch_size=1,
-            max_length=LONGEST,
+            max_length=self.cache.max_length,
             dtype=tokens.dtype,
             selected_dtype=self.cache.selected_dtype,
         )
@@ -154,6 +154,13 @@ class Decoding(RuleBasedStateMachine):
             self.cache.reset([row])
             self.tokens[row] = torch.zeros(0, DIM, dtype=torch.float64)
             self.highest[row] = 0
+
+    @precondition(lambda self: self.cache.max_length < 2 * LONGEST)
+    @rule(by=st.sampled_from([0, 1, 30]))
+    def extend(self, by: int) -> None:
+        room = self.cache.max_length + by
+        self.cache.extend(room)
+        assert self.cache.max_length == room
 
     @rule()
     def save_and_load(self) -> None:

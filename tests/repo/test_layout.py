@@ -22,7 +22,7 @@ LAYERS = (
     ("cached_attention",),
     ("module", "memory"),
     ("",),  # nsa/__init__.py, the public names
-    ("inspection",),
+    ("inspection", "integrations"),
     ("models",),
     ("training",),
     ("testing",),

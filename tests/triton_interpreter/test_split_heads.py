@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from nsa import NSAConfig, NSAttention
 from nsa.core import angles
 from nsa.core.linear import ROW_ALIGNMENT
-from nsa.core.rope import Angles, _table, apply_rope, rope_table
+from nsa.core.rope import Angles, _table, apply_rope, rope_angles, rope_table
 from nsa.core.split_heads.op import split_heads, widths
 from tests.support.layers import CONFIG, DIM
 from tests.triton_interpreter import triton_fixes
@@ -144,6 +144,30 @@ def test_a_layer_projects_alike(
     for a, b in zip((*got, *grads[0]), (*want, *grads[1]), strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_a_layer_rotates_by_given_angles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the kernel where all rows share them, in PyTorch otherwise; packed as well."""
+    from nsa import module
+
+    torch.manual_seed(0)
+    layer = NSAttention(DIM, replace(CONFIG, rope_theta=None), backend="compiled")
+    own = NSAttention(DIM, replace(CONFIG, rope_theta=500.0), backend="compiled")
+    own.load_state_dict(layer.state_dict())
+    calls = []
+    monkeypatch.setattr(module, "split_heads", lambda *x: calls.append(x) or split_heads(*x))
+    x, cu_seqlens = torch.randn(2, 7, DIM), torch.tensor([0, 3, 7], dtype=torch.int32)
+    given = rope_angles(torch.arange(7), CONFIG.head_dim, 500.0, torch.float32)
+    rows = Angles(*(a.expand(2, *a.shape) for a in given))
+    packed = Angles(*(torch.cat([a[:3], a[:4]]) for a in given))
+    torch.testing.assert_close(layer(x, angles=given), own(x))
+    assert len(calls) == 2
+    torch.testing.assert_close(layer(x, angles=rows), own(x))
+    assert len(calls) == 3
+    torch.testing.assert_close(
+        layer(x[:1], cu_seqlens=cu_seqlens, angles=packed), own(x[:1], cu_seqlens=cu_seqlens)
+    )
+    assert len(calls) == 5
 
 
 def test_wrong_widths_are_refused_as_before() -> None:
