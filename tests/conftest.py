@@ -24,7 +24,7 @@ collect_ignore = [] if _INTERPRETED else ["triton_interpreter"]
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)
 
-settings.register_profile("default", derandomize=True, max_examples=25, deadline=None)
+settings.register_profile("default", derandomize=True, max_examples=20, deadline=None)
 settings.register_profile("slow", settings.get_profile("default"), max_examples=300)
 
 

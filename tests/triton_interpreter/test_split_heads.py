@@ -177,7 +177,10 @@ def test_wrong_widths_are_refused_as_before() -> None:
         layer(torch.randn(1, 6, DIM))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
+@pytest.mark.parametrize(
+    "packed",
+    [pytest.param(False, marks=pytest.mark.slow, id="regular"), pytest.param(True, id="packed")],
+)
 def test_in_a_trace(packed: bool) -> None:
     """In one graph for all lengths, and with the numbers of an eager call."""
     layer, graphs = NSAttention(DIM, CONFIG, backend="compiled"), []

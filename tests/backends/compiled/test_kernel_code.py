@@ -256,7 +256,11 @@ def test_what_ptxas_complains_of_is_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["gated", "gated backward", pytest.param("decode", marks=pytest.mark.slow)]
+    "step",
+    [
+        "gated",
+        *(pytest.param(step, marks=pytest.mark.slow) for step in ("gated backward", "decode")),
+    ],
 )
 def test_strides_of_one_compile(step: str) -> None:
     """To Triton, but not to its interpreter, an argument of 1 is a constant without a dtype."""
