@@ -204,7 +204,9 @@ class LanguageModel(nn.Module):
         attention = self.blocks[0].attention
         if isinstance(attention, NSAttention) and tokens.ndim == 2:
             weight = self.embedding.weight
-            x = weight.detach().new_empty(1).expand(*tokens.shape, weight.shape[1])
+            # plain, even where the weight is sharded
+            x = torch.empty(1, dtype=weight.dtype, device=weight.device)
+            x = x.expand(*tokens.shape, weight.shape[1])
             attention.build_kernels(x, **packing)
 
     def num_parameters(self) -> int:
