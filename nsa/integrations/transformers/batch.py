@@ -25,20 +25,20 @@ class Packed(NamedTuple):
     cu_seqlens: Tensor
     """int32 ``[n_seq + 1]``"""
     max_seqlen: int | None
-    places: Tensor | None
+    indices: Tensor | None
     """int64 ``[total]``, where each token is among the B * T; None: all are tokens."""
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, T, dim]`` to ``[1, total, dim]``."""
         flat = x.flatten(0, 1)
-        return (flat if self.places is None else flat[self.places.to(x.device)])[None]
+        return (flat if self.indices is None else flat[self.indices.to(x.device)])[None]
 
     def unpack(self, y: Tensor, B: int, T: int) -> Tensor:
         """The way back, with zeros where no token is."""
         flat = y[0]
-        if self.places is not None:
+        if self.indices is not None:
             out = flat.new_zeros(B * T, flat.shape[-1])
-            flat = out.index_copy(0, self.places.to(y.device), flat)
+            flat = out.index_copy(0, self.indices.to(y.device), flat)
         return flat.view(B, T, -1)
 
 
@@ -116,7 +116,7 @@ def describe_batch(
     packed = _packed(x, kwargs, mask) if cache is None else None
     if cache is None and kwargs.get("use_cache") is None:
         # training has no use for a cache, and flattened sequences are not the rows of one
-        flat = packed is not None and packed.places is None
+        flat = packed is not None and packed.indices is None
         wanted = cast(Any, module).config.use_cache
         kwargs["use_cache"] = wanted and not (flat or torch.is_grad_enabled())
     cached = cache is not None or kwargs["use_cache"]
@@ -143,8 +143,8 @@ def _packed(x: Tensor, kwargs: dict[str, Any], mask: Tensor | None) -> Packed | 
         padding = Padding(mask)
         if min(padding.lengths, default=T) == T:
             return None
-        places = padding.mask.flatten().nonzero().squeeze(1)
-        return Packed(padding.cu_seqlens, padding.max_seqlen, places)
+        indices = padding.mask.flatten().nonzero().squeeze(1)
+        return Packed(padding.cu_seqlens, padding.max_seqlen, indices)
     if positions is None or positions.ndim != 2:
         return None
     jumps = (positions.diff(dim=1) != 1).expand(B, -1).nonzero().tolist()
@@ -179,7 +179,7 @@ def _positions(
     The model itself would count columns. To the dense model it is the same, to φ it is not.
     """
     B, T = x.shape[:2]
-    if isinstance(batch, Packed) and batch.places is None:
+    if isinstance(batch, Packed) and batch.indices is None:
         return packed_tokens(batch.cu_seqlens, B * T).position.view(B, T).long()
     layers = [] if cache is None else cache.layers
     ours = (layer for layer in layers if getattr(layer, "_layer_type", None) == LAYER_TYPE)
