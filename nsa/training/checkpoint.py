@@ -49,6 +49,8 @@ LATEST = "latest"
 
 _LISTED = re.compile(r"step-[\w.+-]{1,100}", re.ASCII)
 """What ``latest`` may name."""
+_NAMES = rf"{LATEST}|step-[0-9]+"
+"""What a save writes."""
 _NAME_LIMIT = 1 << 10
 _SHOWN_NAMES = 5
 
@@ -130,7 +132,7 @@ class CheckpointStore:
         temporary = temporary_of(final)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.folder, rf"{LATEST}|step-[0-9]+")
+            remove_leftovers(self.folder, _NAMES)
             write_checkpoint(temporary, step, tensors, state)
             self._make_way(final)
             os.rename(temporary, final)
@@ -144,12 +146,22 @@ class CheckpointStore:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._saved = final
+        self._remove_old(final)
+        return final
+
+    def tidy(self) -> None:
+        """Remove what killed processes left, as every save does: for a run that saves no more."""
+        latest = self.latest()
+        if latest is not None:
+            remove_leftovers(self.folder, _NAMES)
+            self._remove_old(latest)
+
+    def _remove_old(self, final: Path) -> None:
         for old in sorted(self._own(), key=_step_of)[: -self.keep]:
             if old != final:
                 # What is in use, or another's, stays: the checkpoint that counts is written.
                 with contextlib.suppress(OSError):
                     self._remove(old)
-        return final
 
     def _own(self) -> list[Path]:
         """List the checkpoints that :meth:`save` made here."""

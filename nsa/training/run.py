@@ -147,6 +147,7 @@ class Run:
             remove_leftovers(self.folder, rf"{_CONFIG}|{_METRICS}")
             if self.trainer.step < self.config.train.steps:
                 return self._loop(display, lock)
+            self._store.tidy()
             validation_loss = self.trainer.validate()
             self._note_start(display, "validation")
             return validation_loss

@@ -1,7 +1,13 @@
 """SIGKILL at random moments, again and again: the run that is resumed is the one never killed."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 
+from nsa.tools.train.__main__ import main
+from nsa.training.files import temporary_of
 from tests.support.training_runs import assert_same_run, flags, start, write_texts
 
 # A fork has imported everything already; the parent itself never trains, since threads of a
@@ -66,3 +72,21 @@ def test_killed_at_random_moments(tmp_path, seed, rounds):
             path.relative_to(tmp_path / "whole").as_posix()
             for path in (tmp_path / "whole").glob("**/*")
         )
+
+
+def test_killed_after_its_last_save(tmp_path, monkeypatch):
+    """What it had not removed yet goes when it is resumed, though nothing is saved then."""
+    out = tmp_path / "run"
+    argv = flags(data=write_texts(tmp_path / "data"), steps=2, save_every=1, keep=1)
+    assert main([*argv, "--out", str(out)]) == 0
+    folder, dead = out / "checkpoints", subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    final = folder / "step-000002"
+    with monkeypatch.context() as earlier:
+        earlier.setattr("os.getpid", lambda: dead.pid)
+        trash = temporary_of(folder / "step-000000").with_suffix(".old.tmp")
+    kept = sorted(folder.iterdir())
+    for left in (trash, folder / "step-000001"):
+        shutil.copytree(final, left)
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert sorted(folder.iterdir()) == kept
