@@ -211,7 +211,7 @@ MUTATIONS = (
     hf("norms of q and k left out", "attention.py", "norms = {\"q\": self.q_norm, \"k\": self.k_norm}", "norms = {}", "convert"),
     hf("branches share one copy", "attention.py", "copy.deepcopy(projection)", "projection", "convert"),
     hf("every row has the first row's angles", "attention.py", "part[0] if part.shape[0] == 1 else part", "part[0]", "generation"),
-    hf("padding is taken for tokens", "batch.py", "        return Packed(padding.cu_seqlens, padding.max_seqlen, places)", "        return None", "training"),
+    hf("padding is taken for tokens", "batch.py", "        return Packed(padding.cu_seqlens, padding.max_seqlen, indices)", "        return None", "training"),
     hf("rows of a packed batch run on", "batch.py", "starts = sorted([b * T for b in range(B)] + ", "starts = sorted([0] + ", "training"),
     hf("positions count padding", "batch.py", "kwargs[\"position_ids\"] = _positions(x, batch, mask, cache)", "pass", "training"),
     hf("crop counts columns as tokens", "batch.py", "min(count, max(0, columns - first))", "min(count, columns)", "generation"),
