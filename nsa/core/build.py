@@ -122,7 +122,7 @@ class _Loading(Executor):
         def load() -> Any:
             made = make(*args, **kwargs)
             with torch.cuda.device(self._device):
-                assert made.run is not None  # made when it is first asked for
+                assert made.run is not None  # made at its first use
             return made
 
         return self._pool.submit(load)
