@@ -150,7 +150,7 @@ def far_variants(tiles: QueryTiles) -> Iterator[QueryTiles]:
         yield replace(tiles, far=replace(far, chunk=far.chunk * share))
     for since in (2048, 8192):
         yield replace(tiles, far=replace(far, since=since))
-    for room in (5 * 2**25, 5 * 2**26, 5 * 2**28):
+    for room in (5 * 2**27, 5 * 2**29):
         yield replace(tiles, far=replace(far, room=room))
     for warps, stages in ((4, 1), (4, 2), (8, 2)):
         yield replace(tiles, num_warps=warps, num_stages=stages)

@@ -114,7 +114,7 @@ def layer_memory(
     full = sum(tensor.bytes for tensor in kept)
     phases = (_sdpa_phases if backend == "sdpa" else _compiled_phases)(s, full)
     if recompute:
-        kept = tuple(_kept_with_recompute(s, kept, backend))
+        kept = tuple(_kept_with_recompute(s, kept))
         phases = _phases_with_recompute(s, phases, sum(tensor.bytes for tensor in kept), backend)
     weight = 4 if autocast else s.e
     return LayerMemory(parameters=num_parameters(config, dim) * weight, kept=kept, phases=phases)
@@ -258,13 +258,12 @@ _OUTSIDE = (
 """What φ and the branches of a call read and make, and what is outside them."""
 
 
-def _kept_with_recompute(s: _Shapes, every: tuple[Kept, ...], backend: str) -> Iterator[Kept]:
+def _kept_with_recompute(s: _Shapes, every: tuple[Kept, ...]) -> Iterator[Kept]:
     yield from (tensor for tensor in every if tensor.name in _OUTSIDE)
     yield from _projected(s)
     if s.config.independent_kv:
         yield Kept("k and v, of φ's tokens", (s.kv,), s.e)
-    if backend == "sdpa":  # a graph takes the sum, too, from what it computes again
-        yield _out(s, "sum")
+    yield _out(s, "sum")
 
 
 def _phases_with_recompute(
@@ -278,7 +277,7 @@ def _phases_with_recompute(
         weight = s.dim * s.config.num_heads * s.config.dv * s.e
         given = s.result + s.out * s.e + weight
         found["backward, forward again"] = phases["forward, selected"] + given
-    summing = 4 * s.out * s.wide if backend == "sdpa" else s.out * s.e  # one kernel on compiled
+    summing = 4 * s.out * s.wide if backend == "sdpa" else 0  # one kernel on compiled
     return {"forward": saved + outputs + summing, **found}
 
 

@@ -34,7 +34,8 @@ def test_a_recorder_changes_no_bit(backend):
         out = layer(x)
     assert torch.equal(out, plain)
     (again,) = torch.autograd.grad(out.float().square().sum(), x)
-    torch.testing.assert_close(again, grad)  # a backward may add in any order
+    # a backward may add in any order, which changes an element by an ulp of what was added
+    assert (again - grad).float().norm() <= 2**-8 * grad.float().norm()
     on_gpu, on_cpu = report(recording), report(moved(recording, "cpu"))
     for layer, same in zip(on_gpu.layers, on_cpu.layers, strict=True):
         mine, other = asdict(layer), asdict(same)

@@ -1,4 +1,5 @@
-"""What a compiled layer over the Triton kernels keeps for backward, beside the formulas."""
+"""What a compiled layer over the Triton kernels, in one graph, keeps for backward, beside the
+formulas."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def test_a_compiled_layer_keeps_what_the_formula_says(monkeypatch, case, recompu
     memory = layer_memory(
         config, DIM, batch=1, length=T, dtype=x.dtype, backend="compiled", recompute=recompute
     )
-    assert memory.saved == saved_bytes(layer, x)
+    kept = (tensor.bytes for tensor in memory.kept if not (recompute and tensor.name == "sum"))
+    assert sum(kept) == saved_bytes(layer, x)  # a graph computes the sum again, too
 
 
 @pytest.mark.slow

@@ -15,8 +15,12 @@ import pkgutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +52,7 @@ ODD = replace(
 )
 SHARED = replace(SMALL, select_share=16, select_schedule=((99, 3),))
 OPTIONS = replace(SHARED, select_mass=0.8, select_regions=(1, 2), score_dtype="fp8")
+LONG: dict[str, Any] = {"config": replace(SMALL, num_heads=6, num_kv_heads=1), "length": 2100}
 SHAPES: tuple[dict[str, Any], ...] = (
     {"length": 1},
     {"length": 333, "batch": 2},
@@ -55,8 +60,8 @@ SHAPES: tuple[dict[str, Any], ...] = (
 )
 
 
-def problems() -> Iterator[Inputs]:
-    """What the kernels run on."""
+def problems() -> Iterator[dict[str, Any]]:
+    """What the kernels run on: arguments of :func:`nsa.testing.make_inputs`."""
     kinds = (
         (SMALL, torch.bfloat16),
         (SMALL, torch.float32),
@@ -67,60 +72,63 @@ def problems() -> Iterator[Inputs]:
         (OPTIONS, torch.bfloat16),
         (OPTIONS, torch.float32),
     )
+    # long enough for far blocks, and for dq beside dk and dv
+    yield {"config": replace(WIDE, num_heads=4), "length": 4200}
+    yield LONG
     for config, dtype in kinds:
         for shape in SHAPES:
-            yield make_inputs(
-                config, dtype=dtype, device="cuda", surplus="lengths" in shape, **shape
-            )
-    yield make_inputs(  # long enough for far blocks
-        replace(WIDE, num_heads=4),
-        length=4200,
-        dtype=torch.bfloat16,
-        device="cuda",
-    )
-    yield make_inputs(  # long enough for dq beside dk and dv
-        replace(SMALL, num_heads=6, num_kv_heads=1),
-        length=2100,
-        dtype=torch.bfloat16,
-        device="cuda",
-    )
+            yield {"config": config, "dtype": dtype, "surplus": "lengths" in shape, **shape}
 
 
-def run(part: int = 0, parts: int = 1) -> None:
-    """Forward and backward: the call as a whole, then each branch, then φ's blocks of tokens and
-    the heads of a layer; at last steps of decode.
-
-    With ``parts`` > 1, a share of it, for the kernels that it builds.
-    """
-    core_compile.COMPILER = None  # what stands between the kernels is PyTorch's, not Inductor's
-    for x in list(problems())[part::parts]:
-        out = x.attend(nsa_attention, backend="compiled")
-        torch.autograd.grad(out, x.leaves(), x.dout)
-        given = replace(x, block_idx=random_blocks(x, 4))
-        chosen = planned("compiled", given)
-        for branch in BRANCHES:
-            step = getattr(chosen.step(branch), f"{branch}_attention")
-            out, _ = step(*given.branch(branch), max_seqlen=x.max_seqlen)
-            torch.autograd.grad(out, (x.q, *getattr(x, branch)), x.dout)
-        k = x.selected.k
-        blocks = torch.ops.nsa.block_tokens(k, x.cu_seqlens, x.config.key)
-        torch.autograd.grad(blocks.sum(), k)
-        _split_heads(x)
-    # the last again, which is long enough for several chunks of one block
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would hide what is not written
-    with deterministic():
-        torch.autograd.grad(x.attend(nsa_attention, backend="compiled"), x.leaves(), x.dout)
+def tasks() -> Iterator[Callable[[], None]]:
+    """All that is run."""
+    yield partial(_deterministic, **LONG)
+    for problem in problems():
+        yield partial(_attend, **problem)
     for config, dtype in ((SMALL, torch.bfloat16), (SMALL, torch.float32), (WIDE, torch.bfloat16)):
         for tokens in (1, 3):
-            step = make_step(replace(config, rope_theta=None), (0, 700, 31), tokens, dtype=dtype)
-            decode_attention(on_device(step.inputs, "cuda"), config)
+            yield partial(_decode, replace(config, rope_theta=None), dtype, tokens)
+
+
+def run(part: str, parts: str, folder: str) -> None:
+    """Every ``parts``-th task from ``part`` on; the kernels that ran are written to ``folder``."""
+    core_compile.COMPILER = None  # what stands between the kernels is PyTorch's, not Inductor's
+    for task in list(tasks())[int(part) :: int(parts)]:
+        task()
     torch.cuda.synchronize()
-    if parts > 1:
-        return
-    idle = sorted(
-        name for name, kernel in kernels().items() if not any(kernel.device_caches.values())
-    )
-    assert not idle, f"expected every kernel to run, these did not: {idle}"
+    ran = (name for name, kernel in kernels().items() if any(kernel.device_caches.values()))
+    Path(folder, part).write_text("\n".join(ran), encoding="utf-8")
+
+
+def _attend(config: NSAConfig, **shape: Any) -> None:
+    """Forward and backward: the call as a whole, then each branch, then φ's blocks of tokens and
+    the heads of a layer."""
+    x = make_inputs(config, device="cuda", **{"dtype": torch.bfloat16, **shape})
+    out = x.attend(nsa_attention, backend="compiled")
+    torch.autograd.grad(out, x.leaves(), x.dout)
+    given = replace(x, block_idx=random_blocks(x, 4))
+    chosen = planned("compiled", given)
+    for branch in BRANCHES:
+        step = getattr(chosen.step(branch), f"{branch}_attention")
+        out, _ = step(*given.branch(branch), max_seqlen=x.max_seqlen)
+        torch.autograd.grad(out, (x.q, *getattr(x, branch)), x.dout)
+    k = x.selected.k
+    blocks = torch.ops.nsa.block_tokens(k, x.cu_seqlens, x.config.key)
+    torch.autograd.grad(blocks.sum(), k)
+    _split_heads(x)
+
+
+def _deterministic(config: NSAConfig, length: int) -> None:
+    """Long enough for several chunks of one block."""
+    x = make_inputs(config, length=length, dtype=torch.bfloat16, device="cuda")
+    with deterministic():
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it hides what is not written
+        torch.autograd.grad(x.attend(nsa_attention, backend="compiled"), x.leaves(), x.dout)
+
+
+def _decode(config: NSAConfig, dtype: torch.dtype, tokens: int) -> None:
+    step = make_step(config, (0, 700, 31), tokens, dtype=dtype)
+    decode_attention(on_device(step.inputs, "cuda"), config)
 
 
 def _split_heads(x: Inputs) -> None:
@@ -140,8 +148,8 @@ def kernels() -> dict[str, Any]:
 
     found = {}
     for module in pkgutil.walk_packages(nsa.__path__, "nsa."):
-        if module.name.rpartition(".")[2] == "__main__":
-            continue
+        if module.name.startswith("nsa.integrations") or module.name.endswith("__main__"):
+            continue  # of other libraries, and programs
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, triton.JITFunction) and value.__name__.startswith("nsa_"):
                 found[value.__name__] = value
@@ -149,35 +157,50 @@ def kernels() -> dict[str, Any]:
 
 
 def main(tools: list[str]) -> int:
-    """Each tool on a process of its own; 0 if none found anything."""
+    """Each tool on processes of its own; 0 if none found anything and every kernel ran."""
     with tempfile.TemporaryDirectory() as cache:
         apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_CACHE_DIR": cache}
         environment = {**os.environ, **apart}
-        _build(environment)
+        _run([], environment)  # builds the kernels; under a tool that takes far longer
         failed = [tool for tool in tools or TOOLS if _finds(tool, environment)]
     return 1 if failed else 0
-
-
-def _build(environment: dict[str, str]) -> None:
-    """Fill the cache without a tool, side by side: alone this takes five minutes."""
-    parts = os.cpu_count() or 1
-    code = f"from {__spec__.name} import run; import sys; run(int(sys.argv[1]), {parts})"
-    running = [
-        subprocess.Popen([sys.executable, "-c", code, str(part)], env=environment)
-        for part in range(parts)
-    ]
-    codes = [process.wait() for process in running]
-    assert not any(codes), codes
 
 
 def _finds(tool: str, environment: dict[str, str]) -> bool:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
     if tool != "initcheck":  # which has to see every write
         command += ["--kernel-name", "kernel_substring=nsa_"]
-    command += [sys.executable, "-c", f"from {__spec__.name} import run; run()"]
-    code = subprocess.run(command, env=environment, check=False).returncode
-    print(f"{tool}: {'clean' if code == 0 else f'exit code {code}'}", flush=True)
-    return code != 0
+    begin = time.perf_counter()
+    code = _run(command, environment)
+    seconds = time.perf_counter() - begin
+    print(f"{tool}: {code or 'clean'} ({seconds:.0f} s)", flush=True)
+    return bool(code)
+
+
+def _run(tool: list[str], environment: dict[str, str]) -> str:
+    """All tasks in processes side by side; what went wrong, if anything."""
+    code = f"from {__spec__.name} import run; import sys; run(*sys.argv[1:])"
+    parts = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        logs = [stack.enter_context(Path(folder, f"{i}.log").open("w+")) for i in range(parts)]
+        running = [
+            subprocess.Popen(
+                [*tool, sys.executable, "-c", code, str(part), str(parts), folder],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            for part, log in enumerate(logs)
+        ]
+        failed = [part for part, process in enumerate(running) if process.wait()]
+        for part in failed:
+            logs[part].seek(0)
+            print(logs[part].read(), flush=True)
+        if failed:
+            return f"{len(failed)} of {parts} processes failed"
+        ran = {name for i in range(parts) for name in Path(folder, str(i)).read_text().split()}
+    idle = sorted(set(kernels()) - ran)
+    return f"expected every kernel to run, these did not: {idle}" if idle else ""
 
 
 if __name__ == "__main__":

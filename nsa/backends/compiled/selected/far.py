@@ -14,7 +14,7 @@ positions alone, never on the batch. All keys of a far block that exist are seen
 
 Parts are normalised and in q's dtype (``n*H*(V*itemsize + 4)`` bytes a token with their lse): each
 is rounded as an output is, and they are averaged, so that the error is that of one more rounding.
-They take 640 MiB at most (:data:`.tiles.PARTS_BYTES`): as many heads at a time as have room, or
+They take 1.25 GiB at most (:data:`.tiles.PARTS_BYTES`): as many heads at a time as have room, or
 as many tokens of one head.
 
 B batch, T query tokens, S key tokens, H query heads, K key/value heads, G heads per group, D key

@@ -62,8 +62,8 @@ of what a token sees, and unions are small."""
 FAR_ROWS = 1024
 """Rows of a chunk there: many programs, since a launch has no more rows than parts have room."""
 
-PARTS_BYTES = 5 * 2**27
-"""Of the parts of far blocks at one time, 640 MiB."""
+PARTS_BYTES = 5 * 2**28
+"""Of the parts of far blocks at one time, 1.25 GiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +200,8 @@ def small_group(row: Row, G: int) -> Row:
         row,
         G=G,
         far=(4, 3),
-        chunk_rows=4096,
+        forward=(64, 1),
+        chunk_rows=max(4096, 1024 * G),
         with_dq=with_dq,
         dq=(32, 2),  # with 64 keys ptxas waits after every matrix instruction
         dkv=(64, 1) if with_dq else row.dkv,
