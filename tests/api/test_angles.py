@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nsa import NSACache, NSAttention, ShapeError
+from nsa import NSACache, NSAttention, ShapeError, module
 from nsa.core.rope import Angles, rope_angles
 from tests.support.layers import CONFIG, DIM
 
@@ -37,6 +37,14 @@ def test_given_angles_are_the_layers_own():
         assert torch.equal(own(x, angles=given), expected)
     assert not torch.allclose(own(x, angles=Angles(*(a.flip(0) for a in plain))), expected)
     assert not torch.allclose(other(x), expected)
+
+
+def test_in_the_layers_own_graph(monkeypatch):
+    own, other = layers()
+    monkeypatch.setattr(module, "compiles_itself", lambda chosen, device: True)
+    monkeypatch.setattr(module, "_ATTEND_COMPILED", NSAttention._attend)
+    x = torch.randn(2, T, DIM, dtype=torch.float64)
+    assert torch.equal(other(x, angles=angles_at(torch.arange(T))), own(x))
 
 
 def test_packed_and_with_a_cache():

@@ -39,6 +39,8 @@ class Rehearsed(NamedTuple):
     device: torch.device
     given: AttentionInputs
     options: dict[str, Any]
+    split: list[Any]
+    """What of the kernel that splits heads: product, bias, angles."""
 
 
 def split_in_torch(
@@ -72,17 +74,23 @@ def split_in_torch(
 def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsed]:
     """As on a GPU; what is rehearsed is done at once and noted."""
     found: list[Rehearsed] = []
+    splits: list[Any] = []
     rehearse = attention.rehearse
+
+    def split(*of: Any) -> Any:
+        splits.append(of)
+        return split_in_torch(*of)
 
     def once(key: Hashable, device: torch.device, rehearsal: Callable[[], None]) -> None:
         def note(chosen: Any, given: AttentionInputs, config: Any, **options: Any) -> None:
             rehearse(chosen, given, config, **options)
-            found.append(Rehearsed(key, device, given, {"chosen": chosen, **options}))
+            found.append(Rehearsed(key, device, given, {"chosen": chosen, **options}, splits[:]))
             assert config == chosen_config
 
         chosen_config = next(x for x in key if hasattr(x, "num_heads"))  # type: ignore[attr-defined]
         monkeypatch.setattr(attention, "rehearse", note)
         monkeypatch.setattr(module, "rehearse", note)
+        splits.clear()
         with torch.enable_grad():  # a thread of its own has the default
             rehearsal()
 
@@ -92,7 +100,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[Rehearsed]:
         monkeypatch.setattr(where, "build_once", once)
     monkeypatch.setattr(attention, "_has_glue", lambda chosen: True)
     monkeypatch.setattr(attention, "INTERPRETED", True)
-    monkeypatch.setattr(module, "split_heads", split_in_torch)
+    monkeypatch.setattr(module, "split_heads", split)
     return found
 
 
@@ -123,6 +131,17 @@ def assert_stand_for(found: AttentionInputs, real: AttentionInputs, *, layout: b
             assert x.stride() == y.stride() or not layout
 
 
+def assert_split_alike(rehearsed: Any, layer: NSAttention, config: Any) -> None:
+    """The kernel is rehearsed with a bias and with angles where the call has them."""
+    product, bias, angles, _ = rehearsed
+    assert product.is_meta
+    assert product.requires_grad
+    real = layer.gate_proj.bias
+    assert (bias.is_meta, bias.shape, bias.requires_grad) == (True, real.shape, True)
+    assert (angles is None) == (config.rope_theta is None)
+    assert angles is None or all(a.is_meta for a in angles)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_layer_rehearses_its_call(name: str, packed: bool, rehearsed: list[Rehearsed]) -> None:
@@ -132,9 +151,14 @@ def test_a_layer_rehearses_its_call(name: str, packed: bool, rehearsed: list[Reh
     x, dout, cu_seqlens = problem(LENGTHS if packed else None, torch.float32)
     longest = max(LENGTHS) if packed else None
     layer.probes = (seen := Seen(),)
-    layer.build_kernels(x, cu_seqlens, longest)
-    packing: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
-    out = layer(x, **packing)
+    planned: list[tuple[Any, ...]] = []
+    plan_for = layer._plan_for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "_plan_for", lambda *of: planned.append(of) or plan_for(*of))
+        layer.build_kernels(x, cu_seqlens, longest)
+        packing: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
+        out = layer(x, **packing)
+    assert planned[0][1:] == planned[1][1:] == (torch.float32, cu_seqlens, longest)
     assert len(rehearsed) == 2
     assert rehearsed[0].key == rehearsed[1].key
     for one in rehearsed:
@@ -142,7 +166,7 @@ def test_a_layer_rehearses_its_call(name: str, packed: bool, rehearsed: list[Reh
         assert one.options["gates_in_unit_interval"] is True
         assert one.options["chosen"] == layer.resolution
         assert one.device == x.device
-        assert all(y is None or y.grad is not None for y in one.given.differentiable if y.is_leaf)
+        assert_split_alike(one.split[0], layer, config)
     layer.probes = ()
     with pytest.MonkeyPatch.context() as elsewhere:
         elsewhere.setattr(module, "launches_itself", lambda *of: False)
@@ -177,6 +201,7 @@ def test_what_has_kernels_of_its_own(rehearsed: list[Rehearsed]) -> None:
     assert keys[:8] == keys[8:]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 7
+    assert [one.key[-1] for one in rehearsed[:8]] == [False] * 4 + [True] + [False] * 3  # type: ignore[index]
     for one in rehearsed:
         wants = one.key[3]  # type: ignore[index]
         assert all(y.requires_grad == wants for y in one.given.differentiable)
@@ -195,6 +220,7 @@ def test_given_angles(rehearsed: list[Rehearsed], monkeypatch: pytest.MonkeyPatc
         calls.clear()
         torch.testing.assert_close(layer(x, angles=angles), expected)
         assert [y.is_meta for y in calls] == [True, False][:launched]
+        assert all(one.split[0][2] is not None for one in rehearsed)
     x = torch.randn(1, 7, DIM)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
     packed = Angles(*(torch.cat([a[:3], a[:4]]) for a in given))
@@ -233,10 +259,19 @@ def test_parts_of_other_modules(change: type | None, rehearsed: list[Rehearsed])
     with pytest.MonkeyPatch.context() as patch:
         split = module.split_heads
         patch.setattr(module, "split_heads", lambda *x: calls.append(x) or split(*x))
-        found, want = layer._project_by_kernel(x, None), layer._project(x, None)
+        positions = torch.arange(3, 10)
+        found, want = layer._project_by_kernel(x, positions), layer._project(x, positions)
     assert bool(calls) == (change is Scaled)
     for a, b in zip((*found.q, found.gates), (*want.q, want.gates), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_linear_layers_are_one_product(
+    rehearsed: list[Rehearsed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make_layer(dtype=torch.float32, backend="sdpa")
+    monkeypatch.setattr(module, "project", None)
+    assert layer._project_by_kernel(torch.randn(2, 7, DIM), None).q.shape[:2] == (2, 7)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -263,6 +298,18 @@ def test_a_call_rehearses_itself(packed: bool, grad: bool, rehearsed: list[Rehea
         assert not any(y.requires_grad for y in first.given.differentiable)
 
 
+def test_a_rehearsal_runs_as_the_call_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def run(*args: Any, **options: Any) -> Tensor:
+        seen.append((args, options))
+        return torch.empty(2)
+
+    monkeypatch.setattr(attention, "run", run)
+    attention.rehearse("chosen", "inputs", "config", gates_in_unit_interval=True)  # type: ignore[arg-type]
+    assert seen == [(("chosen", "inputs", "config"), {"gates_in_unit_interval": True})]
+
+
 def test_keys_of_calls(rehearsed: list[Rehearsed]) -> None:
     for config, dtype, length in (
         (CONFIG, torch.float32, 21),
@@ -284,6 +331,8 @@ def test_build_kernels_refuses_what_a_call_refuses(rehearsed: list[Rehearsed]) -
         layer.build_kernels(torch.randn(1, 5, DIM + 1))
     with pytest.raises(ShapeError, match="cu_seqlens"):
         layer.build_kernels(torch.randn(2, 5, DIM), torch.tensor([0, 5], dtype=torch.int32))
+    with pytest.raises(ShapeError, match="x: expected"):
+        layer.build_kernels(torch.randn(1, 5, DIM, dtype=torch.float64))
     with torch.autocast("cpu", torch.bfloat16):
         layer.build_kernels(torch.randn(1, 5, DIM))
     assert rehearsed[-1].given.q.dtype == torch.bfloat16

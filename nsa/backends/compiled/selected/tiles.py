@@ -144,6 +144,8 @@ class Row:
     """Warps and stages of the forward's kernel for far blocks; None: all blocks are near."""
     far_dq: tuple[int, int] = (4, 1)
     """Those of dq's."""
+    near_stages: int | None = None
+    """Of the forward's other kernel where far blocks go before it; None: as of :attr:`forward`."""
     chunk_rows: int = 0
     """Rows of a chunk of key tiles, where :data:`CHUNK` tokens have fewer."""
     measured: str
@@ -200,7 +202,7 @@ def small_group(row: Row, G: int) -> Row:
         row,
         G=G,
         far=(4, 3),
-        forward=(64, 1),
+        near_stages=2 if G == 1 else 1,
         chunk_rows=max(4096, 1024 * G),
         with_dq=with_dq,
         dq=(32, 2),  # with 64 keys ptxas waits after every matrix instruction
@@ -311,8 +313,8 @@ def tiles_for(
     query tile then divide it), and whether sums have one order in every run and batch.
 
     The row of the shape, with no more keys than a block has, and less of everything until it fits
-    in shared memory. T says how dq is summed and nothing else: a sequence is tiled alike alone and
-    packed with others. ``row``: in place of :func:`tile_row`'s.
+    in shared memory. T says how dq is summed and how many stages there are: of all else a sequence
+    has the same alone and packed with others. ``row``: in place of :func:`tile_row`'s.
     """
     row = row or tile_row(D, V, G, dtype, capability)
     most_bytes = shared_bytes(capability)
@@ -382,9 +384,13 @@ def tiles_for(
             ordered=deterministic,
         )
 
-    forward, dq = query_tiles(*row.forward, head_columns(D)), query_tiles(*row.dq, wide)
+    n, stages = row.forward
+    far = far_tiles(*(row.far or (1, 1)), head_columns(D))
+    if far is not None and length > far.since:
+        stages = row.near_stages or stages
+    forward, dq = query_tiles(n, stages, head_columns(D)), query_tiles(*row.dq, wide)
     return SelectedTiles(
-        forward=replace(forward, far=far_tiles(*(row.far or (1, 1)), head_columns(D))),
+        forward=replace(forward, far=far),
         dq=replace(dq, far=far_tiles(*row.far_dq, wide)),
         dkv=key_tiles(*row.dkv),
     )
