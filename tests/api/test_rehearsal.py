@@ -266,6 +266,16 @@ def test_parts_of_other_modules(change: type | None, rehearsed: list[Rehearsed])
         torch.testing.assert_close(a, b)
 
 
+def test_a_gate_inside_another_module(rehearsed: list[Rehearsed]) -> None:
+    """It has no bias to speak of."""
+    layer = make_layer(dtype=torch.float32, backend="sdpa")
+    x = torch.randn(1, 9, DIM)
+    expected = layer(x)
+    layer.gate_proj = torch.nn.Sequential(layer.gate_proj)  # type: ignore[assignment]
+    torch.testing.assert_close(layer(x), expected)
+    assert [one.split[0][1] is None for one in rehearsed] == [False, True]
+
+
 def test_linear_layers_are_one_product(
     rehearsed: list[Rehearsed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
