@@ -392,8 +392,8 @@ def test_torchs_own_words_are_not_printed(tmp_path, capfd, content):
     path.write_bytes(compile_cache._join([body], compile_cache._maker(CPU)))
     with fresh_cache():
         notes = notes_of(path)
-    if torch.__version__ >= "2.12":  # before, torch looks at a graph when it needs it
-        assert len(notes) == 1
+    if content is None or torch.__version__.startswith(("2.12.", "2.13.")):
+        assert len(notes) == 1  # others look at a graph when they need it
     assert all(note.startswith(f"note: {path}: torch cannot ") for note in notes)
     assert capfd.readouterr() == ("", "")
 
