@@ -83,6 +83,14 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON); fi
 	@echo '$(request)' > $(STAMP)
 
+.PHONY: docs
+docs: env  ## the API reference, from docstrings, into build/docs
+	@# pdoc is no part of the environment until someone wants it.
+	$(BIN)/python -c 'import pdoc' 2>/dev/null || $(BIN)/python -m pip install --quiet \
+	  --no-build-isolation -c $(VENV)/constraints.txt -e '.[docs]'
+	rm -rf build/docs
+	$(BIN)/python docs/api/api_pages.py build/docs
+
 .PHONY: mutants
 mutants: env  ## mutation testing: does a test notice every small change? Not for the impatient
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[mutants]'

@@ -1,7 +1,7 @@
 """Bytes of one :class:`nsa.NSAttention`: parameters, what it keeps for backward, and the peak.
 
 Formulas in the shapes, for regular batches; docs/memory.md derives them, and
-``tests/api/test_memory.py`` holds the measured peak to them within 10%::
+``tests/api/test_memory.py`` holds the measured peak to them within 10%:
 
     layer_memory(config, dim, batch=1, length=8192, dtype=torch.bfloat16, backend="compiled").peak
 

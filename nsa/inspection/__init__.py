@@ -1,6 +1,6 @@
 """The microscope: what the NSA layers of a model read, and what that is worth.
 
-Record a forward of any model with :class:`nsa.NSAttention` layers, measure it, or step into it::
+Record a forward of any model with :class:`nsa.NSAttention` layers, measure it, or step into it:
 
     from nsa.inspection import inspect, record, replay
 
@@ -10,7 +10,7 @@ Record a forward of any model with :class:`nsa.NSAttention` layers, measure it, 
     with replay(model, recording.lists()):       # the same blocks, whatever computes it
         model(tokens)
 
-``python -m nsa.tools.inspect`` shows all of it for a checkpoint of ``nsa.tools.train``.
+The command (docs/inspect.md) shows all of it for a checkpoint of ``nsa.tools.train``.
 """
 
 from nsa.inspection.complaints import complaints

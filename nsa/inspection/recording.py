@@ -193,8 +193,6 @@ def record(model: nn.Module) -> Iterator[Recording]:
     is compiled is compiled once more, with what is recorded among its outputs. With activation
     checkpointing a forward that is recomputed is recorded again.
 
-    ::
-
         with torch.no_grad(), record(model) as recording:
             model(tokens)
         recording.of("blocks.0.attention")[0].block_idx      # int32 [B, T, K, n]
