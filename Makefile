@@ -83,6 +83,12 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON); fi
 	@echo '$(request)' > $(STAMP)
 
+.PHONY: dist
+dist: env  ## the sdist, and the wheel that is built from it, in dist/
+	rm -rf build dist *.egg-info
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+
 .PHONY: mutants
 mutants: env  ## mutation testing: does a test notice every small change? Not for the impatient
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[mutants]'
