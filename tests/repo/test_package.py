@@ -22,6 +22,8 @@ import nsa
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = (".*", "build", "dist", "mutants", "runs", "*.egg-info", "__pycache__")
+PIP = (sys.executable, "-m", "pip")
+ALONE = ("--no-cache-dir", "--no-deps", "--no-build-isolation", "--no-index")
 
 pytestmark = pytest.mark.slow
 
@@ -71,8 +73,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
     succeed(sys.executable, "-c", build, cwd=tree, PYTHONPATH=str(poison))
     (sdist,) = (tree / "dist").iterdir()
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index")
-    succeed(*pip, "--wheel-dir", folder, sdist, cwd=folder, PYTHONPATH=str(poison))
+    succeed(*PIP, "wheel", *ALONE, "--wheel-dir", folder, sdist, cwd=folder, PYTHONPATH=str(poison))
     (wheel,) = folder.glob("*.whl")
     return {"sdist": sdist, "wheel": wheel}
 
@@ -86,8 +87,7 @@ def environment(folder: Path, package: Path, *, without: str = "") -> Path:
         if name not in (without, "nsa_torch", "_virtualenv") and not name.startswith("__"):
             (site / entry.name).symlink_to(entry)
     python = folder / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-build-isolation")
-    succeed(*pip, "--no-deps", "--no-index", package, cwd=folder)
+    succeed(*PIP, "--python", python, "install", *ALONE, package, cwd=folder)
     return python
 
 
