@@ -91,6 +91,12 @@ docs: env  ## the API reference, from docstrings, into build/docs
 	rm -rf build/docs
 	$(BIN)/python docs/api/api_pages.py build/docs
 
+.PHONY: dist
+dist: env  ## the sdist, and the wheel that is built from it, in dist/
+	rm -rf build dist *.egg-info
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+
 .PHONY: mutants
 mutants: env  ## mutation testing: does a test notice every small change? Not for the impatient
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[mutants]'

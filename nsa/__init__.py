@@ -19,7 +19,7 @@ from nsa.module import NSAttention
 from nsa.padding import Padding
 from nsa.settings import Settings, use_settings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KV",

@@ -37,7 +37,7 @@ class CacheError(NSAError):
 
 
 class CheckpointError(NSAError):
-    """A checkpoint that is damaged, truncated, or belongs to another configuration."""
+    """A checkpoint that is damaged, truncated, of another configuration or of a newer version."""
 
 
 class MissingDependency(NSAError, ImportError):

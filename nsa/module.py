@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from nsa.core.linear import ROW_ALIGNMENT, joined_product, project, side_by_side
 from nsa.core.packing import packed_tokens
 from nsa.core.rope import Angles, apply_rope, rope_table
 from nsa.core.split_heads.op import DTYPES, split_heads, widths
-from nsa.errors import ShapeError, is_int, require
+from nsa.errors import CheckpointError, ShapeError, is_int, require, show
 from nsa.gates import GATES
 from nsa.settings import current_settings
 
@@ -57,6 +58,10 @@ class NSAttention(nn.Module):
     # None, not (): torch guards no graph by an empty tuple (2.13)
     probes: tuple[Probe, ...] | None = None
     """What watches this layer; :func:`nsa.inspection.record` and its like put it here."""
+
+    _version = 1
+    """Of the parameters' names and shapes; whoever changes them raises it, with a migration in
+    :meth:`_load_from_state_dict`."""
 
     def __init__(
         self,
@@ -110,6 +115,21 @@ class NSAttention(nn.Module):
         for module in self.gate_proj.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """Load what a layer of this version or before saved: ``state_dict`` is migrated in place.
+
+        safetensors keeps no versions: its tensors are taken for those of version 1.
+        """
+        version = local_metadata.get("version", 1)
+        if not (is_int(version) and 1 <= version <= self._version):
+            raise CheckpointError(
+                f"state_dict of {prefix[:-1] or type(self).__name__}: expected a version up to "
+                f"{self._version}, got {show(version)}; upgrade nsa-torch"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, backend={self.backend!r}, {self.config}"

@@ -229,6 +229,7 @@ MUTATIONS = (
     hf("all is trained", "convert.py", "which == \"all\" or", "True or", "convert"),
     Mutation("cache: pages are left behind", "nsa/cache/cache.py", "self._copy_pages(layer.by_page(), target.by_page(), copies)", "pass", ("tests/cache/test_operations.py",)),
     Mutation("layer: given angles are not looked at", "nsa/module.py", "positions: Tensor | Angles | None = angles\n", "positions: Tensor | Angles | None = None\n", ("tests/api/test_angles.py",)),
+    Mutation("layer: a state of a newer version loads", "nsa/module.py", "1 <= version <= self._version", "1 <= version", ("tests/api/test_module_state.py",)),
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from nsa import DataError, NSAttention, SettingsError, use_settings
+from nsa import CheckpointError, DataError, NSAttention, SettingsError, use_settings
 from tests.support.layers import CONFIG, DIM, VARIANTS, make_layer, problem
 
 
@@ -61,6 +61,43 @@ def test_weights_of_another_configuration_are_refused() -> None:
         make_layer(VARIANTS["shared kv"]).load_state_dict(state)
     with pytest.raises(RuntimeError, match="size mismatch"):
         make_layer(replace(CONFIG, value_dim=4)).load_state_dict(state)
+
+
+# Versions of a state dict
+
+
+def versioned(version: object) -> nn.Module:
+    """What loads the state of a layer inside a model, saved as of a version; None: without one."""
+    saved, model = make_layer(), nn.Sequential(nn.Identity(), make_layer())
+    state = nn.Sequential(nn.Identity(), saved).state_dict()
+    if version is None:
+        state = dict(state)  # what safetensors keeps
+    else:
+        state._metadata["1"]["version"] = version  # type: ignore[attr-defined]
+    model.load_state_dict(state)
+    assert torch.equal(model[1].q_proj.weight, saved.q_proj.weight)  # type: ignore[union-attr]
+    return model
+
+
+@pytest.mark.parametrize("version", [None, 1])
+def test_a_state_of_this_version_or_without_one_loads(version: int | None) -> None:
+    model = versioned(version)
+    assert model.state_dict()._metadata["1"] == {"version": 1}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("version", [2, 0, True, "1", None])
+def test_a_state_of_a_version_that_is_not_known_is_refused(version: object) -> None:
+    layer = make_layer()
+    state = layer.state_dict()
+    state._metadata[""]["version"] = version  # type: ignore[attr-defined]
+    message = f"expected a version up to 1, got {version!r}; upgrade nsa-torch"
+    with pytest.raises(CheckpointError) as refused:
+        layer.load_state_dict(state)
+    assert str(refused.value) == f"state_dict of NSAttention: {message}"
+    if version is not None:
+        with pytest.raises(CheckpointError) as refused:
+            versioned(version)
+        assert str(refused.value) == f"state_dict of 1: {message}"
 
 
 # Settings

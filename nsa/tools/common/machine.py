@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import nsa
 from nsa.settings import foreign_variable
 
 GIB = 2**30
@@ -82,7 +83,7 @@ def collect_machine() -> Machine:
         cores=_cores(),
         memory_gib=_memory_gib(),
         python=f"{platform.python_version()}, {sys.executable}",
-        nsa=version_of("nsa-torch") or "not installed, imported from a folder",
+        nsa=nsa.__version__,
         torch=torch.__version__,
         torch_threads=torch.get_num_threads(),
         cuda_runtime=torch.version.cuda,

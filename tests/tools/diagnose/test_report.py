@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import nsa
 from nsa.errors import BackendUnavailable
 from nsa.settings import FLAGS
 from nsa.testing.parity import ParityRow
@@ -41,7 +42,7 @@ def test_what_is_not_available_says_why(capsys, no_parity):
 def test_the_machine(capsys, no_parity):
     _, found = run_json(capsys)
     machine = found["machine"]
-    assert machine["torch"] == torch.__version__
+    assert (machine["nsa"], machine["torch"]) == (nsa.__version__, torch.__version__)
     assert machine["cores"] >= 1
     assert machine["cuda_runtime"] == torch.version.cuda
     assert machine["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
