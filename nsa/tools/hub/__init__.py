@@ -1,0 +1,1 @@
+"""``python -m nsa.tools.hub``: selected attention in the layout of Hugging Face's kernels hub."""
