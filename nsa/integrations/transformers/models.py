@@ -50,6 +50,11 @@ class NSAModelConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The configuration of a converted model."""
         base = config_dict.get("base_model_type")
+        if base is None and "nsa_config" not in config_dict:
+            raise CheckpointError(
+                "base_model_type: expected a converted model, got none; a checkpoint of "
+                "flash-linear-attention goes through nsa.integrations.checkpoints.translate_folder"
+            )
         if base not in CONFIG_MAPPING:
             raise CheckpointError(
                 f"base_model_type: expected a model type of transformers, got {show(base)}; "

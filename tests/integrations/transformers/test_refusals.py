@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from nsa import ConfigError, NSAError, ShapeError
+from nsa import CheckpointError, ConfigError, NSAError, ShapeError
 from nsa.integrations.transformers import convert
 from nsa.integrations.transformers import version as version_module
 from tests.support.tiny_models import CONFIG, SHARED, dense, tokens
@@ -148,6 +148,13 @@ def test_calls(model, options, error, problem):
         model(ids, **options)
     assert problem in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_of_another_library(tmp_path):
+    """Whose models are called "nsa", too."""
+    (tmp_path / "config.json").write_text('{"model_type": "nsa", "block_size": 64}')
+    with pytest.raises(CheckpointError, match="checkpoints.translate_folder"):
+        transformers.AutoConfig.from_pretrained(tmp_path)
 
 
 def test_a_layer_by_itself_does_not_guess_what_a_mask_means(model):
