@@ -167,6 +167,18 @@ def _locate_chunk(
     return begin, end, b_head // KV_HEADS, b_head % KV_HEADS, first_row
 
 
+@triton.jit
+def _load_block(k_ptr, v_ptr, k_strides, v_strides, b, kv_head, first_row, S, C: tl.constexpr):
+    """Keys and values of a block, and which of its rows exist."""
+    n = tl.arange(0, C.BLOCK_N)
+    exists = (n < C.SELECT_BLOCK) & (first_row + n < S)
+    k_ptr += b * k_strides[0] + kv_head * k_strides[2] + first_row * k_strides[1]
+    v_ptr += b * v_strides[0] + kv_head * v_strides[2] + first_row * v_strides[1]
+    k = load_rows(k_ptr + n * k_strides[1], None, 1, exists, C.D, C.BLOCK_D)
+    v = load_rows(v_ptr + n * v_strides[1], None, 1, exists, C.V, C.BLOCK_DV)
+    return k, v, exists
+
+
 @kernel(do_not_specialize=["T", "S", "first_head", "num_heads", "num_blocks"])
 def nsa_selected_fwd_far(
     q_ptr,
@@ -193,13 +205,8 @@ def nsa_selected_fwd_far(
     )
     if begin < end:
         row = tl.arange(0, C.BLOCK_M)
-        n = tl.arange(0, C.BLOCK_N)
         slot = row // C.G
-        exists = (n < C.SELECT_BLOCK) & (first_row + n < S)
-        k_ptr += b * k_strides[0] + kv_head * k_strides[2] + first_row * k_strides[1]
-        v_ptr += b * v_strides[0] + kv_head * v_strides[2] + first_row * v_strides[1]
-        k = load_rows(k_ptr + n * k_strides[1], None, 1, exists, C.D, C.BLOCK_D)
-        v = load_rows(v_ptr + n * v_strides[1], None, 1, exists, C.V, C.BLOCK_DV)
+        k, v, exists = _load_block(k_ptr, v_ptr, k_strides, v_strides, b, kv_head, first_row, S, C)
         q_rows = q_ptr + b * q_strides[0] + (kv_head * C.G + row % C.G) * q_strides[2]
         first_entry = b * T * C.WIDTH
         part = (b * KV_HEADS + kv_head - first_head) * T * C.WIDTH
@@ -253,13 +260,8 @@ def nsa_selected_bwd_dq_far(
     )
     if begin < end:
         row = tl.arange(0, C.BLOCK_M)
-        n = tl.arange(0, C.BLOCK_N)
         slot = row // C.G
-        exists = (n < C.SELECT_BLOCK) & (first_row + n < S)
-        k_ptr += b * k_strides[0] + kv_head * k_strides[2] + first_row * k_strides[1]
-        v_ptr += b * v_strides[0] + kv_head * v_strides[2] + first_row * v_strides[1]
-        k = load_rows(k_ptr + n * k_strides[1], None, 1, exists, C.D, C.BLOCK_D)
-        v = load_rows(v_ptr + n * v_strides[1], None, 1, exists, C.V, C.BLOCK_DV)
+        k, v, exists = _load_block(k_ptr, v_ptr, k_strides, v_strides, b, kv_head, first_row, S, C)
         head = kv_head * C.G + row % C.G
         q_rows = q_ptr + b * q_strides[0] + head * q_strides[2]
         dout_rows = dout_ptr + b * dout_strides[0] + head * dout_strides[2]
