@@ -68,21 +68,21 @@ def test_weights_of_another_configuration_are_refused() -> None:
 
 def versioned(version: object) -> nn.Module:
     """What loads the state of a layer inside a model, saved as of a version; None: without one."""
-    saved, model = make_layer(), nn.Sequential(nn.Identity(), make_layer())
-    state = nn.Sequential(nn.Identity(), saved).state_dict()
+    saved, model = make_layer(), nn.ModuleDict({"attention": make_layer()})
+    state = nn.ModuleDict({"attention": saved}).state_dict()
     if version is None:
         state = dict(state)  # what safetensors keeps
     else:
-        state._metadata["1"]["version"] = version  # type: ignore[attr-defined]
+        state._metadata["attention"]["version"] = version  # type: ignore[attr-defined]
     model.load_state_dict(state)
-    assert torch.equal(model[1].q_proj.weight, saved.q_proj.weight)  # type: ignore[union-attr]
+    assert torch.equal(model["attention"].q_proj.weight, saved.q_proj.weight)  # type: ignore[arg-type]
     return model
 
 
 @pytest.mark.parametrize("version", [None, 1])
 def test_a_state_of_this_version_or_without_one_loads(version: int | None) -> None:
     model = versioned(version)
-    assert model.state_dict()._metadata["1"] == {"version": 1}  # type: ignore[attr-defined]
+    assert model.state_dict()._metadata["attention"] == {"version": 1}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("version", [2, 0, True, "1", None])
@@ -97,7 +97,7 @@ def test_a_state_of_a_version_that_is_not_known_is_refused(version: object) -> N
     if version is not None:
         with pytest.raises(CheckpointError) as refused:
             versioned(version)
-        assert str(refused.value) == f"state_dict of 1: {message}"
+        assert str(refused.value) == f"state_dict of attention: {message}"
 
 
 # Settings
