@@ -116,6 +116,12 @@ def test_other_heads_of_the_model(tmp_path):
     torch.testing.assert_close(loaded(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
+def test_no_plan_for_parallel_tensors():
+    """Neither of the layers nor of the head, which the dense model has."""
+    assert dense().tp_plan
+    assert not converted().tp_plan
+
+
 def test_a_classifier(tmp_path):
     config = dense().config
     config.num_labels = 3
