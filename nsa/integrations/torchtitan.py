@@ -1,8 +1,8 @@
 """Native sparse attention in torchtitan: an override of its grouped-query attention.
 
-    python -m torchtitan.train ... --override.imports nsa.integrations.torchtitan.sparse_attention
+    --override.imports nsa.integrations.torchtitan.sparse_attention
 
-B batch, T tokens, H query heads, K key/value heads, D head size.
+B batch, T tokens, C size of the model, H query heads, D head size.
 """
 
 from __future__ import annotations
