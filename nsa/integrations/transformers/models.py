@@ -36,7 +36,13 @@ from nsa.integrations.transformers.starts import Start, begin
 MODEL_TYPE = "nsa"
 ATTENTION = "nsa_layers"
 """Of a converted model, for transformers: it makes no masks for a name that it has none for."""
-HEADS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+HEADS = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
 """The Auto classes that find converted models."""
 
 
