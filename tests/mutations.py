@@ -221,6 +221,8 @@ MUTATIONS = (
     hf("the model's scale is dropped", "dense.py", "scale=None if scale == D**-0.5 else scale", "scale=None", "convert"),
     hf("any attention will do", "dense.py", "return bool(error <= ", "return True or bool(error <= ", "refusals"),
     hf("scores too small to matter", "dense.py", "x = x * (2 /", "x = 1e-3 * x * (2 /", "refusals"),
+    hf("the plan for parallel tensors stays", "models.py", "            part.tp_plan = None", "            pass", "saving"),
+    hf("what flash attention obeys is ignored", "batch.py", "for name in FLASH_ONLY:", "for name in ():", "refusals"),
     hf("φ of values is the mean at once", "starts.py", "nn.init.zeros_(last.weight)", "pass", "convert"),
     hf("φ is a sum", "starts.py", ".repeat(1, L) / L", ".repeat(1, L)", "convert"),
     hf("half of the GELU", "starts.py", "torch.cat([mean, -mean])", "torch.cat([mean, mean])", "convert"),

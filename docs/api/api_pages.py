@@ -1,5 +1,6 @@
 """The API reference, as `make docs` writes it: pages of the public modules, made of docstrings."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ MODULES = (
     "nsa.inspection.lists",
     "nsa.inspection.scores",
     "nsa.inspection.sinks",
+    "nsa.integrations.checkpoints",
+    "nsa.integrations.torchtitan",
     "nsa.integrations.transformers",
     "nsa.memory",
     "nsa.models",
@@ -19,20 +22,27 @@ MODULES = (
     "nsa.reference",
     "nsa.testing",
 )
+OPTIONAL = ("nsa.integrations.torchtitan", "nsa.integrations.transformers")
+"""Those that need another package."""
 HIDDEN = ("nsa.inspection.complaints", "nsa.integrations.transformers.convert")
 """Modules that a function of their package is named after: pdoc takes them for public."""
+
+
+def is_there(name: str) -> bool:
+    """Whether a module can be imported; says why not."""
+    try:
+        importlib.import_module(name)
+    except MissingDependency as error:
+        print(f"{name} is left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def build(folder: Path) -> None:
     """Write the pages, ``nsa.html`` first."""
     import pdoc
 
-    modules = list(MODULES)
-    try:
-        import nsa.integrations.transformers  # noqa: F401
-    except MissingDependency as error:
-        modules.remove("nsa.integrations.transformers")
-        print(f"nsa.integrations.transformers is left out: {error}", file=sys.stderr)
+    modules = [name for name in MODULES if name not in OPTIONAL or is_there(name)]
     pdoc.render.configure(
         docformat="google", show_source=False, template_directory=Path(__file__).parent
     )

@@ -66,6 +66,14 @@ def test_inspect_model(run):
     assert [layer for layer, _ in last] == ["0", "1"]
 
 
+def test_train_torchtitan(run):
+    pytest.importorskip("torchtitan", reason="torchtitan is not installed: pip install torchtitan")
+    printed = run("train_torchtitan")
+    assert printed.startswith("layers.0.attention GQAttention.Config -> SparseAttention.Config")
+    found = losses(printed)
+    assert found[-1] < found[0] / 2
+
+
 def test_every_example_is_tested():
     tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tests - {"every_example_is_tested"}

@@ -132,6 +132,7 @@ def test_the_sdist_holds_the_package_and_the_licence(built: dict[str, Path]) -> 
     [
         ("triton", ("-c", RESOLVE_COMPILED), "pip install triton"),
         ("transformers", ("-c", "import nsa.integrations.transformers"), "'nsa-torch[hf]'"),
+        ("torchtitan", ("-c", "import nsa.integrations.torchtitan"), "pip install torchtitan"),
         ("matplotlib", ("-m", "nsa.tools.bench", "--plot", "x.svg"), "'nsa-torch[bench]'"),
         ("safetensors", ("-m", "nsa.tools.train", "--out", "run"), "'nsa-torch[train]'"),
     ],

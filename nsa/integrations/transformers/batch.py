@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from nsa.core.packing import packed_tokens
-from nsa.errors import ConfigError, ShapeError, is_int
+from nsa.errors import ConfigError, ShapeError, is_int, show
 from nsa.padding import Padding
 
+FLASH_ONLY = ("sliding_window", "softcap", "s_aux")
+"""What flash attention would obey, and layers do not."""
 LAYER_TYPE = "nsa"
 """What a converted layer is called in a model's ``layer_types``."""
 
@@ -103,6 +105,12 @@ def describe_batch(
             "output_attentions: expected False, got True: a layer has no matrix of attention; "
             "nsa.inspection reports what it reads"
         )
+    for name in FLASH_ONLY:
+        if kwargs.get(name) is not None:
+            raise ConfigError(
+                f"{name}: expected None for a converted model, got {show(kwargs[name])}; window "
+                "and scale are of its nsa_config"
+            )
     given = kwargs.get("inputs_embeds")
     x = kwargs.get("input_ids") if given is None else given
     if not isinstance(x, Tensor):  # the model says so
@@ -132,6 +140,13 @@ def _packed(x: Tensor, kwargs: dict[str, Any], mask: Tensor | None) -> Packed | 
     """Sequences that are shorter than rows: flattened, or padded."""
     B, T = x.shape[:2]
     cu_seqlens, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    of_keys = kwargs.get("cu_seq_lens_k")
+    if of_keys is not None and (cu_seqlens is None or of_keys.shape != cu_seqlens.shape):
+        got = "none" if cu_seqlens is None else f"others, {list(cu_seqlens.shape)}"
+        raise ShapeError(
+            f"cu_seq_lens_k: expected the same offsets as cu_seq_lens_q, got {got} there; keys are "
+            "the queries' own"
+        )
     if cu_seqlens is not None:
         if B != 1:
             raise ShapeError(f"cu_seq_lens_q: expected one row of packed sequences, got {B}")

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 from transformers import PreTrainedModel
 
+from nsa import registry
 from nsa.config import NSAConfig
 from nsa.core.validate import check_config
 from nsa.errors import ConfigError, require_known
@@ -76,6 +77,8 @@ def convert(
     """
     check_model(model)
     require_known("trainable", trainable, get_args(Trainable))
+    if backend is not None:
+        require_known("backend", backend, registry.names())
     if model.config.model_type == MODEL_TYPE:
         raise ConfigError("model: expected a dense model, got one that is converted already")
     attention = find_attention(model)

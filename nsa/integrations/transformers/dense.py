@@ -5,6 +5,8 @@ D head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -139,13 +141,24 @@ def _is_plain(attention: Any) -> bool:
         x = x * (2 / logits.float().std().clamp_min(1e-6)).sqrt().to(dtype)  # so that they matter
         _, expected = _plain(attention, x, cos, sin)
         place = torch.arange(3, device=weight.device)[None]
-        found = attention(
-            x, position_embeddings=(cos, sin), attention_mask=None, position_ids=place
-        )
+        with _eager(attention.config):
+            found = attention(
+                x, position_embeddings=(cos, sin), attention_mask=None, position_ids=place
+            )
     except (AttributeError, TypeError, ValueError, RuntimeError):  # other arguments or shapes
         return False
     error = (found[0][:, -1].float() - expected.float()).norm()
     return bool(error <= max(1e-3, 16 * torch.finfo(dtype).eps) * expected.float().norm())
+
+
+@contextmanager
+def _eager(config: Any) -> Iterator[None]:
+    """Attention as the model's own code writes it: others want lists, half types or a GPU."""
+    before, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _plain(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

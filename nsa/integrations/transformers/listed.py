@@ -21,9 +21,8 @@ from nsa.backends.dispatch import plan, settings_in_force
 from nsa.backends.protocol import Problem
 from nsa.config import NSAConfig
 from nsa.errors import ConfigError, ShapeError
+from nsa.integrations.transformers.batch import FLASH_ONLY
 
-FLASH_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "sliding_window", "softcap", "s_aux")
-"""What flash attention would obey and this does not."""
 _ABSENT: Any = object()
 
 
@@ -68,7 +67,7 @@ def listed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for name in FLASH_ONLY:
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", *FLASH_ONLY):
         if kwargs.get(name) is not None:
             got = type(kwargs[name]).__name__
             raise ShapeError(

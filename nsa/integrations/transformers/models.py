@@ -36,7 +36,13 @@ from nsa.integrations.transformers.starts import Start, begin
 MODEL_TYPE = "nsa"
 ATTENTION = "nsa_layers"
 """Of a converted model, for transformers: it makes no masks for a name that it has none for."""
-HEADS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+HEADS = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
 """The Auto classes that find converted models."""
 
 
@@ -159,7 +165,11 @@ def config_class(base: Any) -> Any:
 @cache
 def model_class(base: Any) -> Any:
     """The class of converted models of a kind."""
-    namespace = {"__module__": __name__, "config_class": config_class(base.config_class)}
+    namespace = {
+        "__module__": __name__,
+        "config_class": config_class(base.config_class),
+        "_can_compile_fullgraph": False,  # caches keep lengths on the host
+    }
     return type(f"NSA{base.__name__}", (_Converted, base), namespace)
 
 
@@ -222,6 +232,9 @@ def replace_attention(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         layers[name] = layer
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.tp_plan = None  # what it was made with names projections, and the head with them
     model.base_model.register_forward_pre_hook(describe_batch, with_kwargs=True)
     return layers
 

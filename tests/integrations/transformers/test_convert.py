@@ -136,8 +136,9 @@ def test_the_default_configuration_has_the_models_heads():
         ("all", lambda name: True),
     ],
 )
-def test_gradients_reach_exactly_what_is_trainable(trainable, expected):
-    model = dense("Qwen3")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_exactly_what_is_trainable(kind, trainable, expected):
+    model = dense(kind)
     made = convert(model, CONFIG, trainable=trainable)
     names = {name for name, _ in model.named_parameters()}
     found = gradients(model, tokens(2, 40))
@@ -170,6 +171,15 @@ def test_the_models_scale_is_taken():
     logits = model(ids).logits
     made = convert(model, SHARED, start="dense-equal")
     assert made.config.scale == 0.5
+    torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention", "nsa"])
+def test_the_attention_that_a_model_had_does_not_matter(attention):
+    model, ids = dense(), tokens(1, 16)
+    logits = model(ids).logits
+    model.set_attn_implementation(attention)
+    convert(model, SHARED, start="dense-equal")
     torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=1e-4)
 
 

@@ -47,6 +47,21 @@ def test_greedy(kind):
     assert continued(model, ids) == Own(model).generate(ids.tolist(), NEW)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Mistral", {"sliding_window": 8}),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ],
+)
+def test_a_sliding_window_of_the_dense_model_is_gone(kind, options):
+    """From the layers and from what its configuration makes of caches."""
+    model, ids = dense(kind, **options), tokens(2, 37)
+    convert(model, CONFIG)
+    new_parts(model)
+    assert continued(model, ids) == Own(model).generate(ids.tolist(), NEW)
+
+
 @pytest.mark.parametrize("option", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_with_each_cache(model, own, option):
     assert continued(model, tokens(1, 37), **option) == own

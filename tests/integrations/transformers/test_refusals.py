@@ -100,6 +100,7 @@ def test_models(make, problem):
         (replace(CONFIG, scale=2.0), {}, "scale: expected None or the model's 0.35"),
         (CONFIG, {"start": "paperr"}, "did you mean 'paper'?"),
         (CONFIG, {"trainable": "none"}, "(known: new, attention, all)"),
+        (CONFIG, {"backend": "cuda"}, "backend: expected one of the known names, got 'cuda'"),
         (
             replace(SHARED, gate="softmax"),
             {"start": "dense-equal"},
@@ -138,7 +139,16 @@ def model():
         ({"attention_mask": torch.ones(2, 5)}, ShapeError, "expected [2, 9], got [2, 5]"),
         ({"attention_mask": torch.tensor([[1] * 9, [1, 0, 1] * 3])}, ShapeError, "got a hole in 1"),
         ({"output_attentions": True}, ConfigError, "no matrix of attention"),
+        ({"sliding_window": 4}, ConfigError, "sliding_window: expected None for a converted model"),
+        ({"softcap": 30.0}, ConfigError, "got 30.0; window and scale are of its nsa_config"),
+        ({"s_aux": torch.zeros(4)}, ConfigError, "s_aux: expected None"),
         ({"cu_seq_lens_q": torch.tensor([0, 18])}, ShapeError, "one row of packed sequences"),
+        ({"cu_seq_lens_k": torch.tensor([0, 18])}, ShapeError, "as cu_seq_lens_q, got none there"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 18]), "cu_seq_lens_k": torch.tensor([0, 9, 18])},
+            ShapeError,
+            "got others, [2] there; keys are the queries' own",
+        ),
         ({"cu_seq_lens_q": torch.tensor([0, 9]), "use_cache": True}, ShapeError, "use_cache=False"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.24")
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -116,6 +117,12 @@ def test_other_heads_of_the_model(tmp_path):
     torch.testing.assert_close(loaded(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
+def test_no_plan_for_parallel_tensors():
+    """Neither of the layers nor of the head, which the dense model has."""
+    assert dense().tp_plan
+    assert not converted().tp_plan
+
+
 def test_a_classifier(tmp_path):
     config = dense().config
     config.num_labels = 3
@@ -129,6 +136,16 @@ def test_a_classifier(tmp_path):
     assert type(loaded) is type(model)
     torch.testing.assert_close(loaded(ids, attention_mask=mask).logits, expected)
     torch.testing.assert_close(loaded(ids[:1, 9:]).logits, expected[:1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering"])
+def test_heads_for_each_token(head, tmp_path):
+    model, ids = getattr(transformers, f"LlamaFor{head}")(dense().config).eval(), tokens(2, 30)
+    convert(model, CONFIG)
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(loaded(ids)[0], model(ids)[0])
 
 
 def test_copies_and_pickles():

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.24")
 
-from transformers import DataCollatorWithFlattening
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
 from nsa.integrations.transformers import attention as attention_module
 from nsa.integrations.transformers import convert
@@ -109,7 +109,7 @@ def test_cu_seqlens_reach_the_layers_as_they_are(monkeypatch):
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_twenty_steps_learn(kind, flat):
+def test_twenty_steps_learn_and_are_saved(kind, flat, tmp_path):
     model = converted(kind, trainable="all").train()
     batch = flattened() if flat else {"input_ids": tokens(2, 40), "labels": tokens(2, 40)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -122,6 +122,28 @@ def test_twenty_steps_learn(kind, flat):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert all(later < losses[0] for later in losses[1:])
+    model.eval().save_pretrained(tmp_path)
+    loaded, prompt = AutoModelForCausalLM.from_pretrained(tmp_path), tokens(2, 30, seed=3)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert loaded.generate(prompt, **options).tolist() == model.generate(prompt, **options).tolist()
+
+
+def test_accelerate():
+    """A loop of one's own: what it prepares takes the steps that it takes without."""
+    accelerate = pytest.importorskip("accelerate")
+    batch, models = flattened(return_flash_attn_kwargs=True), []
+    for prepared in (False, True):
+        model = converted(trainable="all").train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        accelerator = accelerate.Accelerator(cpu=True)
+        called, stepped = accelerator.prepare(model, optimizer) if prepared else (model, optimizer)
+        backward = accelerator.backward if prepared else torch.Tensor.backward
+        for _ in range(2):
+            stepped.zero_grad()
+            backward(called(**batch).loss)
+            stepped.step()
+        models.append(accelerator.unwrap_model(called).state_dict())
+    torch.testing.assert_close(*models)
 
 
 @pytest.mark.slow
