@@ -51,6 +51,13 @@ def check_attention(name: str, attention: Any) -> None:
     others = [part for part, _ in attention.named_children() if part not in known]
     others += [part for part, _ in attention.named_parameters(recurse=False)]
     dropout = getattr(attention, "attention_dropout", 0.0)
+    for part in PROJECTIONS:
+        projection = getattr(attention, part)
+        if not isinstance(getattr(projection, "weight", None), Tensor):
+            raise ConfigError(
+                f"{name}.{part}: expected a projection with a weight, got "
+                f"{type(projection).__name__}: convert before quantising"
+            )
     for good, expected, got in (
         (not others, f"no parts but {', '.join(known)}", ", ".join(others)),
         (getattr(attention, "is_causal", True), "causal attention", "another"),

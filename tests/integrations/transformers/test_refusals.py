@@ -78,6 +78,10 @@ def gpt2():
         ),
         (lambda: changed(capped), "expected softmax of heads"),
         (lambda: changed(lambda x: setattr(x, "is_causal", False)), "causal attention"),
+        (
+            lambda: changed(lambda x: setattr(x, "v_proj", nn.Identity())),
+            "model.layers.0.self_attn.v_proj: expected a projection with a weight, got Identity",
+        ),
         (lambda: dense().to("meta"), "weights in memory, got offloaded ones"),
         (lambda: convert(dense(), CONFIG).model, "got one that is converted already"),
     ],
