@@ -89,6 +89,8 @@ def unavailable(name: str, problem: Problem, settings: Settings | None = None) -
     """Why the backend cannot run the problem, or None if it can."""
     if problem.packed and not TABLE[name].packed:
         return f"{name} takes regular batches, got cu_seqlens: use {_packed_twin(name)}"
+    if problem.sharded and not TABLE[name].shards:
+        return f"{name} takes whole sequences, got the shards of context_parallel"
     check = getattr(_module(name), "unavailable", None)
     settings = current_settings() if settings is None else settings
     return None if check is None else check(problem, settings)
@@ -193,6 +195,7 @@ def plan(problem: Problem, backend: str | None, settings: Settings) -> Resolutio
             known,
             problem.packed,
             problem.needs_grad,
+            problem.sharded,
             backend,
             settings.key,
         )
@@ -214,13 +217,14 @@ def _plan_by_key(
     length: int,
     packed: bool,
     needs_grad: bool,
+    sharded: bool,
     backend: str | None,
     settings_key: str,
 ) -> tuple[Any, ...]:
     """:func:`_plan` of strings and numbers: of other objects a trace makes no constants."""
     where = torch.device(device) if index is None else torch.device(device, index)
     config, settings = NSAConfig.from_key(config_key), Settings.from_key(settings_key)
-    problem = Problem(config, where, dtype, length, packed, needs_grad)
+    problem = Problem(config, where, dtype, length, packed, needs_grad, sharded)
     return tuple(_plan(problem, backend, settings))
 
 

@@ -46,6 +46,8 @@ class Problem(NamedTuple):
     """The longest sequence, in tokens (T for a regular batch)."""
     packed: bool
     needs_grad: bool
+    sharded: bool = False
+    """Whether a call may be of some rows of a sequence, with gradients (context parallelism)."""
 
 
 class Backend(Protocol):

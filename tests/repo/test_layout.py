@@ -22,6 +22,7 @@ LAYERS = (
     ("cached_attention",),
     ("module", "memory"),
     ("",),  # nsa/__init__.py, the public names
+    ("distributed",),
     ("inspection", "integrations"),
     ("models",),
     ("training",),

@@ -26,7 +26,7 @@ def run_ranks(
     """Call ``function(*arguments)`` in ``world_size`` processes of one gloo process group.
 
     Args:
-        function: of a module, so that it can be pickled; what it returns is saved by ``torch.save``.
+        function: of a module, so that it can be pickled, as what it returns can be.
         arguments: the same for every rank; pickled.
         timeout: seconds for all of them together; collectives that wait so long fail, too.
 
