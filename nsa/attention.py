@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nsa.backends.dispatch import Resolution, plan, settings_in_force
-from nsa.backends.protocol import Gated, Problem
+from nsa.backends.protocol import Problem
 from nsa.config import KV, NSAConfig
 from nsa.core import validate
 from nsa.core.build import backward, build_once, kind, launches_soon, on_meta
@@ -178,7 +178,7 @@ def search(
     q, cu_seqlens, block_idx = inputs.q, inputs.cu_seqlens, inputs.block_idx
     where: dict[str, Any] = {"max_seqlen": inputs.max_seqlen, "q_start": inputs.q_start}
     # no autograd graph where something else computes the gradients
-    no_graph = contextlib.nullcontext() if _gated(chosen, inputs) is None else torch.no_grad()
+    no_graph = contextlib.nullcontext() if chosen.gated() is None else torch.no_grad()
     with no_autocast(q.device):
         with _range("compressed", q, nvtx), no_graph:
             out, lse = chosen.step("compressed").compressed_attention(
@@ -204,7 +204,7 @@ def read(
     """The other branches and the gated sum: the second half of :func:`run`."""
     q, cu_seqlens = inputs.q, inputs.cu_seqlens
     out_cmp, lse, block_idx = found
-    gated = _gated(chosen, inputs)
+    gated = chosen.gated()
     where: dict[str, Any] = {"max_seqlen": inputs.max_seqlen, "q_start": inputs.q_start}
     with no_autocast(q.device):
         if gated is not None:
@@ -221,8 +221,7 @@ def read(
             out_slc, _ = chosen.step("selected").selected_attention(
                 q, *inputs.selected, block_idx, config, cu_seqlens, **where
             )
-        if inputs.window_start is not None:
-            where["q_start"] = inputs.window_start
+        where["q_start"] = inputs.keys_before_window
         with _range("window", q, nvtx):
             out_win, _ = chosen.step("window").window_attention(
                 q, *inputs.window, config, cu_seqlens, **where
@@ -320,11 +319,6 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[objec
     if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
-
-
-def _gated(chosen: Resolution, inputs: AttentionInputs) -> Gated | None:
-    """What computes the gated sum at once, if anything does."""
-    return chosen.gated() if inputs.q_start == 0 else None
 
 
 def _range(name: str, q: Tensor, nvtx: bool) -> contextlib.AbstractContextManager[object]:

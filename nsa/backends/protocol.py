@@ -128,7 +128,7 @@ class Gated(Protocol):
         *,
         gates_in_unit_interval: bool = False,
     ) -> Tensor:
-        """``Σ_c gate_c * o_c``, ``[B, T, H, V]``, of whole sequences (``q_start`` is 0).
+        """``Σ_c gate_c * o_c``, ``[B, T, H, V]``.
 
         ``out_cmp`` and ``lse_cmp`` are the compressed branch's and carry no gradient: what flows
         back through that branch is this function's to compute. ``gates_in_unit_interval``: every

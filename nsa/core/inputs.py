@@ -40,6 +40,11 @@ class AttentionInputs(NamedTuple):
     """How many keys of ``window`` come before q's first row; None: all, ``q_start``."""
 
     @property
+    def keys_before_window(self) -> int:
+        """``window_start``, as a number."""
+        return self.q_start if self.window_start is None else self.window_start
+
+    @property
     def length(self) -> int:
         """Tokens of the longest sequence, as far as it is known without reading the device."""
         if self.cu_seqlens is None or self.max_seqlen is None:

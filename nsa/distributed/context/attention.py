@@ -14,7 +14,6 @@ D key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def attend(
     q, tokens, selected, window, gates = projected
     plan = plan_of(layout, config)
     halos = _halos(layout, plan, tokens, window)
-    compressed = _compress(plan, tokens, halos, phi, q.dtype, packed=layout.packed)
+    compressed = _compress(layout, plan, tokens, halos, phi, q.dtype)
     blocks, keys = GatherRows(plan.blocks, layout.group), GatherRows(layout.parts, layout.group)
     sent_blocks = blocks.send(*compressed)
     sent_keys = keys.send(*selected)
@@ -77,7 +76,7 @@ def attend(
             near,  # until those of all ranks are here
             near,
             gates_call,
-            *_packing(call, q.device),
+            *_packing(layout, call, q.device),
             q_start=call.q_start,
             window_start=call.window_start,
         )
@@ -103,17 +102,17 @@ def _halos(layout: Layout, plan: Plan, tokens: KV, window: KV) -> list[KV]:
 
 
 def _compress(
-    plan: Plan, tokens: KV, halos: list[KV], phi: Phi, dtype: torch.dtype, *, packed: bool
+    layout: Layout, plan: Plan, tokens: KV, halos: list[KV], phi: Phi, dtype: torch.dtype
 ) -> KV:
     """The blocks that begin in this rank's segments, in their order: ``[B, blocks, K, …]``."""
     streams = [
         KV(*(torch.cat([x[:, stretch.rows], y], dim=1) for x, y in zip(tokens, halo, strict=True)))
         for stretch, halo in zip(plan.stretches, halos, strict=False)
     ]
-    if packed:
+    if layout.packed:
         k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
-        lengths = [n for stretch in plan.stretches for n in stretch.lengths]
-        made = [phi(k, v, _cu_seqlens(lengths, k.device))]
+        lengths = tuple(n for stretch in plan.stretches for n in stretch.lengths)
+        made = [phi(k, v, layout.cu_seqlens(lengths, k.device))]
         count = sum(stretch.blocks for stretch in plan.stretches)
     else:
         made = [phi(k, v, None) for k, v in streams]
@@ -136,14 +135,13 @@ def _rows(x: Tensor, rows: slice) -> Tensor:
 
 def _window_keys(x: Tensor, call: Call, halo: Tensor) -> Tensor:
     own = _rows(x, call.rows)
-    return own if call.window_start == 0 else torch.cat([halo, own], dim=1)
+    if call.window_start == 0 and call.rows.start > 0:
+        return own
+    # the first call even without rows: every rank takes part in the exchange's backward
+    return torch.cat([halo, own], dim=1)
 
 
-def _packing(call: Call, device: torch.device) -> tuple[Tensor | None, int | None]:
+def _packing(layout: Layout, call: Call, device: torch.device) -> tuple[Tensor | None, int | None]:
     if call.lengths is None:
         return None, None
-    return _cu_seqlens(call.lengths, device), max(call.lengths)
-
-
-def _cu_seqlens(lengths: tuple[int, ...] | list[int], device: torch.device) -> Tensor:
-    return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
+    return layout.cu_seqlens(call.lengths, device), max(call.lengths)

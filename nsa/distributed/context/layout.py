@@ -6,7 +6,7 @@ B batch, T rows of the whole batch's sequence dimension.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ class Layout:
             rank = dist.get_rank(group)
         self.rank = rank
         self._check()
-        self._positions: dict[torch.device, Tensor] = {}
+        self._tensors: dict[Any, Tensor] = {}
         self.plans: dict[Any, Any] = {}
         """Of :func:`nsa.distributed.context.plan.plan_of`."""
 
@@ -144,14 +144,31 @@ class Layout:
 
     def positions(self, device: torch.device) -> Tensor:
         """int64 ``[rows]``: the position of each of this rank's rows in its own sequence."""
-        if device not in self._positions:
+
+        def make() -> Tensor:
             parts = []
             for a, b in self.segments[self.rank]:
                 for s in range(self.sequence(a), self.sequence(b - 1) + 1):
                     first, end = self.offsets[s : s + 2]
                     parts.append(torch.arange(max(a, first) - first, min(b, end) - first))
-            self._positions[device] = torch.cat(parts).to(device)
-        return self._positions[device]
+            return torch.cat(parts)
+
+        return self._once("positions", device, make)
+
+    def cu_seqlens(self, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+        """int32: 0 and the sums of the first lengths."""
+        return self._once(
+            lengths, device, lambda: torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
+        )
+
+    def _once(self, key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor made for all layers, and brought to the device without waiting for it."""
+        if (key, device) not in self._tensors:
+            x = make()
+            if device.type == "cuda":
+                x = x.pin_memory().to(device, non_blocking=True)
+            self._tensors[key, device] = x
+        return self._tensors[key, device]
 
     def __repr__(self) -> str:
         kind = f"{len(self.offsets) - 1} packed sequences" if self.packed else "a regular batch"
