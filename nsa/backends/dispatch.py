@@ -140,6 +140,7 @@ def resolve(
     length: int,
     packed: bool,
     needs_grad: bool,
+    sharded: bool = False,
     backend: str | None = None,
     settings: Settings | None = None,
 ) -> Resolution:
@@ -151,6 +152,7 @@ def resolve(
         length: T of a regular batch, the longest sequence of a packed one, in tokens.
         packed: whether ``cu_seqlens`` is given.
         needs_grad: whether a backward pass may follow.
+        sharded: whether it is called under :func:`nsa.distributed.context_parallel`.
         backend: a name, which beats the environment; None obeys ``NSA_BACKEND`` and
             ``NSA_USE_FA2``.
         settings: the settings in force; None takes the current ones.
@@ -166,9 +168,11 @@ def resolve(
     require(is_int(length) and length >= 0, "length", "an int >= 0", length)
     require(isinstance(packed, bool), "packed", "True or False", packed)
     require(isinstance(needs_grad, bool), "needs_grad", "True or False", needs_grad)
+    require(isinstance(sharded, bool), "sharded", "True or False", sharded)
     require(isinstance(settings, Settings), "settings", "Settings", settings)
     _check_name(backend)
-    problem = Problem(config, as_device(device), dtype, length, packed, needs_grad)
+    where = as_device(device)
+    problem = Problem(config, where, dtype, length, packed, needs_grad, sharded)
     return _resolve(problem, backend, settings, _process_state())
 
 
