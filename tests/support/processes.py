@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torch", "torch.distributed", "nsa", "tests.support.processes"]
+PRELOADED = ["nsa.distributed", "nsa.backends.sdpa.steps", "tests.support.layers"]
 """Imported once, by the server that all ranks are forked from: a rank then starts in 0.1 s."""
 
 

@@ -35,8 +35,8 @@ class Layout:
             T (``cu_seqlens.diff().tolist()``, which reads the device: once for all layers).
         group: the ranks; None is the default group.
         rank: of this process in ``segments``; None asks the group. With a rank nothing is asked of
-            ``torch.distributed``: for arithmetic on layouts, such as
-            :func:`nsa.distributed.context_traffic`.
+            ``torch.distributed``: such a layout is for arithmetic
+            (:func:`nsa.distributed.context_traffic`).
 
     Raises:
         ShapeError: segments that overlap or leave rows out, a rank without rows, or a group of
@@ -79,6 +79,7 @@ class Layout:
         *,
         multiple: int = 1,
         group: dist.ProcessGroup | None = None,
+        size: int | None = None,
     ) -> Self:
         """One segment for each rank, in the order of ranks, as even as they can be.
 
@@ -88,9 +89,11 @@ class Layout:
             tokens, group: as of :class:`Layout`.
             multiple: cut sequences at multiples of so many tokens from their start; it must be a
                 multiple of ``select_share``.
+            size: so many ranks in place of a group's, for arithmetic; this process is the first.
         """
-        size = dist.get_world_size(group)
-        return cls([[x] for x in even_segments(tokens, size, multiple)], tokens, group=group)
+        ranks = dist.get_world_size(group) if size is None else size
+        segments = [[x] for x in even_segments(tokens, ranks, multiple)]
+        return cls(segments, tokens, group=group, rank=None if size is None else 0)
 
     @classmethod
     def head_tail(
@@ -99,15 +102,17 @@ class Layout:
         *,
         multiple: int = 1,
         group: dist.ProcessGroup | None = None,
+        size: int | None = None,
     ) -> Self:
         """Two segments for each of R ranks: rank r has the r-th of 2R from the start and the r-th
         from the end, so that each has as many late rows, which see the most keys, as early ones.
 
         Arguments as of :meth:`contiguous`.
         """
-        size = dist.get_world_size(group)
-        cut = even_segments(tokens, 2 * size, multiple)
-        return cls([[cut[r], cut[-1 - r]] for r in range(size)], tokens, group=group)
+        ranks = dist.get_world_size(group) if size is None else size
+        cut = even_segments(tokens, 2 * ranks, multiple)
+        segments = [[cut[r], cut[-1 - r]] for r in range(ranks)]
+        return cls(segments, tokens, group=group, rank=None if size is None else 0)
 
     @property
     def total(self) -> int:
@@ -206,8 +211,9 @@ def even_segments(tokens: int | Sequence[int], count: int, multiple: int = 1) ->
     Raises:
         ShapeError: there are fewer rows than segments.
     """
-    if not (is_int(multiple) and multiple >= 1):
-        raise ShapeError(f"multiple: expected an int >= 1, got {show(multiple)}")
+    for name, value in (("multiple", multiple), ("size", count)):
+        if not (is_int(value) and value >= 1):
+            raise ShapeError(f"{name}: expected an int >= 1, got {show(value)}")
     offsets = (0, *accumulate(_lengths(tokens)))
     total = offsets[-1]
     cuts = [0]

@@ -15,6 +15,7 @@ from nsa.cached_attention import Projected
 from nsa.compression import compress_both
 from nsa.config import KV
 from nsa.core import sharding
+from nsa.core.compile import outside_graphs
 from nsa.distributed.context.agreement import check_agreement
 from nsa.distributed.context.attention import attend
 from nsa.distributed.context.layout import Layout
@@ -78,7 +79,7 @@ class _Sharded:
         """Of this rank's rows."""
         return self.layout.positions(device)
 
-    @torch.compiler.disable(reason="nsa: context parallelism communicates outside of graphs")
+    @outside_graphs
     def attend(self, layer: Any, chosen: Resolution, *projected: Any) -> Tensor:
         """φ and the gated sum of the branches."""
         q, tokens, selected, window, gates, *_ = projected
