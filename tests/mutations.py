@@ -64,6 +64,11 @@ def folder(name: str, file: str, old: str, new: str, tests: str) -> Mutation:
     return Mutation(f"folder: {name}", f"nsa/training/{file}", old, new, (tests,))
 
 
+def context(name: str, file: str, old: str, new: str) -> Mutation:
+    paths = tuple(f"tests/distributed/context/test_{x}.py" for x in ("layout", "parity", "errors"))
+    return Mutation(f"context: {name}", f"nsa/distributed/context/{file}", old, new, paths)
+
+
 def generation(name: str, file: str, old: str, new: str) -> Mutation:
     tests = ("generation", "sampling", "decode_graph")
     paths = tuple(f"tests/models/test_{test}.py" for test in tests)
@@ -191,6 +196,14 @@ MUTATIONS = (
     Mutation("flops: the gated backward without a branch", "nsa/backends/compiled/gated/op.py", "return _two(x) + flops.compressed(x)", "return _two(x)", FLOPS),
     Mutation("flops: counters that count already", "nsa/core/flops.py", "mode.counter.flop_registry.setdefault(packet,", "dict().setdefault(packet,", FLOPS),
     Mutation("flops: a counter imported later", "nsa/core/operators.py", "if count is not None and torch._C._len_torch_dispatch_stack():", "if False:", FLOPS),
+    context("a row too few for the window", "plan.py", "start - self.config.window + 1)", "start - self.config.window + 2)"),
+    context("a row too few for the last block", "plan.py", "first + position + self.config.compress_block)", "first + position + self.config.compress_block - 1)"),
+    context("a block is compressed twice", "plan.py", "begun = -(-(row - self.layout.offsets[s]) // self.config.compress_stride)", "begun = (row - self.layout.offsets[s]) // self.config.compress_stride + 1"),
+    context("gradients of rows sent away are lost", "transfers.py", "grad[:, rows] += half.view(shape[0], count, *grad.shape[2:])", "pass"),
+    context("gradients in the order of ranks", "transfers.py", "buffer[rank][:, rows, columns].copy_(flat[:, row:end])", "buffer[len(buffer) - 1 - rank][:, : end - row, columns].copy_(flat[:, row:end])"),
+    context("positions of the rank's own rows", "layout.py", "torch.arange(max(a, first) - first, min(b, end) - first)", "torch.arange(0, min(b, end) - max(a, first))"),
+    context("configurations are not compared", "agreement.py", "if theirs[name] != value:", "if False:"),
+    context("a rank does without the exchange's backward", "attention.py", "if call.window_start == 0 and call.rows.start > 0:", "if call.window_start == 0:"),
     inspection("what a probe returns is dropped", "attention.py", "inputs = probe.given(inputs)", "probe.given(inputs)"),
     inspection("a probe stays", "inspection/recording.py", "del layers[name].probes ", "pass "),
     inspection("the other branches are shut", "inspection/interventions.py", "name != branch for name in BRANCHES", "name == branch for name in BRANCHES"),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from nsa import KV, NSAConfig, NSAttention, select_blocks
+from nsa import KV, NSAConfig, NSAttention, select_blocks, use_settings
 from nsa.cached_attention import Projected
 from nsa.distributed import Layout, context_parallel
 from nsa.distributed.context.attention import attend
@@ -54,9 +54,10 @@ def compare(layer: NSAttention, lengths: Lengths, order: str, multiple: int = 1)
         agree(by_part(found), by_part(in_one_process(layer, case)))
 
 
-def layers(cases: list[Case]) -> None:
+def layers(cases: list[Case], backend: str = "sdpa") -> None:
     for config, lengths, order in cases:
-        layer = make_layer(config, backend="sdpa")
+        with use_settings(fa2_provider="math"):
+            layer = make_layer(config, backend=backend)
         compare(layer, lengths, order, config.select_share)
 
 
@@ -94,6 +95,15 @@ def test_layers_compute_what_one_process_does(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_layers_of_every_kind(size: int) -> None:
     run_ranks(layers, size, MANY, timeout=900)
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("fa2-dense", marks=pytest.mark.slow), "fa2-varlen"]
+)
+def test_flash_attention_2(backend: str) -> None:
+    """Its packing, on the provider that needs no GPU."""
+    shapes = (None,) if backend == "fa2-dense" else (None, PACKED)
+    run_ranks(layers, 2, [(VARIANTS["mean"], x, "contiguous") for x in shapes], backend)
 
 
 # Attention alone, by the rule of accuracy
