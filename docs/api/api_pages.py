@@ -7,6 +7,7 @@ from nsa.errors import MissingDependency
 
 MODULES = (
     "nsa",
+    "nsa.distributed",
     "nsa.inspection",
     "nsa.inspection.dense",
     "nsa.inspection.lists",

@@ -9,8 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nsa import BackendUnavailable, NSACache, NSAError, ShapeError, inspection, use_settings
+from nsa import (
+    BackendUnavailable,
+    NSACache,
+    NSAConfig,
+    NSAError,
+    ShapeError,
+    inspection,
+    use_settings,
+)
 from nsa.distributed import Layout, context_parallel
+from nsa.models.dense import DenseAttention
 from tests.support.layers import CONFIG, make_layer
 from tests.support.processes import run_ranks
 
@@ -89,6 +98,13 @@ def test_a_backend_that_cannot_is_refused(backend: str, tokens: int | list[int],
         layer(x)
     text = f"backend='{backend}' asks for {backend}, which cannot run this: {why}; backends that "
     assert str(error.value).startswith(f"{text}can: sdpa")
+
+
+def test_dense_attention_is_refused() -> None:
+    layer = DenseAttention(32, NSAConfig.preset("tiny"))
+    text = "expected attention='nsa' under context_parallel, got dense attention, which sees"
+    with context_parallel(Layout.contiguous(T, size=2)), pytest.raises(ShapeError, match=text):
+        layer(torch.zeros(1, T // 2, 32))
 
 
 def test_what_is_no_layout_is_refused() -> None:
