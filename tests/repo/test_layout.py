@@ -22,9 +22,9 @@ LAYERS = (
     ("cached_attention",),
     ("module", "memory"),
     ("",),  # nsa/__init__.py, the public names
-    ("distributed",),
     ("inspection", "integrations"),
     ("models",),
+    ("distributed",),
     ("training",),
     ("testing",),
     ("tools",),

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["nsa.distributed", "nsa.backends.sdpa.steps", "tests.support.layers"]
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "nsa.backends.sdpa.steps",
+    "nsa.distributed.context.parallel",
+    "nsa.tools.train.__main__",
+    "tests.support.layers",
+]
 """Imported once, by the server that all ranks are forked from: a rank then starts in 0.1 s."""
 
 
