@@ -69,6 +69,10 @@ def context(name: str, file: str, old: str, new: str) -> Mutation:
     return Mutation(f"context: {name}", f"nsa/distributed/context/{file}", old, new, paths)
 
 
+def mesh(name: str, file: str, old: str, new: str, tests: str = "training/test_mesh") -> Mutation:
+    return Mutation(f"mesh: {name}", f"nsa/{file}", old, new, (f"tests/{tests}.py",))
+
+
 def generation(name: str, file: str, old: str, new: str) -> Mutation:
     tests = ("generation", "sampling", "decode_graph")
     paths = tuple(f"tests/models/test_{test}.py" for test in tests)
@@ -172,6 +176,17 @@ MUTATIONS = (
     Mutation("torch.func: second derivatives are zero", "nsa/core/operators.py", "torch.set_grad_enabled(nested)", "torch.set_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents end at vmap", "nsa/core/operators.py", "forward_ad._set_fwd_grad_enabled(nested)", "forward_ad._set_fwd_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents are dropped", "nsa/core/operators.py", "if reverse or forward_ad._current_level >= 0:", "if reverse:", FUNC),
+    mesh("φ's gradients are not summed", "distributed/tensor_parallel.py", "return whole.to_local(grad_placements=[Partial()])", "return whole.to_local()", "distributed/test_shards"),
+    mesh("gradients of the input are not summed", "distributed/tensor_parallel.py", "x = x.to_local(grad_placements=[Partial()])", "x = x.to_local()", "distributed/test_shards"),
+    mesh("outputs are not summed", "distributed/tensor_parallel.py", "DTensor.from_local(out, mesh, [Partial()], run_check=False)", "DTensor.from_local(out, mesh, [Replicate()], run_check=False)", "distributed/test_shards"),
+    mesh("every process takes the same rows", "distributed/process_mesh.py", "first = min(count, part * self.dp.get_local_rank())", "first = 0"),
+    mesh("the norm counts copies", "distributed/process_mesh.py", ".square() / count for", ".square() for"),
+    mesh("the loss of one part", "distributed/process_mesh.py", "loss /= self.data.size()", "loss /= 1"),
+    mesh("validation counts copies", "distributed/process_mesh.py", "float(sums) * self.dp.size() / self.ranks.size", "float(sums)"),
+    mesh("all processes speak", "distributed/ranks.py", "return bool(self._store.add(_SPEAKER, 1) == 1)", "return True"),
+    mesh("other commands are not noticed", "distributed/ranks.py", "if one != other:", "if False:"),
+    mesh("a batch that does not divide", "training/on_mesh.py", "if train.batch_size % dp:", "if False:"),
+    mesh("the optimizer's averages are not restored", "training/trainer.py", "self.mesh.spread(read, empty)", "empty.zero_()"),
     folder("a manifest that is not sealed", "checkpoint_format.py", "values = unsealed(manifest)", "values = {**manifest}", "flipped_bits"),
     folder("an old manifest of another folder", "checkpoint_format.py", "if without_seal and step_in(folder.name) not in (-1, step):", "if False:", "flipped_bits"),
     folder("a step of other data", "trainer.py", "if next_batch != checkpoint.step * self.config.train.accumulate:", "if False:", "flipped_bits"),
