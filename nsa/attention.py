@@ -7,7 +7,7 @@ n listed blocks.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -153,26 +153,62 @@ def run(
     """
     for probe in probes or ():
         inputs = probe.given(inputs)
+    found = search(chosen, inputs, config, nvtx=nvtx)
+    for probe in probes or ():
+        probe.listed(inputs._replace(block_idx=found.block_idx))
+    options = {"gates_in_unit_interval": gates_in_unit_interval, "nvtx": nvtx}
+    return read(chosen, inputs, found, config, **options)
+
+
+class Search(NamedTuple):
+    """What the compressed branch finds: the first half of :func:`run`."""
+
+    out: Tensor
+    """``[B, T, H, V]``"""
+    lse: Tensor
+    """``[B, T, H]``"""
+    block_idx: Tensor
+    """int32 ``[B, T, K, n]``: what the selected branch is to read."""
+
+
+def search(
+    chosen: Resolution, inputs: AttentionInputs, config: NSAConfig, *, nvtx: bool = False
+) -> Search:
+    """The compressed branch and the lists; ``inputs.selected`` and ``window`` are not looked at."""
     q, cu_seqlens, block_idx = inputs.q, inputs.cu_seqlens, inputs.block_idx
     where: dict[str, Any] = {"max_seqlen": inputs.max_seqlen, "q_start": inputs.q_start}
-    gated = chosen.gated() if inputs.q_start == 0 else None
-    ranges = nvtx and q.is_cuda and not torch.compiler.is_compiling()
+    # no autograd graph where something else computes the gradients
+    no_graph = contextlib.nullcontext() if chosen.gated() is None else torch.no_grad()
     with no_autocast(q.device):
-        # no autograd graph where something else computes the gradients
-        no_graph = torch.no_grad() if gated is not None else contextlib.nullcontext()
-        with _range("compressed", ranges), no_graph:
-            out_cmp, lse = chosen.step("compressed").compressed_attention(
+        with _range("compressed", q, nvtx), no_graph:
+            out, lse = chosen.step("compressed").compressed_attention(
                 q, *inputs.compressed, config, cu_seqlens, **where
             )
         if block_idx is None:
-            with _range("select", ranges):
+            with _range("select", q, nvtx):
                 block_idx = chosen.step("select").select_blocks(
                     q, inputs.compressed.k, config, cu_seqlens, **where, lse=lse
                 )
-        for probe in probes or ():
-            probe.listed(inputs._replace(block_idx=block_idx))
+    return Search(out, lse, block_idx)
+
+
+def read(
+    chosen: Resolution,
+    inputs: AttentionInputs,
+    found: Search,
+    config: NSAConfig,
+    *,
+    gates_in_unit_interval: bool = False,
+    nvtx: bool = False,
+) -> Tensor:
+    """The other branches and the gated sum: the second half of :func:`run`."""
+    q, cu_seqlens = inputs.q, inputs.cu_seqlens
+    out_cmp, lse, block_idx = found
+    gated = chosen.gated()
+    where: dict[str, Any] = {"max_seqlen": inputs.max_seqlen, "q_start": inputs.q_start}
+    with no_autocast(q.device):
         if gated is not None:
-            with _range("selected+window", ranges):
+            with _range("selected+window", q, nvtx):
                 return gated.gated_attention(
                     inputs,
                     out_cmp,
@@ -181,11 +217,12 @@ def run(
                     config,
                     gates_in_unit_interval=gates_in_unit_interval,
                 )
-        with _range("selected", ranges):
+        with _range("selected", q, nvtx):
             out_slc, _ = chosen.step("selected").selected_attention(
                 q, *inputs.selected, block_idx, config, cu_seqlens, **where
             )
-        with _range("window", ranges):
+        where["q_start"] = inputs.keys_before_window
+        with _range("window", q, nvtx):
             out_win, _ = chosen.step("window").window_attention(
                 q, *inputs.window, config, cu_seqlens, **where
             )
@@ -284,6 +321,7 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[objec
     return contextlib.nullcontext()
 
 
-def _range(name: str, on: bool) -> contextlib.AbstractContextManager[object]:
+def _range(name: str, q: Tensor, nvtx: bool) -> contextlib.AbstractContextManager[object]:
     """An NVTX range, for a profiler; none in a compiled graph."""
+    on = nvtx and q.is_cuda and not torch.compiler.is_compiling()
     return torch.cuda.nvtx.range(f"nsa.{name}") if on else contextlib.nullcontext()

@@ -29,6 +29,7 @@ from nsa.core.inputs import BRANCHES, AttentionInputs, Probe
 from nsa.core.linear import ROW_ALIGNMENT, joined_product, project, side_by_side
 from nsa.core.packing import packed_tokens
 from nsa.core.rope import Angles, apply_rope, rope_table
+from nsa.core.sharding import active
 from nsa.core.split_heads.op import DTYPES, split_heads, widths
 from nsa.errors import CheckpointError, ShapeError, is_int, require, show
 from nsa.gates import GATES
@@ -176,12 +177,18 @@ class NSAttention(nn.Module):
             validate.check_angles(*angles, x, self.config)
         dtype = autocast_dtype(x.device) or x.dtype
         if cache is not None or counts is not None:
+            if active() is not None:
+                raise ShapeError("cache: expected None under context_parallel, got one")
             if cu_seqlens is not None:
                 raise ShapeError("cu_seqlens: expected None with a cache, whose rows are sequences")
             return self._attend_cached(x, check_cache(cache, x, self.config), counts, angles)
+        sharding = active()
+        if sharding is not None:
+            sharding.check_call(self, x, cu_seqlens=cu_seqlens, angles=angles)
         chosen = self._plan_for(x, dtype, cu_seqlens, max_seqlen)
-        self._build_kernels(x, chosen, dtype, cu_seqlens, max_seqlen, angles)
-        if compiles_itself(chosen, x.device):
+        if sharding is None:
+            self._build_kernels(x, chosen, dtype, cu_seqlens, max_seqlen, angles)
+        if sharding is None and compiles_itself(chosen, x.device):
             with in_a_graph() if self.recompute else nullcontext():
                 return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen, angles)
         return self._attend(x, chosen, dtype, cu_seqlens, max_seqlen, angles)
@@ -210,8 +217,11 @@ class NSAttention(nn.Module):
         """What runs queries of this dtype."""
         length = x.shape[1] if max_seqlen is None else max_seqlen
         packed = cu_seqlens is not None
-        grad = torch.is_grad_enabled()
-        problem = Problem(self.config, x.device, dtype, length, packed, needs_grad=grad)
+        sharding = active()
+        if sharding is not None:
+            length, packed = sharding.longest, sharding.packed
+        grad, sharded = torch.is_grad_enabled(), sharding is not None
+        problem = Problem(self.config, x.device, dtype, length, packed, grad, sharded)
         return plan(problem, self.backend, self.settings)
 
     def _attend(
@@ -224,15 +234,19 @@ class NSAttention(nn.Module):
         angles: Angles | None = None,
     ) -> Tensor:
         """Projections, branches and gates, of checked input and expected ``dtype`` of queries."""
+        sharding = active()
         positions: Tensor | Angles | None = angles
-        if angles is None and cu_seqlens is not None and self.config.rope_theta is not None:
+        if sharding is not None:
+            positions = sharding.positions(x.device)
+        elif angles is None and cu_seqlens is not None and self.config.rope_theta is not None:
             positions = packed_tokens(cu_seqlens, x.shape[1]).position
         by_kernel = launches_itself(chosen, x) and _of_one_row(angles)
         projected = (self._project_by_kernel if by_kernel else self._project)(x, positions)
         if projected.q.dtype != dtype:  # a projection that decides itself, a quantised one, say
             chosen = self._plan_for(x, projected.q.dtype, cu_seqlens, max_seqlen)
         self._resolution = chosen
-        branches = partial(self._branches, chosen)
+        attend = self._branches if sharding is None else partial(sharding.attend, self)
+        branches = partial(attend, chosen)
         if self.recompute and torch.is_grad_enabled():
             out = recompute(branches, *projected, cu_seqlens, max_seqlen)
         else:

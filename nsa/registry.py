@@ -23,6 +23,8 @@ class Row:
     """Device types on which ``auto`` may choose it; empty: any."""
     packed: bool = True
     """Whether it takes packed sequences (``cu_seqlens``)."""
+    shards: bool = True
+    """Whether it takes some rows of a sequence with gradients, as context parallelism has them."""
     selects: bool = True
     """Whether it has a ``select_blocks`` of its own; else the best ranked row with one selects."""
     decodes: bool = False
@@ -40,6 +42,7 @@ TABLE: dict[str, Row] = {
     "reference": Row(
         module="nsa.reference",
         summary="the oracle: dense masks, explicit softmax, quadratic",
+        shards=False,
     ),
     "sdpa": Row(
         module="nsa.backends.sdpa.steps",

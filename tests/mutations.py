@@ -64,6 +64,15 @@ def folder(name: str, file: str, old: str, new: str, tests: str) -> Mutation:
     return Mutation(f"folder: {name}", f"nsa/training/{file}", old, new, (tests,))
 
 
+def context(name: str, file: str, old: str, new: str) -> Mutation:
+    paths = tuple(f"tests/distributed/context/test_{x}.py" for x in ("layout", "parity", "errors"))
+    return Mutation(f"context: {name}", f"nsa/distributed/context/{file}", old, new, paths)
+
+
+def mesh(name: str, file: str, old: str, new: str, tests: str = "training/test_mesh") -> Mutation:
+    return Mutation(f"mesh: {name}", f"nsa/{file}", old, new, (f"tests/{tests}.py",))
+
+
 def generation(name: str, file: str, old: str, new: str) -> Mutation:
     tests = ("generation", "sampling", "decode_graph")
     paths = tuple(f"tests/models/test_{test}.py" for test in tests)
@@ -167,6 +176,17 @@ MUTATIONS = (
     Mutation("torch.func: second derivatives are zero", "nsa/core/operators.py", "torch.set_grad_enabled(nested)", "torch.set_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents end at vmap", "nsa/core/operators.py", "forward_ad._set_fwd_grad_enabled(nested)", "forward_ad._set_fwd_grad_enabled(False)", FUNC),
     Mutation("torch.func: tangents are dropped", "nsa/core/operators.py", "if reverse or forward_ad._current_level >= 0:", "if reverse:", FUNC),
+    mesh("φ's gradients are not summed", "distributed/tensor_parallel.py", "return whole.to_local(grad_placements=[Partial()])", "return whole.to_local()", "distributed/test_shards"),
+    mesh("gradients of the input are not summed", "distributed/tensor_parallel.py", "x = x.to_local(grad_placements=[Partial()])", "x = x.to_local()", "distributed/test_shards"),
+    mesh("outputs are not summed", "distributed/tensor_parallel.py", "DTensor.from_local(out, mesh, [Partial()], run_check=False)", "DTensor.from_local(out, mesh, [Replicate()], run_check=False)", "distributed/test_shards"),
+    mesh("every process takes the same rows", "distributed/process_mesh.py", "first = min(count, part * self.dp.get_local_rank())", "first = 0"),
+    mesh("the norm counts copies", "distributed/process_mesh.py", ".square() / count for", ".square() for"),
+    mesh("the loss of one part", "distributed/process_mesh.py", "loss /= self.data.size()", "loss /= 1"),
+    mesh("validation counts copies", "distributed/process_mesh.py", "float(sums) * self.dp.size() / self.ranks.size", "float(sums)"),
+    mesh("all processes speak", "distributed/ranks.py", "return bool(self._store.add(_SPEAKER, 1) == 1)", "return True"),
+    mesh("other commands are not noticed", "distributed/ranks.py", "if one != other:", "if False:"),
+    mesh("a batch that does not divide", "training/on_mesh.py", "if train.batch_size % dp:", "if False:"),
+    mesh("the optimizer's averages are not restored", "training/trainer.py", "self.mesh.spread(read, empty)", "empty.zero_()"),
     folder("a manifest that is not sealed", "checkpoint_format.py", "values = unsealed(manifest)", "values = {**manifest}", "flipped_bits"),
     folder("an old manifest of another folder", "checkpoint_format.py", "if without_seal and step_in(folder.name) not in (-1, step):", "if False:", "flipped_bits"),
     folder("a step of other data", "trainer.py", "if next_batch != checkpoint.step * self.config.train.accumulate:", "if False:", "flipped_bits"),
@@ -191,6 +211,14 @@ MUTATIONS = (
     Mutation("flops: the gated backward without a branch", "nsa/backends/compiled/gated/op.py", "return _two(x) + flops.compressed(x)", "return _two(x)", FLOPS),
     Mutation("flops: counters that count already", "nsa/core/flops.py", "mode.counter.flop_registry.setdefault(packet,", "dict().setdefault(packet,", FLOPS),
     Mutation("flops: a counter imported later", "nsa/core/operators.py", "if count is not None and torch._C._len_torch_dispatch_stack():", "if False:", FLOPS),
+    context("a row too few for the window", "plan.py", "start - self.config.window + 1)", "start - self.config.window + 2)"),
+    context("a row too few for the last block", "plan.py", "first + position + self.config.compress_block)", "first + position + self.config.compress_block - 1)"),
+    context("a block is compressed twice", "plan.py", "begun = -(-(row - self.layout.offsets[s]) // self.config.compress_stride)", "begun = (row - self.layout.offsets[s]) // self.config.compress_stride + 1"),
+    context("gradients of rows sent away are lost", "transfers.py", "grad[:, rows] += half.view(shape[0], count, *grad.shape[2:])", "pass"),
+    context("gradients in the order of ranks", "transfers.py", "buffer[rank][:, rows, columns].copy_(flat[:, row:end])", "buffer[len(buffer) - 1 - rank][:, : end - row, columns].copy_(flat[:, row:end])"),
+    context("positions of the rank's own rows", "layout.py", "torch.arange(max(a, first) - first, min(b, end) - first)", "torch.arange(0, min(b, end) - max(a, first))"),
+    context("configurations are not compared", "agreement.py", "if theirs[name] != value:", "if False:"),
+    context("a rank does without the exchange's backward", "attention.py", "if call.window_start == 0 and call.rows.start > 0:", "if call.window_start == 0:"),
     inspection("what a probe returns is dropped", "attention.py", "inputs = probe.given(inputs)", "probe.given(inputs)"),
     inspection("a probe stays", "inspection/recording.py", "del layers[name].probes ", "pass "),
     inspection("the other branches are shut", "inspection/interventions.py", "name != branch for name in BRANCHES", "name == branch for name in BRANCHES"),

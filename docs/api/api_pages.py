@@ -8,6 +8,7 @@ from nsa.errors import MissingDependency
 
 MODULES = (
     "nsa",
+    "nsa.distributed",
     "nsa.inspection",
     "nsa.inspection.dense",
     "nsa.inspection.lists",

@@ -89,6 +89,8 @@ def unavailable(name: str, problem: Problem, settings: Settings | None = None) -
     """Why the backend cannot run the problem, or None if it can."""
     if problem.packed and not TABLE[name].packed:
         return f"{name} takes regular batches, got cu_seqlens: use {_packed_twin(name)}"
+    if problem.sharded and not TABLE[name].shards:
+        return f"{name} takes whole sequences, got the shards of context_parallel"
     check = getattr(_module(name), "unavailable", None)
     settings = current_settings() if settings is None else settings
     return None if check is None else check(problem, settings)
@@ -138,6 +140,7 @@ def resolve(
     length: int,
     packed: bool,
     needs_grad: bool,
+    sharded: bool = False,
     backend: str | None = None,
     settings: Settings | None = None,
 ) -> Resolution:
@@ -149,6 +152,7 @@ def resolve(
         length: T of a regular batch, the longest sequence of a packed one, in tokens.
         packed: whether ``cu_seqlens`` is given.
         needs_grad: whether a backward pass may follow.
+        sharded: whether it is called under :func:`nsa.distributed.context_parallel`.
         backend: a name, which beats the environment; None obeys ``NSA_BACKEND`` and
             ``NSA_USE_FA2``.
         settings: the settings in force; None takes the current ones.
@@ -164,9 +168,11 @@ def resolve(
     require(is_int(length) and length >= 0, "length", "an int >= 0", length)
     require(isinstance(packed, bool), "packed", "True or False", packed)
     require(isinstance(needs_grad, bool), "needs_grad", "True or False", needs_grad)
+    require(isinstance(sharded, bool), "sharded", "True or False", sharded)
     require(isinstance(settings, Settings), "settings", "Settings", settings)
     _check_name(backend)
-    problem = Problem(config, as_device(device), dtype, length, packed, needs_grad)
+    where = as_device(device)
+    problem = Problem(config, where, dtype, length, packed, needs_grad, sharded)
     return _resolve(problem, backend, settings, _process_state())
 
 
@@ -193,6 +199,7 @@ def plan(problem: Problem, backend: str | None, settings: Settings) -> Resolutio
             known,
             problem.packed,
             problem.needs_grad,
+            problem.sharded,
             backend,
             settings.key,
         )
@@ -214,13 +221,14 @@ def _plan_by_key(
     length: int,
     packed: bool,
     needs_grad: bool,
+    sharded: bool,
     backend: str | None,
     settings_key: str,
 ) -> tuple[Any, ...]:
     """:func:`_plan` of strings and numbers: of other objects a trace makes no constants."""
     where = torch.device(device) if index is None else torch.device(device, index)
     config, settings = NSAConfig.from_key(config_key), Settings.from_key(settings_key)
-    problem = Problem(config, where, dtype, length, packed, needs_grad)
+    problem = Problem(config, where, dtype, length, packed, needs_grad, sharded)
     return tuple(_plan(problem, backend, settings))
 
 

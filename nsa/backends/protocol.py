@@ -46,6 +46,8 @@ class Problem(NamedTuple):
     """The longest sequence, in tokens (T for a regular batch)."""
     packed: bool
     needs_grad: bool
+    sharded: bool = False
+    """Whether a call may be of some rows of a sequence, with gradients (context parallelism)."""
 
 
 class Backend(Protocol):
@@ -126,7 +128,7 @@ class Gated(Protocol):
         *,
         gates_in_unit_interval: bool = False,
     ) -> Tensor:
-        """``Σ_c gate_c * o_c``, ``[B, T, H, V]``, of whole sequences (``q_start`` is 0).
+        """``Σ_c gate_c * o_c``, ``[B, T, H, V]``.
 
         ``out_cmp`` and ``lse_cmp`` are the compressed branch's and carry no gradient: what flows
         back through that branch is this function's to compute. ``gates_in_unit_interval``: every

@@ -7,6 +7,7 @@ themselves here, into one graph for each kind of input. On a GPU they run as the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from functools import lru_cache, wraps
@@ -58,6 +59,29 @@ def static_floats() -> AbstractContextManager[None]:
     To be put around calls of what ``torch.compile`` returned, since the first one compiles.
     """
     return torch._dynamo.config.patch(specialize_float=True)
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap ``function``: a trace that calls it breaks its graph there, and it runs as written.
+
+    What ``torch.compiler.disable`` does, without its import of the compiler, unless that has been
+    imported: before, nothing can be traced.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" in sys.modules:
+            return _disabled(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
+
+
+@lru_cache
+def _disabled(function: Callable[P, R]) -> Callable[P, R]:
+    disabled: Callable[P, R] = torch.compiler.disable(function)
+    return disabled
 
 
 class _Compiled(Generic[P, R]):

@@ -36,6 +36,13 @@ class AttentionInputs(NamedTuple):
     """int32 ``[B, T, K, n]``; None: selected here."""
     q_start: int = 0
     """The position of q's first row; keys start at position 0. 0 where packed."""
+    window_start: int | None = None
+    """How many keys of ``window`` come before q's first row; None: all, ``q_start``."""
+
+    @property
+    def keys_before_window(self) -> int:
+        """``window_start``, as a number."""
+        return self.q_start if self.window_start is None else self.window_start
 
     @property
     def length(self) -> int:

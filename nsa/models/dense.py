@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from nsa.config import NSAConfig
 from nsa.core.dtypes import accumulation_dtype
 from nsa.core.rope import apply_rope
+from nsa.core.sharding import active
 from nsa.errors import CacheError, ShapeError, show
 from nsa.models.dense_cache import DenseLayer
 
@@ -72,13 +73,18 @@ class DenseAttention(nn.Module):
             ``[B, T, dim]``.
 
         Raises:
-            ShapeError: for packed input.
+            ShapeError: for packed input, and under :func:`nsa.distributed.context_parallel`.
             CacheError: a cache that does not fit, or has no room.
         """
         if cu_seqlens is not None or max_seqlen is not None:
             raise ShapeError(
                 "expected a regular batch [B, T, dim] for dense attention, got packed sequences "
                 "(cu_seqlens); unpack them, or use attention='nsa'"
+            )
+        if active() is not None:
+            raise ShapeError(
+                "expected attention='nsa' under context_parallel, got dense attention, which sees "
+                "this rank's rows alone"
             )
         batch, length, _ = x.shape
         config = self.config

@@ -41,7 +41,7 @@ class TrainConfig:
     seq_len: int
     """Length of a sequence."""
     batch_size: int
-    """Sequences in one forward pass."""
+    """Sequences in one forward pass, of all processes together."""
     steps: int
     """Optimizer steps of the whole run."""
     lr: float
@@ -198,14 +198,14 @@ class RunConfig:
     def differences(self, other: RunConfig, *, rounding: bool = False) -> list[str]:
         """List the fields that change what is computed, each as ``name mine -> other's``, or with
         ``rounding`` those that change only the last bits of it."""
-        mine, theirs = self._flat(), other._flat()
+        mine, theirs = self.flat(), other.flat()
         return [
             f"{name} {value} -> {theirs[name]}"
             for name, value in mine.items()
             if value != theirs[name] and name not in _FREE and (name in _ROUNDING) == rounding
         ]
 
-    def _flat(self) -> dict[str, Any]:
+    def flat(self) -> dict[str, Any]:
         """Every value by its name; no two parts share one."""
         model = self.model.to_dict()
         return {**model.pop("nsa"), **model, **asdict(self.train)}

@@ -189,19 +189,25 @@ def require_length(corpus: Corpus, seq_len: int) -> None:
 
 
 def training_batch(
-    corpus: Corpus, *, seed: int, index: int, batch_size: int, seq_len: int
+    corpus: Corpus,
+    *,
+    seed: int,
+    index: int,
+    batch_size: int,
+    seq_len: int,
+    rows: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
-    """Draw batch number ``index`` of a run: windows at random offsets.
+    """Draw batch number ``index`` of a run: windows at random offsets; of these some rows.
 
     The offsets depend on ``seed`` and ``index`` alone, so a resumed run draws what the interrupted
     one would have drawn, without replaying anything.
 
     Returns:
-        tokens and targets, int64 ``[batch_size, seq_len]`` on the CPU.
+        tokens and targets, int64 ``[batch_size, seq_len]`` on the CPU, or the ``rows`` of it.
     """
     generator = np.random.default_rng([seed, index])
     starts = generator.integers(0, len(corpus.train) - seq_len, size=batch_size)
-    return _windows(corpus.train, starts, seq_len)
+    return _windows(corpus.train, starts[rows], seq_len)
 
 
 def validation_starts(corpus: Corpus, *, count: int, seq_len: int) -> np.ndarray:

@@ -92,6 +92,22 @@ class JsonlWriter:
                 raise
 
 
+class NoWriter:
+    """Drops the metrics of a process that writes none."""
+
+    def write(self, **values: Any) -> None:
+        """Drop a line."""
+
+    def sync(self) -> None:
+        """Wait for nothing."""
+
+    def __enter__(self) -> NoWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 def _step_of(line: bytes) -> int | None:
     """Read the step of a line; None where it is damaged."""
     try:

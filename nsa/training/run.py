@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from nsa.distributed.mesh import ALONE, Mesh
 from nsa.errors import CheckpointError, NSAError, show
 from nsa.training.attention_log import AttentionLog
 from nsa.training.checkpoint import LATEST, CheckpointStore, load_checkpoint
+from nsa.training.checkpoint_format import Checkpoint
+from nsa.training.clock import Clock
 from nsa.training.compile import Compilation
 from nsa.training.config import RunConfig
 from nsa.training.data import load_corpus, require_length
@@ -30,7 +34,8 @@ from nsa.training.interrupt import StopRequest
 from nsa.training.lock import NAME as LOCK
 from nsa.training.lock import FolderLock
 from nsa.training.memory import require_memory_to_train
-from nsa.training.metrics import JsonlWriter
+from nsa.training.metrics import JsonlWriter, NoWriter
+from nsa.training.on_mesh import require_mesh
 from nsa.training.trainer import GROUPS, StepResult, Trainer, config_of
 
 _CONFIG = "config.json"
@@ -68,54 +73,83 @@ class Run:
             what is stored.
         resume: whether to continue the run in ``folder``; else there must be none.
         compile_cache: the file of ``--compile-cache``, or None.
+        mesh: of several processes, each of which makes a run and trains it at the same time. Rank 0
+            alone reads and writes the folder.
 
     Raises:
         CheckpointError: a run in the way, none to resume, a damaged one, one of another
             configuration or other data, or one that another process trains.
-        ConfigError, DataError, UsageError: what this machine or the data refuses.
+        ConfigError, DataError, UsageError: what this machine, the data or the mesh refuses.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, *, resume: bool, compile_cache: str | None = None
+        self,
+        folder: Path,
+        config: RunConfig,
+        *,
+        resume: bool,
+        compile_cache: str | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
+        self._mesh = mesh or Mesh(torch.device(config.train.device))
+        self._ranks = self._mesh.ranks
+        require_mesh(config, self._mesh.sizes, compile_cache)
         self.notes: list[str] = []
         """What was found that the user should know, a line each."""
-        self._found = _state_of(folder)
-        if os.path.lexists(folder / LOCK):  # a trainer runs, or was killed: better known now
-            with FolderLock(folder, self.notes.append):
-                pass
         self._store = CheckpointStore(folder / "checkpoints", keep=config.train.keep)
-        checkpoint = None
-        if resume:
-            self._refuse_differences(stored_config(folder))
-            latest = self._store.latest()
-            if latest is None:
-                self.notes.append("note: no checkpoint was saved; resuming from step 0")
-            else:
-                checkpoint = load_checkpoint(latest, GROUPS)
-                saved = config_of(checkpoint)
-                self._refuse_differences(saved)
-                self._note_missing(latest)
-        elif os.path.lexists(folder / _CONFIG) or self._store.is_used():
-            raise CheckpointError(
-                f"{folder} already holds a run: expected --resume to continue it, or another --out"
-            )
-        device = torch.device(config.train.device)
+        found = self._look(resume) if self._ranks.leads else None
+        device = self._mesh.device
         self._compilation = Compilation(config.train.compile, device, compile_cache)
         self.corpus = load_corpus(config.train.data, config.train.split)
         require_length(self.corpus, config.train.seq_len)
         require_memory_to_train(config)
-        self.trainer = Trainer(config, self.corpus)
+        self.trainer = Trainer(config, self.corpus, self._mesh)
+        self._ranks.require_same({"bytes of --data": self.trainer.fingerprint})
+        checkpoint = self._share(found)
         if checkpoint is not None:
             self.trainer.restore(checkpoint)
             before, now = checkpoint.value("threads", kind=int), torch.get_num_threads()
-            rounding = saved.differences(config, rounding=True)
+            rounding = config_of(checkpoint).differences(config, rounding=True)
             changes = [f"resuming with {text}" for text in rounding]
             if device.type == "cpu" and before != now:
                 changes.append(f"saved with {show(before)} threads, resuming with {now}")
+            saved, sizes = checkpoint.state.get("mesh", ALONE), self._mesh.sizes
+            if saved != sizes:
+                changes.append(f"saved on a mesh {show(saved)}, resuming on {sizes}")
             self.notes += [f"note: {text}: results may differ in the last bits" for text in changes]
+
+    def _look(self, resume: bool) -> Checkpoint | None:
+        """Read what is in the folder: the checkpoint to resume from, if there is one."""
+        self._found = _state_of(self.folder)
+        if os.path.lexists(self.folder / LOCK):  # a trainer runs, or was killed: better known now
+            with FolderLock(self.folder, self.notes.append):
+                pass
+        if not resume:
+            if os.path.lexists(self.folder / _CONFIG) or self._store.is_used():
+                raise CheckpointError(
+                    f"{self.folder} already holds a run: expected --resume to continue it, or "
+                    "another --out"
+                )
+            return None
+        self._refuse_differences(stored_config(self.folder))
+        latest = self._store.latest()
+        if latest is None:
+            self.notes.append("note: no checkpoint was saved; resuming from step 0")
+            return None
+        checkpoint = load_checkpoint(latest, GROUPS)
+        self._refuse_differences(config_of(checkpoint))
+        self._note_missing(latest)
+        return checkpoint
+
+    def _share(self, found: Checkpoint | None) -> Checkpoint | None:
+        """Tell every process which checkpoint rank 0 found; its tensors stay there."""
+        told = self._ranks.share(lambda: found and (str(found.path), found.step, found.state))
+        if found is not None or told is None:
+            return found
+        path, step, state = told
+        return Checkpoint(path=Path(path), step=step, state=state, tensors={})
 
     def _note_missing(self, latest: Path) -> None:
         """Say what was taken in place of files that are gone."""
@@ -137,29 +171,41 @@ class Run:
             DataError: metrics could not be written.
             NSAError: as :meth:`nsa.training.compile.Compilation.session`.
         """
+        with self._own(display) as lock, self._compilation.session(display.line):
+            if self.trainer.step < self.config.train.steps:
+                return self._loop(display, lock)
+            if lock is not None:
+                self._store.tidy()
+            validation_loss = self.trainer.validate()
+            self._note_start(display, "validation")
+            return validation_loss
+
+    @contextlib.contextmanager
+    def _own(self, display: Display) -> Iterator[FolderLock | None]:
+        """Make the folder this process's own; None where it is rank 0's."""
+        if not self._ranks.leads:
+            yield None
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FolderLock(self.folder, display.line) as lock, self._compilation.session(display.line):
+        with FolderLock(self.folder, display.line) as lock:
             if _state_of(self.folder) != self._found:
                 raise CheckpointError(
                     f"{self.folder}: expected the run that was read at the start, got a changed "
                     "one: another trainer was there; start again"
                 )
             remove_leftovers(self.folder, rf"{_CONFIG}|{_METRICS}")
-            if self.trainer.step < self.config.train.steps:
-                return self._loop(display, lock)
-            self._store.tidy()
-            validation_loss = self.trainer.validate()
-            self._note_start(display, "validation")
-            return validation_loss
+            yield lock
 
-    def _loop(self, display: Display, lock: FolderLock) -> float | None:
+    def _loop(self, display: Display, lock: FolderLock | None) -> float | None:
         trainer, train = self.trainer, self.config.train
         first, attention = trainer.step + 1, AttentionLog(trainer)
         # Lines of metrics past the checkpoint are dropped: those steps are run again.
-        path = self.folder / _METRICS
-        metrics_file = JsonlWriter(path, step=trainer.step, say=display.line)
+        metrics_file: JsonlWriter | NoWriter = NoWriter()
+        if lock is not None:
+            path = self.folder / _METRICS
+            metrics_file = JsonlWriter(path, step=trainer.step, say=display.line)
         with StopRequest() as stop, metrics_file as metrics:
-            clock = _Clock(trainer)
+            clock = Clock(trainer)
             while True:
                 result = trainer.train_step()
                 step, last = trainer.step, trainer.step == train.steps
@@ -194,24 +240,34 @@ class Run:
                     display.line(f"step {step}: {text}")
                     self._compilation.keep(display.line)  # the first validation compiles, too
                     clock.restart()
-                if step % train.save_every == 0 or last or stop.requested or display.lost:
+                stopping = self._stopping(stop, display)
+                if step % train.save_every == 0 or last or stopping:
                     self._finite(result)
                     metrics.sync()  # metrics on the disk are never behind the checkpoint
-                    self._store.save(step, trainer.tensors(), trainer.state())
+                    tensors = trainer.tensors()
+                    if lock is not None:
+                        self._store.save(step, tensors, trainer.state())
                     clock.restart()
                     if last:
                         return validation_loss
-                    if stop.requested or display.lost:
+                    if stopping or self._stopping(stop, display):
                         return None
+
+    def _stopping(self, stop: StopRequest, display: Display) -> bool:
+        """Whether any process was asked to stop, or cannot be looked at any more."""
+        return self._ranks.any(stop.requested or display.lost is not None)
 
     def _note_start(self, display: Display, first: str) -> None:
         """Say what runs, which is known after the first ``first``, and store the configuration."""
         self._compilation.ready(display.line, first)
         display.line(f"backend      {self._backend()}")
-        self._write_config()
+        if self._ranks.leads:
+            self._write_config()
 
-    def _keep_folder(self, display: Display, lock: FolderLock) -> None:
+    def _keep_folder(self, display: Display, lock: FolderLock | None) -> None:
         """Put back what was removed: the model in memory is worth more than its folder."""
+        if lock is None:
+            return
         path = self.folder / _CONFIG
         if not os.path.lexists(path):
             self._write_config()
@@ -280,20 +336,3 @@ def _state_of(folder: Path) -> list[tuple[int, int]]:
     files = [folder / name for name in (_CONFIG, _METRICS, f"checkpoints/{LATEST}")]
     found = [os.lstat(path) for path in files if os.path.lexists(path)]
     return [(file.st_ino, file.st_mtime_ns) for file in found]
-
-
-class _Clock:
-    """Measures speed since its last reading; validations and saves do not count."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self.restart()
-
-    def restart(self) -> None:
-        self._step, self._time = self._trainer.step, time.perf_counter()
-
-    def tokens_per_second(self) -> float:
-        steps = self._trainer.step - self._step
-        elapsed = time.perf_counter() - self._time
-        self.restart()
-        return steps * self._trainer.tokens_per_step / max(elapsed, 1e-9)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nsa.distributed.mesh import ALONE, Mesh
 from nsa.errors import CheckpointError, ConfigError, show
 from nsa.models import LanguageModel
 from nsa.training.checkpoint_format import Checkpoint
@@ -33,14 +35,22 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """Runs optimizer steps; what it computes depends on the configuration and the data alone."""
+    """Runs optimizer steps; what it computes depends on the configuration and the data alone.
 
-    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+    Args:
+        config: model and training.
+        corpus: the data.
+        mesh: of several processes, each of which makes a trainer and calls it at the same time;
+            this process alone by default.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
         train = config.train
         self.config = config
         self.corpus = corpus
-        self._fingerprint = corpus.fingerprint  # once: it reads every byte
-        self.device = torch.device(train.device)
+        self.mesh = mesh or Mesh(torch.device(train.device))
+        self.fingerprint = corpus.fingerprint  # once: it reads every byte
+        self.device = self.mesh.device
         self.step = 0
         """Optimizer steps done."""
         self.tokens_per_step = train.batch_size * train.accumulate * train.seq_len
@@ -49,25 +59,29 @@ class Trainer:
         np.random.seed(train.seed % 2**32)
         torch.manual_seed(train.seed)
         # Made on the CPU, so that a seed means the same start on every device.
-        self.model = LanguageModel(
-            config.model,
-            backend=train.backend,
-            activation_checkpointing=train.activation_checkpointing,
-            recompute=train.recompute,
-        ).to(self.device)
+        self.model = self.mesh.place(
+            LanguageModel(
+                config.model,
+                backend=train.backend,
+                activation_checkpointing=train.activation_checkpointing,
+                recompute=train.recompute,
+            )
+        )
+        self._model_loss = loss_function(self.model, train.compile)
+        self.mesh.shard(self.model)
         # Biases and norms are left to grow: decay on them helps nothing.
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         free = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": train.weight_decay},
-                {"params": free, "weight_decay": 0.0},
+                {"params": group, "weight_decay": decay}
+                for parameters, decay in ((decayed, train.weight_decay), (free, 0.0))
+                for group in self.mesh.parameter_groups(parameters)
             ],
             lr=train.lr,
             betas=(train.beta1, train.beta2),
             fused=True,
         )
-        self._model_loss = loss_function(self.model, train.compile)
 
     def train_step(self) -> StepResult:
         """Take one optimizer step over ``accumulate`` batches."""
@@ -85,14 +99,16 @@ class Trainer:
                 index=self.step * train.accumulate + micro,
                 batch_size=train.batch_size,
                 seq_len=train.seq_len,
+                rows=self.mesh.rows(train.batch_size),
             )
-            loss = self._loss(tokens, targets) / train.accumulate
-            loss.backward()
+            with self.mesh.sequences(train.seq_len) as own:
+                loss = self._loss(own(tokens), own(targets)) / train.accumulate
+                loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
+        norm = self.mesh.clip(self.model.parameters(), train.grad_clip)
         self.optimizer.step()
         self.step += 1
-        return StepResult(total, norm)
+        return StepResult(self.mesh.mean(total), norm)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -106,9 +122,15 @@ class Trainer:
             batch_size=train.batch_size,
             seq_len=train.seq_len,
         ):
-            total += float(self._loss(tokens, targets)) * len(tokens)
             count += len(tokens)
-        return total / count
+            rows = self.mesh.rows(len(tokens))
+            mine = rows.stop - rows.start
+            if not mine:  # as many passes on every process, or they would wait for each other
+                rows = slice(0, 1)
+            with self.mesh.sequences(train.seq_len) as own:
+                loss = self._loss(own(tokens[rows]), own(targets[rows]))
+            total += float(loss) * mine
+        return self.mesh.total(total) / count
 
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         tokens = tokens.to(self.device, non_blocking=True)
@@ -119,9 +141,12 @@ class Trainer:
             return self._model_loss(tokens, targets)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Collect every tensor that the next step depends on, in :data:`GROUPS`."""
+        """Collect every tensor that the next step depends on, in :data:`GROUPS`, whole; on a mesh
+        rank 0 alone has them, and every process calls this."""
+        gather = self.mesh.gather
+        model = {name: gather(value) for name, value in self.model.state_dict().items()}
         optimizer = {
-            f"{name}.{key}": value
+            f"{name}.{key}": gather(value)
             for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
@@ -132,17 +157,19 @@ class Trainer:
         }
         if self.device.type == "cuda":
             rng["torch_cuda"] = torch.cuda.get_rng_state(self.device)
-        return {"model": self.model.state_dict(), "optimizer": optimizer, "rng": rng}
+        return {"model": model, "optimizer": optimizer, "rng": rng}
 
     def state(self) -> dict[str, Any]:
         """Collect everything else that a checkpoint holds, for JSON."""
         numpy_state = np.random.get_state(legacy=False)
         version, words, gauss = random.getstate()
+        several = self.mesh.sizes != ALONE
         return {
+            **({"mesh": self.mesh.sizes} if several else {}),
             "config": self.config.to_dict(),
             "data": {
                 "source": self.corpus.source,
-                "sha256": self._fingerprint,
+                "sha256": self.fingerprint,
                 "next_batch": self.step * self.config.train.accumulate,
             },
             "rng": {
@@ -158,13 +185,16 @@ class Trainer:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Put back what :meth:`tensors` and :meth:`state` gave.
+        """Put back what :meth:`tensors` and :meth:`state` gave, on whatever mesh.
+
+        Args:
+            checkpoint: on a mesh, tensors are read from rank 0's, and the others' has none.
 
         Raises:
             CheckpointError: other data, tensors that do not fit the model, or a state that does not
                 fit the step.
         """
-        saved, mine = checkpoint.value("data", "sha256", kind=str), self._fingerprint
+        saved, mine = checkpoint.value("data", "sha256", kind=str), self.fingerprint
         if saved != mine:
             raise CheckpointError(
                 f"{checkpoint.path}: expected the bytes it was trained on (SHA-256 "
@@ -177,7 +207,7 @@ class Trainer:
                 f"{checkpoint.path} is damaged: expected the step that ends before batch "
                 f"{next_batch}, got {checkpoint.step}"
             )
-        load_model(self.model, checkpoint)
+        load_model(self.model, checkpoint, self.mesh)
         for name, parameter in self.model.named_parameters():
             like = parameter.detach()
             for key, empty in (
@@ -187,11 +217,13 @@ class Trainer:
             ):
                 # A copy: the file's tensor may be aligned otherwise, and then a vectorised kernel
                 # may round otherwise.
-                value = checkpoint.tensor("optimizer", f"{name}.{key}", like=empty)
-                self.optimizer.state[parameter][key] = empty.copy_(value)
+                read = partial(checkpoint.tensor, "optimizer", f"{name}.{key}", like=empty)
+                self.mesh.spread(read, empty)
+                self.optimizer.state[parameter][key] = empty
         self.step = checkpoint.step
 
-        self._restore_rng(checkpoint)
+        if self.mesh.ranks.leads:  # a step draws no number; the next checkpoint has rank 0's
+            self._restore_rng(checkpoint)
 
     def _restore_rng(self, checkpoint: Checkpoint) -> None:
         words = checkpoint.tensor("rng", "numpy", like=torch.empty(_NUMPY_WORDS, dtype=torch.int64))
@@ -230,16 +262,17 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
     return config
 
 
-def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model.
+def load_model(model: LanguageModel, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
+    """Copy a checkpoint's weights into a model, which may be sharded over a mesh.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     expected = model.state_dict()
-    for name in checkpoint.tensors["model"]:
+    mesh = mesh or Mesh(torch.device("cpu"))
+    for name in checkpoint.tensors.get("model", ()):
         if name not in expected:
             raise CheckpointError(f"{checkpoint.path}: the model has no tensor named {show(name)}")
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(checkpoint.tensor("model", name, like=parameter))
+            mesh.spread(partial(checkpoint.tensor, "model", name, like=parameter), parameter)

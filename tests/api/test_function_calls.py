@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa import Settings, attention, reference, select_blocks, use_settings
+from nsa import KV, Settings, attention, reference, select_blocks, use_settings
 from nsa.attention import combine, run
-from nsa.backends.dispatch import load
+from nsa.backends.dispatch import load, plan
 from nsa.backends.protocol import Problem
 from nsa.core.inputs import AttentionInputs
 from nsa.registry import TABLE
@@ -49,7 +49,8 @@ def test_the_choice_knows_the_problem(
 ) -> None:
     problem = asked(monkeypatch, entry, inputs)
     is_packed, grad = inputs.cu_seqlens is not None, entry is entries.attention
-    assert problem == (CONFIG, torch.device("cpu"), torch.float32, length, is_packed, grad)
+    cpu = torch.device("cpu")
+    assert problem == (CONFIG, cpu, torch.float32, length, is_packed, grad, False)
 
 
 def test_a_backward_pass_may_follow_where_autograd_looks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +90,7 @@ class AtOnce(NamedTuple):
 
 
 def test_who_runs_all_branches_at_once() -> None:
-    """What computes the gradients itself gets no graph; it knows no queries that begin later."""
+    """What computes the gradients itself gets no graph, whatever position queries begin at."""
     x, chosen = REGULAR, AtOnce([])
     inputs = AttentionInputs(x.q, x.compressed, x.selected, x.window, x.gates)
     assert run(chosen, inputs, CONFIG) == "at once"
@@ -97,7 +98,29 @@ def test_who_runs_all_branches_at_once() -> None:
     run(chosen, inputs, CONFIG, gates_in_unit_interval=True)
     assert chosen.told[1:] == [{"gates_in_unit_interval": True, "graph": False}]
     later = inputs._replace(q=x.q[:, 1:], gates=x.gates[:, 1:], q_start=1)
-    torch.testing.assert_close(run(chosen, later, CONFIG), entries.attention(x)[:, 1:])
+    assert run(chosen, later, CONFIG) == "at once"
+    assert chosen.told[2:] == [{"gates_in_unit_interval": False, "graph": False}]
+
+
+@pytest.mark.parametrize("before", [None, 1, CONFIG.window - 1])
+def test_queries_that_begin_later(before: int | None) -> None:
+    """Of the window's keys those are enough that the first query sees."""
+    x, first = REGULAR, CONFIG.window + 1
+    assert x.q.shape[1] > first + 1
+    window = x.window
+    if before is not None:
+        window = KV(*(y[:, first - before :] for y in window))
+    later = AttentionInputs(
+        x.q[:, first:],
+        *(x.compressed, x.selected, window),
+        x.gates[:, first:],
+        q_start=first,
+        window_start=before,
+    )
+    problem = Problem(CONFIG, x.q.device, x.q.dtype, 11, False, True)
+    out = run(plan(problem, "sdpa", Settings()), later, CONFIG)
+    same = torch.allclose(out, entries.attention(x)[:, first:], atol=1e-5)
+    assert same == (before != 1)
 
 
 def test_a_probe_is_shown_the_lists() -> None:

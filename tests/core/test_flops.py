@@ -250,6 +250,8 @@ def test_the_gated_sum_of_the_kernels(qkv):
         1,
         config.key,
         1,
+        0,
+        0,
         True,
     )
     leaves = (q, k_cmp, v_cmp, k, v, gates)

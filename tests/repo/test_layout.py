@@ -24,6 +24,7 @@ LAYERS = (
     ("",),  # nsa/__init__.py, the public names
     ("inspection", "integrations"),
     ("models",),
+    ("distributed",),
     ("training",),
     ("testing",),
     ("tools",),

@@ -185,7 +185,7 @@ def _gated_attention(x: Inputs) -> Arguments:
     in_unit_interval = x.cu_seqlens is None
     tensors = (x.q, *x.compressed, *x.selected, *x.window, x.gates, out, lse, x.block_idx)
     where = (seq_start, cmp_seq_start, *seen, len(LENGTHS))
-    return *tensors, *where, CONFIG.key, 1, in_unit_interval
+    return *tensors, *where, CONFIG.key, 1, 0, 0, in_unit_interval
 
 
 def _gated_attention_backward(x: Inputs) -> Arguments:

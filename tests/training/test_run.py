@@ -37,7 +37,7 @@ class Watched:
     def __init__(self, monkeypatch):
         self.events, self.results, self.lost, self.now = [], [], None, 7.0
         clock = SimpleNamespace(perf_counter=lambda: self.now)
-        monkeypatch.setattr("nsa.training.run.time", clock)
+        monkeypatch.setattr("nsa.training.clock.time", clock)
         for kind, name in ((Trainer, "validate"), (CheckpointStore, "save")):
             monkeypatch.setattr(kind, name, self._slow(getattr(kind, name)))
         step = Trainer.train_step
@@ -182,7 +182,7 @@ def test_a_display_that_is_lost_ends_the_run_with_a_checkpoint(data, tmp_path, m
 
 def test_speed_of_a_step_that_took_no_time(data, tmp_path, monkeypatch):
     watched = Watched(monkeypatch)
-    monkeypatch.setattr("nsa.training.run.time", SimpleNamespace(perf_counter=lambda: 7.0))
+    monkeypatch.setattr("nsa.training.clock.time", SimpleNamespace(perf_counter=lambda: 7.0))
     run_of(tmp_path, config_of(data, steps=1), watched).train(watched)
     assert watched.events[4][2] == pytest.approx(2 * 48 / 1e-9)
 

@@ -14,9 +14,10 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from nsa import NSAConfig
+from nsa import KV, NSAConfig
 from nsa.backends.compiled import steps as compiled
 from nsa.backends.compiled.selected import tiles as selected_tiles
+from nsa.core.inputs import AttentionInputs
 from nsa.testing import Inputs, expected, make_inputs, random_blocks
 from nsa.testing.strategies import Case, cases
 from tests.support.deterministic import deterministic
@@ -57,20 +58,39 @@ def run(inputs: Inputs, in_unit_interval: bool) -> dict[str, Tensor]:
     """Forward and backward, named as in the accuracy rule."""
     leaves = [x.detach().requires_grad_() for x in inputs.leaves()]
     x = inputs.with_leaves(tuple(leaves))
-    with torch.no_grad():
-        out_cmp, lse_cmp = compiled.compressed_attention(x.q, *x.compressed, x.config, x.cu_seqlens)
-    assert x.block_idx is not None
-    out = compiled.gated_attention(
-        x.record,
-        out_cmp,
-        lse_cmp,
-        x.block_idx,
-        x.config,
-        gates_in_unit_interval=in_unit_interval,
-    )
+    out = attend(x.record, x.config, in_unit_interval)
     grads = torch.autograd.grad(out, leaves, x.dout)
     assert [y.dtype for y in grads] == [y.dtype for y in leaves]
     return {"out": out, **{f"d{n}": g for n, g in zip(Inputs.NAMES, grads, strict=True)}}
+
+
+def attend(x: AttentionInputs, config: NSAConfig, in_unit_interval: bool) -> Tensor:
+    with torch.no_grad():
+        out_cmp, lse_cmp = compiled.compressed_attention(
+            x.q, *x.compressed, config, x.cu_seqlens, q_start=x.q_start
+        )
+    assert x.block_idx is not None
+    lists = x.block_idx
+    if config.select_share > 1:  # on lists of a caller's it does not rely
+        x = x._replace(block_idx=None)
+    return compiled.gated_attention(
+        x, out_cmp, lse_cmp, lists, config, gates_in_unit_interval=in_unit_interval
+    )
+
+
+def rows_of(x: AttentionInputs, config: NSAConfig, first: int, end: int) -> AttentionInputs:
+    """Some queries, and the keys that they may see; of the window no more than that."""
+    before = min(first, config.window - 1)
+    return x._replace(
+        q=x.q[:, first:end],
+        compressed=KV(*(y[:, : config.num_compressed(end)] for y in x.compressed)),
+        selected=KV(*(y[:, :end] for y in x.selected)),
+        window=KV(*(y[:, first - before : end] for y in x.window)),
+        gates=x.gates[:, first:end],
+        block_idx=None if x.block_idx is None else x.block_idx[:, first:end],
+        q_start=first,
+        window_start=before,
+    )
 
 
 def check(inputs: Inputs, in_unit_interval: bool) -> None:
@@ -135,6 +155,38 @@ def test_shut_gates(in_unit_interval: bool) -> None:
     gates = x.gates.detach().clone()
     gates[:, ::2, :, 0] = gates[:, 1::2, :, 1] = gates[:, ::3, :, 2] = 0.0
     check(replace(x, gates=gates.requires_grad_()), in_unit_interval)
+
+
+@pytest.mark.parametrize(
+    ("way", "in_unit_interval"),
+    [("dq", True), ("atomic", False), ("far", False), ("shared lists", True)],
+)
+def test_queries_that_begin_at_a_position(
+    way: str, in_unit_interval: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As context parallelism has them: parts are within the bounds of the whole."""
+    config, T, parts = CONFIG, 19, [(0, 2), (2, 19)]
+    if way in ("atomic", "far"):
+        monkeypatch.setattr(selected_tiles, "WITH_DQ_FROM", 1)
+    if way == "far":
+        monkeypatch.setattr(selected_tiles, "FAR_SINCE", 3)
+        config = replace(CONFIG, num_heads=4, num_kv_heads=2, select_block=4)
+    if way == "shared lists":
+        config = replace(CONFIG, select_block=16, select_share=16)
+        T, parts = 35, [(0, 16), (16, 35)]
+    x = make_inputs(config, length=T, dtype=torch.bfloat16)
+    lists = random_blocks(x, 4)
+    if way == "shared lists":
+        assert selected_tiles.shared_tokens(x.q, x.selected.v, config.select_share) > 1
+        lists = compiled.select_blocks(x.q, x.compressed.k, config)
+    x = replace(x, block_idx=lists)
+    out = torch.cat(
+        [attend(rows_of(x.record, config, *part), config, in_unit_interval) for part in parts], 1
+    )
+    grads = torch.autograd.grad(out, x.leaves(), x.dout)
+    found = {"out": out, **{f"d{n}": g for n, g in zip(Inputs.NAMES, grads, strict=True)}}
+    for name, want in expected(x).items():
+        assert name not in found or want.error(found[name]) <= want.bound, name
 
 
 def test_gates_below_zero() -> None:

@@ -187,6 +187,8 @@ def gated_attention(
         _sequences(cu_seqlens),
         config.key,
         share,
+        inputs.q_start,
+        inputs.keys_before_window,
         gates_in_unit_interval,
     )
     return sum_

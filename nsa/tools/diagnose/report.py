@@ -33,6 +33,7 @@ from nsa.tools.diagnose.choices import Choice, choose
 from nsa.tools.diagnose.compile.report import CompileReport, collect_compile_report
 from nsa.tools.diagnose.compile.toolchain import read_variables
 from nsa.tools.diagnose.profile import BranchProfile, check_profile_device, profile_choice
+from nsa.tools.diagnose.ranks import DistributedReport, collect_distributed
 from nsa.tools.diagnose.tiles import TileRow, tile_rows
 
 
@@ -79,6 +80,8 @@ class Diagnosis:
     """What ``compiled``'s kernels are tiled by on the GPUs of this machine."""
     choices: tuple[Choice, ...]
     """What the settings come to on this machine; none where they are wrong."""
+    distributed: DistributedReport
+    """What several processes have here."""
     profile: tuple[BranchProfile, ...] | None
     """What ran; None if it was not requested."""
     compile: CompileReport | None
@@ -166,6 +169,7 @@ def collect_diagnosis(
         parity=tuple(parity),
         tiles=tile_rows(machine.gpus),
         choices=() if mistake is not None else tuple(choices),
+        distributed=collect_distributed(),
         profile=tuple(profiles) if profile else None,
         compile=report,
         advice=tuple(advice(machine, providers, settings, mistake)),

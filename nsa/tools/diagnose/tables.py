@@ -15,6 +15,7 @@ from nsa.tools.common.styles import BAD, DIM, GOOD, WARN, listed, table_of
 from nsa.tools.diagnose.choices import BranchChoice, Choice
 from nsa.tools.diagnose.compile.tables import compile_answer, compile_tables
 from nsa.tools.diagnose.profile import BranchProfile
+from nsa.tools.diagnose.ranks import DistributedReport
 from nsa.tools.diagnose.report import BackendRow, Diagnosis, ParityResult
 from nsa.tools.diagnose.tiles import TUNE, TileRow
 
@@ -40,6 +41,7 @@ def _parts(diagnosis: Diagnosis) -> Iterator[RenderableType]:
         yield _choices(diagnosis.choices)
     if diagnosis.tiles:
         yield _tiles(diagnosis.tiles)
+    yield _distributed(diagnosis.distributed)
     if diagnosis.profile is not None:
         yield _profile(diagnosis.profile)
     if diagnosis.compile is not None:
@@ -156,6 +158,25 @@ def _source(branch: BranchChoice) -> Text:
     if branch.provider is None:
         return Text(branch.why or "-", style=DIM)
     return Text(branch.provider if branch.fa2 else f"{branch.provider}: not FA-2, plain PyTorch")
+
+
+def _distributed(report: DistributedReport) -> Table:
+    title = "Several processes (--all-reduce under torchrun: do they meet?)"
+    table = table_of(title)
+    parallel = "data, tensor and context parallel"
+    gpus = f"{report.gpus} GPU" + "s" * (report.gpus != 1)
+    nccl = "absent: not in this torch" if report.nccl is None else f"{report.nccl}, {gpus}"
+    if report.nccl is not None and report.gpus > 1:
+        nccl += f": {parallel}"
+    rows = (
+        ("torch.distributed", "available" if report.available else "absent: not in this torch"),
+        ("gloo (CPUs)", f"available: {parallel}" if report.gloo else "absent"),
+        ("NCCL (GPUs)", nccl),
+        ("peer access", report.peers),
+    )
+    for name, text in rows:
+        table.add_row(Text(name, style=DIM), text)
+    return table
 
 
 def _tiles(rows: Iterable[TileRow]) -> Table:

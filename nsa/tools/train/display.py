@@ -87,6 +87,9 @@ def print_header(run: Run) -> None:
     nsa = parts["model"].pop("nsa")
     cut = f"; of {corpus.cut!r} only the end" if corpus.cut else ""
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    several = trainer.mesh.ranks.size > 1
+    sizes = (f"{name} {size}" for name, size in trainer.mesh.sizes.items())
+    mesh = f", {trainer.mesh.ranks.size} processes: {', '.join(sizes)}" if several else ""
     resumed = f", resuming from step {trainer.step}" if trainer.step else ""
     print(f"run          {run.folder}{resumed}")
     print(
@@ -97,7 +100,7 @@ def print_header(run: Run) -> None:
     print(f"model        {line(parts['model'])}, {trainer.model.num_parameters():,} parameters")
     print(f"attention    {line(nsa)}")
     print(f"training     {line(parts['train'])}")
-    print(f"device       {trainer.device}{threads}", flush=True)
+    print(f"device       {trainer.device}{threads}{mesh}", flush=True)
 
 
 def print_result(validation_loss: float, counted: Baselines) -> None:

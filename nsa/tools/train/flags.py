@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from nsa.config import NSAConfig
+from nsa.distributed.mesh import MeshConfig
 from nsa.models import ModelConfig
 from nsa.models.config import PRESETS
 from nsa.tools.common.cli import Parser, add_backend_and_device, add_fields, choose_device
@@ -21,6 +22,7 @@ examples:
   python -m nsa.tools.train --preset tiny --out runs/demo
   python -m nsa.tools.train --preset small --data books/ --seq-len 4096 --out runs/books
   python -m nsa.tools.train --out runs/books --resume
+  torchrun --nproc-per-node 4 -m nsa.tools.train --dp 2 --tp 2 --out runs/books
 """
 
 
@@ -51,6 +53,8 @@ def train_parser() -> Parser:
         show_defaults=True,
         data={"metavar": "PATH"},
     )
+    mesh = parser.add_argument_group("mesh (under torchrun; changes speed and memory alone)")
+    add_fields(mesh, MeshConfig, show_defaults=True)
     model = parser.add_argument_group("model")
     add_fields(model, ModelConfig, leave_out=("nsa", "vocab_size", "tied_embeddings", "norm_eps"))
     hidden = ("value_dim", "scale", "independent_kv", "rope_theta")
@@ -81,6 +85,15 @@ def run_config(given: Mapping[str, Any], stored: RunConfig | None = None) -> Run
     if train["data"] not in ("", STDLIB):
         train["data"] = os.path.abspath(train["data"])
     return RunConfig(model=model, train=TrainConfig(**train))
+
+
+def mesh_config(given: Mapping[str, Any]) -> MeshConfig:
+    """The sizes of the mesh.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    return MeshConfig(**_pick(given, MeshConfig))
 
 
 def _pick(given: Mapping[str, Any], config: type) -> dict[str, Any]:

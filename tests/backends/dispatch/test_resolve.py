@@ -388,7 +388,9 @@ def test_what_runs_a_step_of_decode(name: str, e4m3: bool) -> None:
 def test_a_trace_gets_the_same_plan(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """What a trace may ask: everything is a string, a number or a type."""
     pretend(monkeypatch, {"compiled": "no compiler"})
-    problem = PROBLEM._replace(device=torch.device(device), packed=True, needs_grad=True)
+    problem = PROBLEM._replace(
+        device=torch.device(device), packed=True, needs_grad=True, sharded=True
+    )
     asked = []
     real = dispatch._plan
 
@@ -401,7 +403,7 @@ def test_a_trace_gets_the_same_plan(monkeypatch: pytest.MonkeyPatch, device: str
     with use_settings(backend="reference"):
         plan = dispatch._plan_by_key(
             CONFIG.key, problem.device.type, problem.device.index, torch.float32, 11, True, True,
-            "sdpa", settings.key,
+            True, "sdpa", settings.key,
         )  # fmt: skip
         assert plan == tuple(real(problem, "sdpa", settings))
         assert asked == [(problem, "sdpa", settings)]
@@ -416,6 +418,7 @@ def test_what_a_resolution_is_asked_for_is_checked() -> None:
         ("length", "length: expected an int >= 0, got 'x'"),
         ("packed", "packed: expected True or False, got 'x'"),
         ("needs_grad", "needs_grad: expected True or False, got 'x'"),
+        ("sharded", "sharded: expected True or False, got 'x'"),
         ("settings", "settings: expected Settings, got 'x'"),
     ):
         with pytest.raises(ConfigError) as error:
@@ -442,7 +445,7 @@ def test_a_trace_knows_a_length_by_what_it_is_compared_with(
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
     dispatch.plan(problem, "sdpa", settings)
     (key,) = asked
-    where = (CONFIG.key, "cuda", 1, torch.float32, known or 2**31 - 1, False, False)
+    where = (CONFIG.key, "cuda", 1, torch.float32, known or 2**31 - 1, False, False, False)
     assert key == (*where, "sdpa", settings.key)
 
 

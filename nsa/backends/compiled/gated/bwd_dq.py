@@ -58,7 +58,7 @@ def _row_statistics(
     return (lse * LOG2_E, delta, weight), window
 
 
-@kernel(do_not_specialize=["rows", "T", "N", "window"])
+@kernel(do_not_specialize=["rows", "T", "N", "window", "q_start", "window_start"])
 def nsa_gated_bwd_dq(
     q_ptr,
     k_cmp_ptr,
@@ -79,6 +79,8 @@ def nsa_gated_bwd_dq(
     N,
     KV_HEADS,
     window,
+    q_start,
+    window_start,
     factor,
     scale_log2,
     q_strides,
@@ -131,7 +133,7 @@ def nsa_gated_bwd_dq(
         first_t,
         last_t,
         N,
-        0,
+        q_start,
         scale_log2,
         LEAD,
         STRIDE,
@@ -152,7 +154,7 @@ def nsa_gated_bwd_dq(
         first_t,
         last_t,
         window,
-        0,
+        window_start,
         scale_log2,
         0,
         1,

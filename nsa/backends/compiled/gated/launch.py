@@ -50,6 +50,10 @@ class Layout(NamedTuple):
     """At most so many packed ones."""
     share: int = 1
     """So many tokens have one list, as of :func:`selected_forward`."""
+    q_start: int = 0
+    """The position of q's first row; 0 when packed."""
+    window_start: int = 0
+    """How many keys of the window come before q's first row; 0 when packed."""
 
 
 class Branches(NamedTuple):
@@ -74,7 +78,8 @@ def gated_forward(
     Args:
         q: ``[B, T, H, D]``.
         k, v: ``[B, N, K, D]`` and ``[B, N, K, V]`` of the compressed branch, which are not read,
-            then ``[B, T, K, D]`` and ``[B, T, K, V]``.
+            then ``[B, S, K, D]`` and ``[B, S, K, V]``, S being ``q_start + T`` and
+            ``window_start + T``.
         gates: ``[B, T, H, 3]``.
         out_cmp: ``[B, T, H, V]``.
         block_idx: int32 ``[B, T, K, n]``.
@@ -92,12 +97,20 @@ def gated_forward(
         start=start,
         select_block=layout.select_block,
         scale=scale,
+        q_start=layout.q_start,
         share=layout.share,
         sequences=None if start is None else layout.sequences,
     )
     mix = Mix(gates.contiguous(), out_cmp, out_slc, out=out_slc.new_empty(out_slc.shape))
     out_win, lse_win = window_forward(
-        q, k.window, v.window, window=layout.window, start=start, scale=scale, mix=mix
+        q,
+        k.window,
+        v.window,
+        window=layout.window,
+        start=start,
+        scale=scale,
+        q_start=layout.window_start,
+        mix=mix,
     )
     return mix.out, out_slc, out_win, lse_slc, lse_win
 
@@ -148,6 +161,7 @@ def gated_backward(
         window=max(1, k.compressed.shape[1]),
         start=layout.cmp_start,
         scale=scale,
+        q_start=layout.q_start,
         blocks=layout.blocks,
         deterministic=deterministic,
     )
@@ -160,9 +174,11 @@ def gated_backward(
         window=layout.window,
         start=start,
         scale=scale,
+        q_start=layout.window_start,
         deterministic=deterministic,
     )
     chosen: dict[str, Any] = {"start": start, "select_block": layout.select_block, "scale": scale}
+    chosen["q_start"] = layout.q_start
     chosen |= {"share": layout.share, "sequences": None if start is None else layout.sequences}
     tiles = default_tiles(
         *(q, v.selected, block_idx, layout.select_block, layout.share), deterministic=deterministic
@@ -212,7 +228,8 @@ def gated_dq(
     q, scale, sign = positive(q, layout.scale)
     q, k, v = addressable(q), Branches(*map(addressable, k)), Branches(*map(addressable, v))
     tiles = tiles or window_tiles(q, v.window).bwd_dq
-    C, options = launch_options(q, k.window, v.window, tiles, layout.start, 0, TOKENS)
+    before = layout.window_start
+    C, options = launch_options(q, k.window, v.window, tiles, layout.start, before, TOKENS)
     options |= {"LEAD": layout.blocks.block - 1, "STRIDE": layout.blocks.stride}
     with torch.cuda.device_of(q):
         nsa_gated_bwd_dq[(triton.cdiv(T, C.TOKENS) * B * K,)](
@@ -234,7 +251,9 @@ def gated_dq(
             T,
             max(1, k.compressed.shape[1]),
             K,
-            min(layout.window, T),
+            min(layout.window, before + T),
+            layout.q_start,
+            before,
             scale * sign,
             scale * LOG2E,
             q.stride(),

@@ -29,6 +29,8 @@ def _layout(
     sequences: int,
     key: str,
     share: int,
+    q_start: int,
+    window_start: int,
 ) -> Any:
     from nsa.backends.compiled.gated.launch import Layout
     from nsa.backends.compiled.window.bounds import Blocks
@@ -37,7 +39,7 @@ def _layout(
     block, stride = config.compress_block, config.compress_stride
     blocks = Blocks(block, stride, seq_start, seen_from, seen_until)
     size, scale = block_size(tokens, config, least=LARGE_BLOCK), config.softmax_scale
-    rest = (seq_start, cmp_seq_start, sequences, share)
+    rest = (seq_start, cmp_seq_start, sequences, share, q_start, window_start)
     return Layout(blocks, size, config.window, scale, *rest)
 
 
@@ -46,7 +48,7 @@ def _forward(q: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
     k, v = Branches(*given[:6:2]), Branches(*given[1:6:2])
     gates, out_cmp, _, block_idx, *call, _ = given[6:]
-    return gated_forward(q, k, v, gates, out_cmp, block_idx, _layout(q.shape[1], *call))
+    return gated_forward(q, k, v, gates, out_cmp, block_idx, _layout(k.selected.shape[1], *call))
 
 
 def _backward(dout: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -63,7 +65,7 @@ def _backward(dout: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, ...]:
         Branches(out_cmp, out_slc, out_win),
         Branches(lse_cmp, lse_slc, lse_win),
         block_idx,
-        _layout(q.shape[1], *call[:-1]),
+        _layout(k.selected.shape[1], *call[:-1]),
         gates_in_unit_interval=call[-1],
         dq_dtype=_dq_dtype(q, given[1]),
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -99,7 +101,8 @@ _INPUTS = (
 )
 _CALL = (
     "Tensor block_idx, Tensor? seq_start, Tensor? cmp_seq_start, Tensor? seen_from, "
-    "Tensor? seen_until, SymInt sequences, str config, int share, bool gates_in_unit_interval"
+    "Tensor? seen_until, SymInt sequences, str config, int share, SymInt q_start, "
+    "SymInt window_start, bool gates_in_unit_interval"
 )
 _TENSORS = 15
 """Inputs up to and with seen_until."""
@@ -139,6 +142,7 @@ gated_attention = define(
 )
 """``(q, k and v of every branch, gates, out and lse of the compressed branch, block_idx, the four
 of :func:`nsa.core.packing.block_bounds` or None, the number of packed sequences, config, how many
-tokens have one list (:func:`nsa.backends.compiled.selected.launch.selected_forward`), whether every
-gate is in 0…1) -> sum, out of the selected branch and of the window, their lse``. The gradient of
-``out_cmp`` is part of that of q, k_cmp and v_cmp. See :mod:`nsa.backends.compiled.gated.launch`."""
+tokens have one list (:func:`nsa.backends.compiled.selected.launch.selected_forward`), the position
+of q's first row and how many keys of the window come before it, whether every gate is in 0…1)
+-> sum, out of the selected branch and of the window, their lse``. The gradient of ``out_cmp`` is
+part of that of q, k_cmp and v_cmp. See :mod:`nsa.backends.compiled.gated.launch`."""

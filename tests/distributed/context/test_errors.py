@@ -1,0 +1,122 @@
+"""Input that context parallelism refuses, on every rank in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nsa import (
+    BackendUnavailable,
+    NSACache,
+    NSAConfig,
+    NSAError,
+    ShapeError,
+    inspection,
+    use_settings,
+)
+from nsa.distributed import Layout, context_parallel
+from nsa.models.dense import DenseAttention
+from tests.support.layers import CONFIG, make_layer
+from tests.support.processes import run_ranks
+
+T = 24
+
+
+def told(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except NSAError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def refusals() -> dict[str, str]:
+    rank, layer = dist.get_rank(), make_layer(backend="sdpa")
+    layout = Layout.contiguous(T)
+    x = torch.randn(1, layout.rows, layer.dim, dtype=torch.float64)
+    found = {}
+
+    def attend(name: str, call: Callable[[], object], where: Layout = layout) -> None:
+        with context_parallel(where):
+            found[name] = told(call)
+
+    attend("cu_seqlens", lambda: layer(x, cu_seqlens=torch.tensor([0, T // 2]).int()))
+    half = torch.ones(layout.rows, 1, CONFIG.head_dim // 2, dtype=torch.float64)
+    attend("angles", lambda: layer(x, angles=(half, half)))
+    cache = NSACache(CONFIG, num_layers=1, batch_size=1, max_length=T, dtype=torch.float64)
+    with torch.no_grad():
+        attend("cache", lambda: layer(x, cache=cache.layers[0]))
+    with inspection.record(layer):
+        attend("record", lambda: layer(x))
+    attend("rows", lambda: layer(x[:, 1:]))
+    other = replace(CONFIG, window=CONFIG.window + rank)
+    attend("config", lambda: make_layer(other, backend="sdpa")(x))
+    segments = [[(0, 12)], [(12, T)]]
+    mixed = Layout(segments if rank == 0 else segments[::-1], T)
+    attend("layout", lambda: make_layer(backend="sdpa")(x), mixed)
+    found["size"] = told(lambda: Layout([[(0, T)]], T))
+    with use_settings(check=True):  # compared at every call
+        layer = make_layer(backend="sdpa")
+    attend("first", lambda: layer(x))
+    attend("later", lambda: layer(x), mixed)
+    return found
+
+
+def test_what_is_refused() -> None:
+    first, second = run_ranks(refusals, 2)
+    assert first == second
+    alike = "expected the same on all ranks of context_parallel, got"
+    assert first.pop("layout").startswith(f"ConfigError: layout: {alike} '((0, 24), (((0, 12),),")
+    assert first.pop("later").startswith(f"ConfigError: layout: {alike} '((0, 24), (((0, 12),),")
+    assert first == {
+        "cu_seqlens": "ShapeError: cu_seqlens: expected None under context_parallel, got some",
+        "angles": "ShapeError: angles: expected None under context_parallel, got some",
+        "cache": "ShapeError: cache: expected None under context_parallel, got one",
+        "record": "ShapeError: probes: expected None under context_parallel, got some",
+        "rows": "ShapeError: x: expected [B, 12, …] of this layout, got [1, 11, 12]",
+        "config": f"ConfigError: config.window: {alike} 7 on rank 0 and 8 on rank 1",
+        "size": "ShapeError: segments: expected those of 2 ranks, as the group has, got those of 1",
+        "first": "nothing",
+    }
+
+
+@pytest.mark.parametrize(
+    ("backend", "tokens", "why"),
+    [
+        ("reference", T, "reference takes whole sequences, got the shards of context_parallel"),
+        ("fa2-dense", [T], "fa2-dense takes regular batches, got cu_seqlens: use fa2-varlen"),
+    ],
+)
+def test_a_backend_that_cannot_is_refused(backend: str, tokens: int | list[int], why: str) -> None:
+    layer, layout = make_layer(backend=backend), Layout.contiguous(tokens, size=2)
+    x = torch.randn(1, layout.rows, layer.dim, dtype=torch.float64)
+    with context_parallel(layout), pytest.raises(BackendUnavailable) as error:
+        layer(x)
+    text = f"backend='{backend}' asks for {backend}, which cannot run this: {why}; backends that "
+    assert str(error.value).startswith(f"{text}can: sdpa")
+
+
+def test_dense_attention_is_refused() -> None:
+    layer = DenseAttention(32, NSAConfig.preset("tiny"))
+    text = "expected attention='nsa' under context_parallel, got dense attention, which sees"
+    with context_parallel(Layout.contiguous(T, size=2)), pytest.raises(ShapeError, match=text):
+        layer(torch.zeros(1, T // 2, 32))
+
+
+def test_what_is_no_layout_is_refused() -> None:
+    with pytest.raises(ShapeError, match="layout: expected a Layout, got 4"), context_parallel(4):
+        pass  # type: ignore[arg-type]
+
+
+def test_nothing_stays_in_force() -> None:
+    """Layers outside the ``with`` are as they were, whatever happened inside."""
+    layer = make_layer(backend="sdpa")
+    x = torch.randn(1, T, layer.dim, dtype=torch.float64)
+    want = layer(x)
+    with pytest.raises(KeyError), context_parallel(Layout.contiguous(T, size=2)):
+        raise KeyError
+    assert torch.equal(layer(x), want)
