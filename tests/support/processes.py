@@ -1,4 +1,4 @@
-"""Process groups of gloo for tests: a function runs on every rank, each in a process of its own."""
+"""Process groups for tests: a function runs on every rank, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -29,14 +29,19 @@ PRELOADED = [
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout: float = 120.0,
+    device: str = "cpu",
 ) -> list[Any]:
-    """Call ``function(*arguments)`` in ``world_size`` processes of one gloo process group.
+    """Call ``function(*arguments)`` in ``world_size`` processes of one process group.
 
     Args:
         function: of a module, so that it can be pickled, as what it returns can be.
         arguments: the same for every rank; pickled.
         timeout: seconds for all of them together; collectives that wait so long fail, too.
+        device: "cpu", by gloo, or "cuda", by NCCL with a GPU for each rank.
 
     Returns:
         what the function returned on each rank, in the order of ranks.
@@ -51,7 +56,7 @@ def run_ranks(
         ranks = [
             context.Process(
                 target=_run_rank,
-                args=(function, rank, world_size, folder, timeout, arguments),
+                args=(function, rank, world_size, folder, timeout, device, arguments),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -93,12 +98,15 @@ def _run_rank(
     world_size: int,
     folder: str,
     timeout: float,
+    device: str,
     arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     store = dist.FileStore(os.path.join(folder, "store"), world_size)
     dist.init_process_group(
-        "gloo",
+        "gloo" if device == "cpu" else "nccl",
         store=store,
         rank=rank,
         world_size=world_size,

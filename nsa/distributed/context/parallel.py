@@ -75,6 +75,7 @@ class _Sharded:
             if value is not None:
                 raise ShapeError(f"{name}: expected None under context_parallel, got some")
 
+    @outside_graphs  # which would make them anew
     def positions(self, device: torch.device) -> Tensor:
         """Of this rank's rows."""
         return self.layout.positions(device)

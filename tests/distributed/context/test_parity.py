@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from nsa import KV, NSAConfig, NSAttention, select_blocks, use_settings
 from nsa.cached_attention import Projected
@@ -182,14 +182,20 @@ def surroundings() -> None:
     parameters = dict(layer.named_parameters())
     want = by_part(in_one_process(layer, case))
 
-    def found(call: object = layer) -> dict[str, torch.Tensor]:
+    def found(call: object = layer, layout: Layout = layout) -> dict[str, torch.Tensor]:
         return by_part(across_ranks(call, parameters, case, layout))  # type: ignore[arg-type]
 
     layer.recompute = True
     agree(found(), want)
     layer.recompute = False
     agree(found(lambda x: checkpoint(layer, x, use_reentrant=False)), want)
-    agree(found(torch.compile(layer, backend="eager")), want)
+    with context_parallel(layout):
+        out = checkpoint(layer, layout.shard(case.x), use_reentrant=False)
+    with pytest.raises(CheckpointError):  # outside it would be another function
+        out.sum().backward()
+    compiled = torch.compile(layer, backend="eager")
+    for fresh in (Layout.contiguous(37), layout):
+        agree(found(compiled, fresh), want)
     with torch.autograd.detect_anomaly(check_nan=True):
         agree(found(), want)
     with torch.no_grad(), context_parallel(layout):
