@@ -54,7 +54,7 @@ def test_the_choice_knows_the_problem(monkeypatch, lengths, grad):
     (((asked, backend, settings), options),) = calls
     assert asked == (
         layer.config, case.x.device, case.x.dtype, longest or case.x.shape[1], lengths is not None,
-        grad,
+        grad, False,
     )  # fmt: skip
     assert (backend, settings, options) == ("sdpa", layer.settings, {})
 
