@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +25,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["regular", "packed"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", ["sdpa", "fa2-varlen"])
+def runs() -> Iterator[Any]:
+    """Backend, case, packed; of ``fa2-varlen``, whose layer is the same, most take patience."""
+    for backend in ("sdpa", "fa2-varlen"):
+        for case in CASES:
+            for packed in (False, True):
+                name = f"{backend}-{case}-{'packed' if packed else 'regular'}"
+                quick = backend == "sdpa" or (case, packed) == ("mlp", True)
+                marks = () if quick else pytest.mark.slow
+                yield pytest.param(backend, case, packed, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("backend", "case", "packed"), [*runs()])
 def test_saved_tensors_have_memory_of_their_own(backend: str, case: str, packed: bool) -> None:
     with use_settings(fa2_provider="math"):
         layer = NSAttention(DIM, replace(CONFIG, **CASES[case]), backend=backend)  # type: ignore[arg-type]
