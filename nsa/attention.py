@@ -22,7 +22,9 @@ from nsa.core.build import backward, build_once, kind, launches_soon, on_meta
 from nsa.core.compile import compile_glue
 from nsa.core.dtypes import accumulation_dtype, autocast_dtype
 from nsa.core.inputs import AttentionInputs, Probe
+from nsa.core.sharding import active
 from nsa.core.toolchain import INTERPRETED
+from nsa.errors import ShapeError
 from nsa.registry import TABLE
 
 
@@ -82,6 +84,7 @@ def nsa_attention(
         block_idx=block_idx,
     )
     inputs = validate.check_inputs(inputs, config, check=settings.check)
+    _refuse_shards("nsa_attention")
     problem = Problem(
         config,
         q.device,
@@ -122,6 +125,7 @@ def select_blocks(
     settings = settings_in_force()
     packed = cu_seqlens is not None
     validate.check_query(q, config)
+    _refuse_shards("select_blocks")
     check = settings.check and not q.is_meta
     max_seqlen = validate.check_packing(q, cu_seqlens, max_seqlen, check=check)
     validate.check_compressed("k_cmp", k_cmp, q, config, cu_seqlens, check=check)
@@ -319,6 +323,14 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[objec
     if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def _refuse_shards(function: str) -> None:
+    if active() is not None:
+        raise ShapeError(
+            f"{function}: expected no context_parallel, of whose ranks it would see one alone; "
+            "NSAttention attends across them"
+        )
 
 
 def _range(name: str, q: Tensor, nvtx: bool) -> contextlib.AbstractContextManager[object]:

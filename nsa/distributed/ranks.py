@@ -72,6 +72,8 @@ class LaunchedRanks(Ranks):
             self._store, self.rank, self.size = next(iter(found))
         except ValueError as error:
             raise UsageError(f"expected the variables that torchrun sets, got: {error}") from None
+        if not 0 <= self.rank < self.size:
+            raise UsageError(f"RANK: expected 0 … {self.size - 1}, got {self.rank}")
         self.local_rank = int(foreign_variable("LOCAL_RANK") or self.rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",

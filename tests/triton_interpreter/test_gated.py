@@ -64,14 +64,16 @@ def run(inputs: Inputs, in_unit_interval: bool) -> dict[str, Tensor]:
     return {"out": out, **{f"d{n}": g for n, g in zip(Inputs.NAMES, grads, strict=True)}}
 
 
-def attend(x: AttentionInputs, config: NSAConfig, in_unit_interval: bool) -> Tensor:
+def attend(
+    x: AttentionInputs, config: NSAConfig, in_unit_interval: bool, *, selected_here: bool = False
+) -> Tensor:
     with torch.no_grad():
         out_cmp, lse_cmp = compiled.compressed_attention(
             x.q, *x.compressed, config, x.cu_seqlens, q_start=x.q_start
         )
     assert x.block_idx is not None
     lists = x.block_idx
-    if config.select_share > 1:  # on lists of a caller's it does not rely
+    if selected_here:  # on lists of a caller's it does not rely
         x = x._replace(block_idx=None)
     return compiled.gated_attention(
         x, out_cmp, lse_cmp, lists, config, gates_in_unit_interval=in_unit_interval
@@ -181,7 +183,16 @@ def test_queries_that_begin_at_a_position(
         lists = compiled.select_blocks(x.q, x.compressed.k, config)
     x = replace(x, block_idx=lists)
     out = torch.cat(
-        [attend(rows_of(x.record, config, *part), config, in_unit_interval) for part in parts], 1
+        [
+            attend(
+                rows_of(x.record, config, *part),
+                config,
+                in_unit_interval,
+                selected_here=way == "shared lists",
+            )
+            for part in parts
+        ],
+        1,
     )
     grads = torch.autograd.grad(out, x.leaves(), x.dout)
     found = {"out": out, **{f"d{n}": g for n, g in zip(Inputs.NAMES, grads, strict=True)}}

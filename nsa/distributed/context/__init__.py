@@ -1,1 +1,1 @@
-"""Context parallelism: each rank holds some rows of every sequence (``docs/distributed.md``)."""
+"""Context parallelism: each rank has some rows of every sequence (docs/context_parallel.md)."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ _MET: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 def check_agreement(
     layer: Any, layout: Layout, chosen: Resolution, q: Tensor, *, every_call: bool
 ) -> None:
-    """Compare configuration, layout, backend and dtype of all ranks.
+    """Compare configuration, layout, backend, dtype and what backward depends on, of all ranks.
 
     Reads from the device, and so is done once for a layer and a group, or at ``every_call``.
 
@@ -39,6 +40,9 @@ def check_agreement(
         "backend": chosen.backend,
         "dtype": str(q.dtype),
         "batch size": q.shape[0],
+        "recompute": layer.recompute,
+        "gradients": torch.is_grad_enabled(),
+        "NSA_CHECK": every_call,
     }
     of_rank: list[Mapping[str, object]] = [{} for _ in range(layout.size)]
     dist.all_gather_object(of_rank, mine, group=group)

@@ -3,9 +3,9 @@
 What moves, in this order: rows next to the segments (those that φ's last blocks and the window's
 first rows read), compressed keys and values of all ranks, selected keys and values of all ranks.
 The last is most of the bytes; it goes on while the compressed branch and selection are computed,
-which takes longer than the transfer wherever links are as fast as NVLink (docs/distributed.md). So
-all key/value heads travel at once: head by head there would be nothing left to hide, and kernels
-would run on a fraction of the heads.
+which takes longer than the transfer wherever links are as fast as NVLink
+(docs/context_parallel.md). So all key/value heads travel at once: head by head there would be
+nothing left to hide, and kernels would run on a fraction of the heads.
 
 B batch, T rows of the whole batch, N compressed blocks of it, H query heads, K key/value heads,
 D key size, V value size.

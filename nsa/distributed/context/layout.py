@@ -169,9 +169,10 @@ class Layout:
     def _once(self, key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """A tensor made for all layers, and brought to the device without waiting for it."""
         if (key, device) not in self._tensors:
-            x = make()
-            if device.type == "cuda":
-                x = x.pin_memory().to(device, non_blocking=True)
+            with torch.inference_mode(False):  # it serves training as well
+                x = make()
+                if device.type == "cuda":
+                    x = x.pin_memory().to(device, non_blocking=True)
             self._tensors[key, device] = x
         return self._tensors[key, device]
 

@@ -16,10 +16,13 @@ from nsa import (
     NSAError,
     ShapeError,
     inspection,
+    nsa_attention,
+    select_blocks,
     use_settings,
 )
 from nsa.distributed import Layout, context_parallel
 from nsa.models.dense import DenseAttention
+from nsa.testing import make_inputs
 from tests.support.layers import CONFIG, make_layer
 from tests.support.processes import run_ranks
 
@@ -58,6 +61,9 @@ def refusals() -> dict[str, str]:
     segments = [[(0, 12)], [(12, T)]]
     mixed = Layout(segments if rank == 0 else segments[::-1], T)
     attend("layout", lambda: make_layer(backend="sdpa")(x), mixed)
+    unlike = make_layer(backend="sdpa")
+    unlike.recompute = rank == 0
+    attend("recompute", lambda: unlike(x))
     found["size"] = told(lambda: Layout([[(0, T)]], T))
     with use_settings(check=True):  # compared at every call
         layer = make_layer(backend="sdpa")
@@ -79,6 +85,7 @@ def test_what_is_refused() -> None:
         "record": "ShapeError: probes: expected None under context_parallel, got some",
         "rows": "ShapeError: x: expected [B, 12, …] of this layout, got [1, 11, 12]",
         "config": f"ConfigError: config.window: {alike} 7 on rank 0 and 8 on rank 1",
+        "recompute": f"ConfigError: recompute: {alike} True on rank 0 and False on rank 1",
         "size": "ShapeError: segments: expected those of 2 ranks, as the group has, got those of 1",
         "first": "nothing",
     }
@@ -98,6 +105,22 @@ def test_a_backend_that_cannot_is_refused(backend: str, tokens: int | list[int],
         layer(x)
     text = f"backend='{backend}' asks for {backend}, which cannot run this: {why}; backends that "
     assert str(error.value).startswith(f"{text}can: sdpa")
+
+
+def test_functions_which_see_one_rank_are_refused() -> None:
+    x = make_inputs(CONFIG, length=T // 2)
+    with context_parallel(Layout.contiguous(T, size=2)):
+        with pytest.raises(ShapeError, match="nsa_attention: expected no context_parallel, of who"):
+            x.attend(nsa_attention, backend="sdpa")
+        with pytest.raises(ShapeError, match="select_blocks: expected no context_parallel, of who"):
+            select_blocks(x.q, x.compressed.k, CONFIG)
+
+
+def test_a_layout_first_used_for_inference_serves_training() -> None:
+    layout = Layout.contiguous([5, 3], size=1)
+    with torch.inference_mode():
+        layout.positions(torch.device("cpu"))
+    assert not layout.positions(torch.device("cpu")).is_inference()
 
 
 def test_dense_attention_is_refused() -> None:
