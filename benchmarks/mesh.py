@@ -3,10 +3,13 @@
     python benchmarks/mesh.py                   # all meshes that the GPUs of this machine allow
     python benchmarks/mesh.py --budget-s 200    # start nothing new after so many seconds
     python benchmarks/mesh.py dp2 tp2           # some of them
+    python benchmarks/mesh.py --per-gpu         # as many tokens on each process of dp, too
     python benchmarks/mesh.py --device cpu --tiny one dp2 tp2
 
 The "small" model (12 layers, width 768, Hq 12, Hkv 2, D 64) on Python's own source, bf16 autocast,
 65,536 tokens a step at T = 8192, whatever the mesh: the seed, and so the batches, are the same.
+With ``--per-gpu`` every mesh of several dp has a second row, ``*dp`` behind its name, of 65,536
+tokens on each process of dp (weak scaling): its losses are of other batches, so they stand alone.
 Each mesh is a command of its own, with ``--limit-s`` to end in; one that fails says so and the next
 one starts. One JSON line each as they come, then a table:
 
@@ -45,13 +48,17 @@ MESHES: dict[str, dict[str, int]] = {
     "dp2cp2": {"dp": 2, "cp": 2},
 }
 ORDER = ("one", "dp2", "dp4", "tp2", "dp2tp2", "one+c", "dp2+c", "dp4+c", "cp2", "dp2cp2")
-"""With +c: blocks compiled."""
+"""With +c: blocks compiled; with *dp, of --per-gpu: dp times the batch."""
 SIZES = {"seq_len": 8192, "batch_size": 8, "lr": 1e-3, "warmup": 10}
 TINY = {"seq_len": 128, "batch_size": 4, "lr": 1e-3, "warmup": 10}
 
 
+def mesh_of(name: str) -> dict[str, int]:
+    return MESHES[name.partition("*")[0].partition("+")[0]]
+
+
 def gpus_of(name: str) -> int:
-    sizes = MESHES[name.partition("+")[0]]
+    sizes = mesh_of(name)
     return sizes.get("dp", 1) * sizes.get("cp", 1) * sizes.get("tp", 1)
 
 
@@ -60,6 +67,7 @@ def main() -> None:
     parser.add_argument("meshes", nargs="*", metavar="MESH", help=", ".join(ORDER))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="the tiny model and short sequences")
+    parser.add_argument("--per-gpu", action="store_true", help="weak scaling, too")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warm-up", type=int, default=8)
     parser.add_argument("--limit-s", type=float, default=100.0, help="seconds for one mesh")
@@ -73,7 +81,11 @@ def main() -> None:
     begun, rows = time.monotonic(), []
     if available > 1:
         say(run(["-m", "nsa.tools.diagnose", "--all-reduce", "--device", arguments.device], 2, 60))
-    for name in arguments.meshes or ORDER:
+    names = list(arguments.meshes or ORDER)
+    if arguments.per_gpu:
+        wide = {name: [f"{name}*dp"] * (mesh_of(name).get("dp", 1) > 1) for name in names}
+        names = [row for name in names for row in (name, *wide[name])]
+    for name in names:
         left = arguments.budget_s - (time.monotonic() - begun)
         if gpus_of(name) > available:
             continue
@@ -156,9 +168,9 @@ def table(rows: list[dict[str, Any]]) -> None:
         if "error" in row:
             print(f"{name:10} {gpus_of(name):4}  {row['error']}")
             continue
-        same = done.get("one+c" if name.endswith("+c") else "one")
+        same = done.get("one+c" if "+c" in name else "one")
         speed = same and f"{row['tokens_per_second'] / same['tokens_per_second']:.2f}"
-        one = done.get("one")
+        one = None if name.endswith("*dp") else done.get("one")
         apart = one and max(abs(a - b) for a, b in zip(one["losses"], row["losses"], strict=True))
         print(
             f"{name:10} {gpus_of(name):4} {row['tokens_per_second']:10,.0f} {speed or '-':>6} "
@@ -177,19 +189,21 @@ def work(arguments: argparse.Namespace) -> None:
     from nsa.training.on_mesh import require_mesh
     from nsa.training.trainer import Trainer
 
-    name, _, compiled = arguments.worker.partition("+")
+    sizes, name = mesh_of(arguments.worker), arguments.worker
     preset = "tiny" if arguments.tiny else "small"
     values = {**PRESETS[preset], **(TINY if arguments.tiny else SIZES)}
     values |= {"data": "stdlib", "device": arguments.device}
     values["steps"] = arguments.steps + arguments.warm_up
     values["precision"] = "bf16" if arguments.device == "cuda" else "fp32"
-    values["compile"] = "blocks" if compiled else "none"
+    values["compile"] = "blocks" if "+c" in name else "none"
+    if name.endswith("*dp"):
+        values["batch_size"] *= sizes["dp"]
     config = RunConfig(model=ModelConfig.preset(preset), train=TrainConfig(**values))
     with launched(lambda text: print("error:", text, flush=True)) as ranks:
         if isinstance(ranks, LaunchedRanks):
             from nsa.distributed.process_mesh import ProcessMesh
 
-            mesh: Mesh = ProcessMesh(MeshConfig(**MESHES[name]), ranks, arguments.device)
+            mesh: Mesh = ProcessMesh(MeshConfig(**sizes), ranks, arguments.device)
         else:
             mesh = Mesh(torch.device(arguments.device))
         require_mesh(config, mesh.sizes, None)
@@ -210,7 +224,7 @@ def work(arguments: argparse.Namespace) -> None:
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
         share = nccl_share(trainer, step) if cuda and ranks.size > 1 else "-"
         row = {
-            "mesh": arguments.worker,
+            "mesh": name,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "tokens_per_second": round(trainer.tokens_per_step / step),
             "step_ms": round(1e3 * step, 2),
