@@ -179,7 +179,9 @@ def half(rank: int, path: str) -> None:
 
 def test_two_ranks_are_one_batch(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
-    code = "import sys; from tests.models.test_fsdp import half; half(1, sys.argv[1])"
+    # torch's threads may outlive the group: an exit that waits for none of them cannot abort
+    code = "import os, sys; from tests.models.test_fsdp import half; half(1, sys.argv[1])"
+    code += "; os._exit(0)"
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(
         [sys.executable, "-c", code, path], cwd=root, stderr=subprocess.PIPE, text=True
