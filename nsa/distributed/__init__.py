@@ -21,7 +21,7 @@ _MODULES = {
     "shard": "data_parallel",
     "tensor_parallel_plan": "tensor_parallel",
 }
-"""Where names are, which are looked up when they are asked for: a tool that may run on several
+"""Where names are, which are looked up when they are used: a tool that may run on several
 processes must not import DTensor and the compiler, which take seconds, to run on one."""
 
 __all__ = [

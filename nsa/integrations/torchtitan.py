@@ -61,7 +61,7 @@ class SparseAttention(GQAttention):
         """Refuse to split heads: those of a group read the same blocks.
 
         Raises:
-            ConfigError: tensor or context parallelism is asked for.
+            ConfigError: tensor or context parallelism is requested.
         """
         for name in ("tp", "cp"):
             if getattr(parallel_dims, f"{name}_enabled"):

@@ -254,7 +254,7 @@ class Run:
                         return None
 
     def _stopping(self, stop: StopRequest, display: Display) -> bool:
-        """Whether any process was asked to stop, or cannot be looked at any more."""
+        """Whether any process is to stop, or cannot be looked at any more."""
         return self._ranks.any(stop.requested or display.lost is not None)
 
     def _note_start(self, display: Display, first: str) -> None:

@@ -34,8 +34,8 @@ class Layout:
         tokens: T of a regular batch ``[B, T, …]``, or the lengths of packed sequences, whose sum is
             T (``cu_seqlens.diff().tolist()``, which reads the device: once for all layers).
         group: the ranks; None is the default group.
-        rank: of this process in ``segments``; None asks the group. With a rank nothing is asked of
-            ``torch.distributed``: such a layout is for arithmetic
+        rank: of this process in ``segments``; None takes the group's. With a rank
+            ``torch.distributed`` is not called: such a layout is for arithmetic
             (:func:`nsa.distributed.context_traffic`).
 
     Raises:
