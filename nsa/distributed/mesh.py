@@ -6,7 +6,7 @@ A mesh changes speed and memory, and nothing else: the batch of a step is the sa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,29 @@ class MeshConfig:
         return {"dp": dp, "cp": self.cp, "tp": self.tp}
 
 
+class OwnParameters:
+    """What the optimizer of one process updates: with one process, a model's own parameters."""
+
+    parts: dict[str, nn.Parameter]
+    """By the names that the model has for them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parts = dict(model.named_parameters())
+
+    def zero_grad(self) -> None:
+        """Before a step: drop the gradients of the last one."""
+        for parameter in self.parts.values():
+            parameter.grad = None
+
+    def clip(self, limit: float) -> Tensor:
+        """After backward: clip the gradients to a norm of all of them; returns what it was."""
+        return nn.utils.clip_grad_norm_(self.parts.values(), limit)
+
+    def whole(self, name: str, value: Tensor) -> Tensor:
+        """What an optimizer keeps of a part, sharded as its parameter is, in the same memory."""
+        return value
+
+
 class Mesh:
     """One process: nothing is shared, and nothing is sent.
 
@@ -100,13 +123,9 @@ class Mesh:
         """The sum of numbers over all parts of a batch."""
         return value
 
-    def parameter_groups(self, parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Parameters that one kernel of an optimizer takes together."""
-        return [list(parameters)]
-
-    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """Clip the gradients to a norm of all of them; returns what it was."""
-        return nn.utils.clip_grad_norm_(parameters, limit)
+    def parameters(self, model: nn.Module) -> OwnParameters:
+        """What an optimizer of this process updates; once the model is sharded."""
+        return OwnParameters(model)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All parts of a tensor, for rank 0; every process calls it."""

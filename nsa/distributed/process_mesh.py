@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from nsa.distributed.context.layout import Layout
 from nsa.distributed.context.parallel import context_parallel
 from nsa.distributed.data_parallel import shard
-from nsa.distributed.mesh import Mesh, MeshConfig
+from nsa.distributed.local_parameters import LocalParameters
+from nsa.distributed.mesh import Mesh, MeshConfig, OwnParameters
 from nsa.distributed.ranks import LaunchedRanks
 from nsa.distributed.tensor_parallel import parallelize
 from nsa.models import LanguageModel
@@ -84,28 +84,8 @@ class ProcessMesh(Mesh):
         dist.all_reduce(sums)
         return float(sums) * self.dp.size() / self.ranks.size  # the others have the same rows
 
-    def parameter_groups(self, parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-        groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups.setdefault(mesh, []).append(parameter)
-        return list(groups.values())
-
-    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        parameters = [parameter for parameter in parameters if parameter.grad is not None]
-        copies: dict[int, list[Tensor]] = {}
-        for parameter in parameters:
-            grad = parameter.grad
-            assert grad is not None
-            count = self.ranks.size // _parts(grad)
-            copies.setdefault(count, []).append(_local(grad))
-        squares = [nn.utils.get_total_norm(x).square() / count for count, x in copies.items()]
-        total = torch.stack(squares).sum()
-        dist.all_reduce(total)
-        norm = total.sqrt()
-        for group in self.parameter_groups(parameters):
-            nn.utils.clip_grads_with_norm_(group, limit, norm)
-        return norm
+    def parameters(self, model: nn.Module) -> OwnParameters:
+        return LocalParameters(model)
 
     def gather(self, tensor: Tensor) -> Tensor:
         whole = _whole(tensor)
@@ -120,18 +100,6 @@ class ProcessMesh(Mesh):
             everywhere = [Replicate()] * into.device_mesh.ndim
             whole = DTensor.from_local(whole, into.device_mesh, everywhere, run_check=False)
         into.copy_(whole)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _parts(tensor: Tensor) -> int:
-    """Into how many parts a tensor is split; other processes have copies of them."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    return math.prod(size for placement, size in sizes if not placement.is_replicate())
 
 
 def _whole(tensor: Tensor) -> Tensor:

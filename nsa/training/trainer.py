@@ -69,14 +69,14 @@ class Trainer:
         )
         self._model_loss = loss_function(self.model, train.compile)
         self.mesh.shard(self.model)
+        self._own = self.mesh.parameters(self.model)
         # Biases and norms are left to grow: decay on them helps nothing.
-        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
-        free = [p for p in self.model.parameters() if p.ndim < 2]
+        decayed = [p for p in self._own.parts.values() if p.ndim >= 2]
+        free = [p for p in self._own.parts.values() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": group, "weight_decay": decay}
-                for parameters, decay in ((decayed, train.weight_decay), (free, 0.0))
-                for group in self.mesh.parameter_groups(parameters)
+                {"params": decayed, "weight_decay": train.weight_decay},
+                {"params": free, "weight_decay": 0.0},
             ],
             lr=train.lr,
             betas=(train.beta1, train.beta2),
@@ -90,7 +90,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._own.zero_grad()
         total = torch.zeros((), device=self.device)
         for micro in range(train.accumulate):
             tokens, targets = training_batch(
@@ -105,7 +105,7 @@ class Trainer:
                 loss = self._loss(own(tokens), own(targets)) / train.accumulate
                 loss.backward()
             total += loss.detach()
-        norm = self.mesh.clip(self.model.parameters(), train.grad_clip)
+        norm = self._own.clip(train.grad_clip)
         self.optimizer.step()
         self.step += 1
         return StepResult(self.mesh.mean(total), norm)
@@ -146,9 +146,9 @@ class Trainer:
         gather = self.mesh.gather
         model = {name: gather(value) for name, value in self.model.state_dict().items()}
         optimizer = {
-            f"{name}.{key}": gather(value)
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
+            f"{name}.{key}": gather(self._own.whole(name, value))
+            for name, part in self._own.parts.items()
+            for key, value in self.optimizer.state[part].items()
         }
         words = np.random.get_state(legacy=False)["state"]["key"]
         rng = {
@@ -208,8 +208,8 @@ class Trainer:
                 f"{next_batch}, got {checkpoint.step}"
             )
         load_model(self.model, checkpoint, self.mesh)
-        for name, parameter in self.model.named_parameters():
-            like = parameter.detach()
+        for name, part in self._own.parts.items():
+            like = part.detach()
             for key, empty in (
                 ("step", torch.empty((), device=self.device)),
                 ("exp_avg", torch.empty_like(like)),
@@ -217,9 +217,10 @@ class Trainer:
             ):
                 # A copy: the file's tensor may be aligned otherwise, and then a vectorised kernel
                 # may round otherwise.
-                read = partial(checkpoint.tensor, "optimizer", f"{name}.{key}", like=empty)
-                self.mesh.spread(read, empty)
-                self.optimizer.state[parameter][key] = empty
+                whole = self._own.whole(name, empty)
+                read = partial(checkpoint.tensor, "optimizer", f"{name}.{key}", like=whole)
+                self.mesh.spread(read, whole)
+                self.optimizer.state[part][key] = empty
         self.step = checkpoint.step
 
         if self.mesh.ranks.leads:  # a step draws no number; the next checkpoint has rank 0's
