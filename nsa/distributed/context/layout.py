@@ -141,7 +141,8 @@ class Layout:
     def unshard(self, x: Tensor) -> Tensor:
         """The whole ``[B, T, …]`` on every rank, of rows as :meth:`shard` gives them.
 
-        Gradients are summed over the ranks, as for a loss that is the sum of theirs.
+        Gradients are summed over the ranks, as for a loss that is the sum of theirs; ``x`` has them
+        on every rank or on none.
         """
         self.check_rows("x", x, self.rows)
         gather = GatherRows(self.parts, self.group)

@@ -84,12 +84,13 @@ class _Sharded:
     def attend(self, layer: Any, chosen: Resolution, *projected: Any) -> Tensor:
         """φ and the gated sum of the branches."""
         q, tokens, selected, window, gates, *_ = projected
+        of_rank = Projected(q, KV(*tokens), KV(*selected), KV(*window), gates)
         config, settings = layer.config, layer.settings
         plan_of(self.layout, config)  # first what all ranks refuse alike
-        check_agreement(layer, self.layout, chosen, q, every_call=settings.check)
+        check_agreement(layer, self.layout, chosen, of_rank, every_call=settings.check)
         return attend(
             self.layout,
-            Projected(q, KV(*tokens), KV(*selected), KV(*window), gates),
+            of_rank,
             partial(compress_both, layer.compress_k, layer.compress_v),
             chosen,
             config,

@@ -64,6 +64,12 @@ def refusals() -> dict[str, str]:
     unlike = make_layer(backend="sdpa")
     unlike.recompute = rank == 0
     attend("recompute", lambda: unlike(x))
+    frozen = make_layer(backend="sdpa")
+    with torch.no_grad():
+        attend("evaluation", lambda: frozen(x))
+    for name, part in frozen.named_parameters():
+        part.requires_grad_(rank == 0 or name.startswith("compress_"))
+    attend("frozen", lambda: frozen(x))  # compared again, now that a backward pass may follow
     found["size"] = told(lambda: Layout([[(0, T)]], T))
     with use_settings(check=True):  # compared at every call
         layer = make_layer(backend="sdpa")
@@ -86,6 +92,9 @@ def test_what_is_refused() -> None:
         "rows": "ShapeError: x: expected [B, 12, …] of this layout, got [1, 11, 12]",
         "config": f"ConfigError: config.window: {alike} 7 on rank 0 and 8 on rank 1",
         "recompute": f"ConfigError: recompute: {alike} True on rank 0 and False on rank 1",
+        "evaluation": "nothing",
+        "frozen": f"ConfigError: gradients of: {alike} ['tokens', 'φ', 'selected', 'window'] on "
+        "rank 0 and ['φ'] on rank 1",
         "size": "ShapeError: segments: expected those of 2 ranks, as the group has, got those of 1",
         "first": "nothing",
     }
