@@ -46,12 +46,13 @@ def context_parallel(layout: Layout) -> Iterator[None]:
     ``fullgraph=True``. The whole process is concerned, not one thread.
 
     Raises:
-        ShapeError: no layout, and, from layers, input that does not fit it.
+        ShapeError: no layout, or one for arithmetic alone; from layers: input that does not fit it.
         ConfigError: from layers at their first call: ranks have different configurations.
         BackendUnavailable: from layers: a backend that takes whole sequences alone.
     """
     if not isinstance(layout, Layout):
         raise ShapeError(f"layout: expected a Layout, got {show(layout)}")
+    layout.check_group()
     before = sharding.activate(_Sharded(layout))
     try:
         yield

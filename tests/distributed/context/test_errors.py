@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from nsa import (
     BackendUnavailable,
@@ -27,6 +30,14 @@ from tests.support.layers import CONFIG, make_layer
 from tests.support.processes import run_ranks
 
 T = 24
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def told(call: Callable[[], object]) -> str:
@@ -107,8 +118,9 @@ def test_what_is_refused() -> None:
         ("fa2-dense", [T], "fa2-dense takes regular batches, got cu_seqlens: use fa2-varlen"),
     ],
 )
+@pytest.mark.usefixtures("one_rank")
 def test_a_backend_that_cannot_is_refused(backend: str, tokens: int | list[int], why: str) -> None:
-    layer, layout = make_layer(backend=backend), Layout.contiguous(tokens, size=2)
+    layer, layout = make_layer(backend=backend), Layout.contiguous(tokens)
     x = torch.randn(1, layout.rows, layer.dim, dtype=torch.float64)
     with context_parallel(layout), pytest.raises(BackendUnavailable) as error:
         layer(x)
@@ -116,9 +128,10 @@ def test_a_backend_that_cannot_is_refused(backend: str, tokens: int | list[int],
     assert str(error.value).startswith(f"{text}can: sdpa")
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_functions_which_see_one_rank_are_refused() -> None:
-    x = make_inputs(CONFIG, length=T // 2)
-    with context_parallel(Layout.contiguous(T, size=2)):
+    x = make_inputs(CONFIG, length=T)
+    with context_parallel(Layout.contiguous(T)):
         with pytest.raises(ShapeError, match="nsa_attention: expected no context_parallel, of who"):
             x.attend(nsa_attention, backend="sdpa")
         with pytest.raises(ShapeError, match="select_blocks: expected no context_parallel, of who"):
@@ -132,11 +145,12 @@ def test_a_layout_first_used_for_inference_serves_training() -> None:
     assert not layout.positions(torch.device("cpu")).is_inference()
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_dense_attention_is_refused() -> None:
     layer = DenseAttention(32, NSAConfig.preset("tiny"))
     text = "expected attention='nsa' under context_parallel, got dense attention, which sees"
-    with context_parallel(Layout.contiguous(T, size=2)), pytest.raises(ShapeError, match=text):
-        layer(torch.zeros(1, T // 2, 32))
+    with context_parallel(Layout.contiguous(T)), pytest.raises(ShapeError, match=text):
+        layer(torch.zeros(1, T, 32))
 
 
 def test_what_is_no_layout_is_refused() -> None:
@@ -144,11 +158,39 @@ def test_what_is_no_layout_is_refused() -> None:
         pass  # type: ignore[arg-type]
 
 
+def test_a_layout_for_arithmetic_sends_nothing() -> None:
+    text = "layout: expected the ranks of a process group, got a layout for arithmetic alone; make"
+    for layout in (Layout.contiguous(T, size=2), Layout([[(0, T)]], T, rank=0)):
+        with pytest.raises(ShapeError, match=text), context_parallel(layout):
+            pass
+        with pytest.raises(ShapeError, match=text):
+            layout.unshard(torch.zeros(1, layout.rows))
+
+
+def test_a_layout_needs_processes() -> None:
+    text = "group: expected torch.distributed to be initialized (torchrun, init_process_group), got"
+    for make in (Layout.contiguous, Layout.head_tail, partial(Layout, [[(0, T)]])):
+        with pytest.raises(ShapeError, match=re.escape(text)):
+            make(T)  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_is_no_process_group_is_refused() -> None:
+    text = "group: expected a process group that this process is in, or None, got {}; a DeviceMesh"
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))
+    for given, shown in ((mesh, repr(mesh)), ("cp", "'cp'"), (-100, "-100")):
+        for make in (Layout.contiguous, Layout.head_tail, partial(Layout, [[(0, T)]])):
+            with pytest.raises(ShapeError, match=re.escape(text.format(shown))):
+                make(T, group=given)  # type: ignore[operator]
+    assert Layout.contiguous(T, group=mesh["cp"].get_group()).size == 1
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_nothing_stays_in_force() -> None:
     """Layers outside the ``with`` are as they were, whatever happened inside."""
     layer = make_layer(backend="sdpa")
     x = torch.randn(1, T, layer.dim, dtype=torch.float64)
     want = layer(x)
-    with pytest.raises(KeyError), context_parallel(Layout.contiguous(T, size=2)):
+    with pytest.raises(KeyError), context_parallel(Layout.contiguous(T)):
         raise KeyError
     assert torch.equal(layer(x), want)

@@ -17,6 +17,8 @@ from nsa.distributed.context.layout import even_segments
 from nsa.distributed.context.plan import COMPRESSED, WINDOW, Plan, plan_of
 from tests.support.layers import CONFIG
 
+SEGMENTS = "segments: expected a list for each rank, of its segments (start, stop), got "
+
 
 def test_segments_of_the_constructors() -> None:
     assert Layout.contiguous(10, size=3).segments == (((0, 3),), ((3, 6),), ((6, 10),))
@@ -46,6 +48,14 @@ def test_rows_and_positions() -> None:
         (lambda: Layout([[(0, 9), (9, 9)]], 9, rank=0), "expected each of the rows 0 … 8 once"),
         (lambda: Layout([[(0, 9)], []], 9, rank=0), "expected rows for every rank, got none for"),
         (lambda: Layout([[(0, 9)]], 9, rank=1), "rank: expected 0 … 0, got 1"),
+        (lambda: Layout([[(0, 9)]], 9, rank="0"), "rank: expected 0 … 0, got '0'"),
+        (lambda: Layout([(0, 4), (4, 9)], 9, rank=0), f"{SEGMENTS}[(0, 4), (4, 9)]"),
+        (lambda: Layout([[(0, 4.0)], [(4.0, 9)]], 9, rank=0), f"{SEGMENTS}[[(0, 4.0)], [(4.0, 9"),
+        (lambda: Layout([[0, 4], [4, 9]], 9, rank=0), f"{SEGMENTS}[[0, 4], [4, 9]]"),
+        (lambda: Layout([[(0, 4, 9)]], 9, rank=0), f"{SEGMENTS}[[(0, 4, 9)]]"),
+        (lambda: Layout([None, [(4, 9)]], 9, rank=0), f"{SEGMENTS}[None, [(4, 9)]]"),
+        (lambda: Layout(None, 9, rank=0), f"{SEGMENTS}None"),
+        (lambda: Layout([], 9, rank=0), f"{SEGMENTS}[]"),
         (lambda: Layout.contiguous(0, size=1), "tokens: expected T >= 1 of a regular batch or the"),
         (lambda: Layout.contiguous([3, -1], size=1), "tokens: expected T >= 1 of a regular batch"),
         (lambda: Layout.contiguous("9", size=1), "tokens: expected T >= 1 of a regular batch"),
@@ -53,6 +63,9 @@ def test_rows_and_positions() -> None:
         (lambda: Layout.head_tail(9, size=2, multiple=4), "expected enough for 4 segments cut at"),
         (lambda: Layout.head_tail(9, size=2, multiple=0), "multiple: expected an int >= 1, got 0"),
         (lambda: Layout.contiguous(9, size=0), "size: expected an int >= 1, got 0"),
+        (lambda: Layout.head_tail(9, size=0), "size: expected an int >= 1, got 0"),
+        (lambda: Layout.head_tail(9, size="2"), "size: expected an int >= 1, got '2'"),
+        (lambda: Layout.head_tail(9, size=1.5), "size: expected an int >= 1, got 1.5"),
     ],
 )
 def test_a_bad_layout_is_refused(make: Any, text: str) -> None:
