@@ -169,9 +169,10 @@ class GatherRows(Transfer):
 
     def unpack(self, received: Tensor) -> tuple[Tensor, ...]:
         """Each tensor in the order of the whole, of ``[R, B, most, W]``."""
+        rows = sum(self.parts.counts)
         return tuple(
             torch.cat([received[p.rank][:, p.rows, columns] for p in self.parts.order], dim=1).view(
-                shape[0], -1, *shape[2:]
+                shape[0], rows, *shape[2:]
             )
             for shape, columns in zip(self.shapes, self.columns(), strict=True)
         )
@@ -243,16 +244,20 @@ class ExchangeRows(Transfer):
     def unpack(self, received: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of each need."""
         B, W = self.shapes[0][0], sum(self.widths()[:2])
-        entries = received.split([B * rows * W for _, rows in self.exchange.received])
+        counts = [rows for _, rows in self.exchange.received]
+        entries = [
+            entry.view(B, rows, W)
+            for rows, entry in zip(
+                counts, received.split([B * rows * W for rows in counts]), strict=True
+            )
+        ]
         found = []
         for pair, numbers in zip(self.exchange.pairs, self.exchange.order, strict=True):
-            parts = [entries[i].view(B, -1, W) for i in numbers]
+            parts = [entries[i] for i in numbers]
             whole = torch.cat(parts, dim=1) if parts else received.new_empty(B, 0, W)
             shapes = self.shapes[2 * pair : 2 * pair + 2]
             halves = whole.split([prod(shape[2:]) for shape in shapes], dim=2)
-            found += [
-                half.reshape(B, -1, *shape[2:]) for half, shape in zip(halves, shapes, strict=True)
-            ]
+            found += [x.unflatten(2, shape[2:]) for x, shape in zip(halves, shapes, strict=True)]
         return tuple(found)
 
     def pack_gradients(self, grads: Sequence[Tensor]) -> Tensor:
