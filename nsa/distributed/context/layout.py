@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nsa.core.validate import check_tensor
 from nsa.distributed.context.collectives import rank_and_size
 from nsa.distributed.context.transfers import GatherRows, Parts
 from nsa.errors import ShapeError, is_int, show
@@ -213,6 +214,7 @@ class Layout:
 
     def check_rows(self, name: str, x: Tensor, rows: int) -> None:
         """Refuse what is not ``[B, rows, …]``, B = 1 if packed."""
+        check_tensor(name, x)
         batch_fits = x.ndim >= 2 and (not self.packed or x.shape[0] == 1)
         if not batch_fits or x.shape[1] != rows:
             wanted = f"[{'1' if self.packed else 'B'}, {rows}, …]"

@@ -70,11 +70,22 @@ class _Sharded:
     def check_call(self, layer: Any, x: Tensor, **given: object) -> None:
         """Its rows are the layout's, and nothing else says where they stand."""
         self.layout.check_rows("x", x, self.layout.rows)
+        if x.is_meta:
+            raise ShapeError(
+                "x: expected a CPU or a GPU under context_parallel, whose ranks send each other "
+                "values, got the meta device, which has none"
+            )
         if layer.probes is not None:
-            given["probes"] = layer.probes
+            raise ShapeError(
+                "context_parallel: expected a layer that nsa.inspection does not watch, got one "
+                "that it does; record in one process"
+            )
         for name, value in given.items():
             if value is not None:
-                raise ShapeError(f"{name}: expected None under context_parallel, got some")
+                raise ShapeError(
+                    f"{name}: expected None under context_parallel, whose layout says where rows "
+                    f"stand, got {type(value).__name__}"
+                )
 
     @outside_graphs  # which would make them anew
     def positions(self, device: torch.device) -> Tensor:

@@ -78,6 +78,8 @@ def test_a_bad_layout_is_refused(make: Any, text: str) -> None:
     [
         (torch.zeros(2, 8), "x: expected [B, 9, …] of this layout, got [2, 8]"),
         (torch.zeros(9), "x: expected [B, 9, …] of this layout, got [9]"),
+        ([1, 2, 3], "x: expected a tensor, got list"),
+        (torch.zeros(2, 9).to_sparse(), "x: expected a dense tensor, got a sparse_coo one"),
     ],
 )
 def test_another_batch_is_refused(x: torch.Tensor, text: str) -> None:
