@@ -46,13 +46,19 @@ def context_parallel(layout: Layout) -> Iterator[None]:
     ``fullgraph=True``. The whole process is concerned, not one thread.
 
     Raises:
-        ShapeError: no layout, or one for arithmetic alone; from layers: input that does not fit it.
+        ShapeError: no layout, one for arithmetic alone, or one inside another's ``with``; from
+            layers: input that does not fit it.
         ConfigError: from layers at their first call: ranks have different configurations.
         BackendUnavailable: from layers: a backend that takes whole sequences alone.
     """
     if not isinstance(layout, Layout):
         raise ShapeError(f"layout: expected a Layout, got {show(layout)}")
     layout.check_group()
+    if sharding.active() is not None:
+        raise ShapeError(
+            "context_parallel: expected none in force, got one inside another; end the outer one "
+            "first, or make one layout for both"
+        )
     before = sharding.activate(_Sharded(layout))
     try:
         yield

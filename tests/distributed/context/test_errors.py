@@ -193,6 +193,18 @@ def test_what_is_no_process_group_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_one_inside_another_is_refused() -> None:
+    """Layers that are run again in a backward pass outside the inner one would take the outer."""
+    layer, layout = make_layer(backend="sdpa"), Layout.contiguous(T)
+    with context_parallel(layout):
+        text = "context_parallel: expected none in force, got one inside another; end the outer one"
+        with pytest.raises(ShapeError, match=text), context_parallel(Layout.contiguous(T // 2)):
+            pass
+        with pytest.raises(ShapeError, match="of this layout"):  # the outer one is still in force
+            layer(torch.zeros(1, T // 2, layer.dim, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_nothing_stays_in_force() -> None:
     """Layers outside the ``with`` are as they were, whatever happened inside."""
     layer = make_layer(backend="sdpa")
