@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nsa import NSAConfig, ShapeError
 from nsa.distributed import Layout
 from nsa.distributed.context.layout import even_segments
-from nsa.distributed.context.plan import COMPRESSED, WINDOW, Plan, plan_of
+from nsa.distributed.context.plan import TOKENS, WINDOW, Plan, plan_of
 from tests.support.layers import CONFIG
 
 SEGMENTS = "segments: expected a list for each rank, of its segments (start, stop), got "
@@ -132,7 +132,7 @@ def rows_of(layout: Layout, rank: int) -> list[int]:
 @given(ranks=layouts())
 @settings(max_examples=60)
 def test_every_rank_gets_the_rows_that_it_needs(ranks: list[Layout]) -> None:
-    """An all-to-all by hand: what comes are the rows after and before each segment."""
+    """An all-to-all by hand: halos made of it are the rows after and before each segment."""
     plans = [plan_of(layout, CONFIG) for layout in ranks]
     exchanges = [plan.exchange for plan in plans]
     if any(exchange is None for exchange in exchanges):
@@ -155,19 +155,19 @@ def test_every_rank_gets_the_rows_that_it_needs(ranks: list[Layout]) -> None:
         assert exchange is not None
         came = [sent[rank][layout.rank] for rank in range(layout.size)]
         assert [len(rows) for rows in came] == list(exchange.received_rows)
-        flat, entries_of = iter([row for rows in came for row in rows]), []
-        for _, count in exchange.received:
-            entries_of.append([next(flat) for _ in range(count)])
-        needs = [[row for i in order for row in entries_of[i]] for order in exchange.order]
+        flat = [row for rows in came for row in rows]
+        halos = [[row for part in parts for row in flat[part]] for _, parts in exchange.halos]
+        pairs = [pair for pair, _ in exchange.halos]
         starts = block_starts(layout, CONFIG)
         wanted = []
         for a, b in layout.segments[layout.rank]:
             end = max([b, *(s + CONFIG.compress_block for s in starts if a <= s < b)])
-            wanted.append([(COMPRESSED, row) for row in range(b, end)])
+            wanted.append([(TOKENS, row) for row in range(b, end)])
         for a, _ in layout.segments[layout.rank]:
             first = max(layout.offsets[layout.sequence(a)], a - CONFIG.window + 1)
             wanted.append([(WINDOW, row) for row in range(first, a)])
-        assert needs == wanted
+        assert halos == wanted
+        assert pairs == [TOKENS] * (len(pairs) // 2) + [WINDOW] * (len(pairs) // 2)
 
 
 @given(ranks=layouts())
@@ -180,14 +180,14 @@ def test_every_block_is_compressed_once(ranks: list[Layout]) -> None:
         plan, own = plan_of(layout, config), rows_of(layout, layout.rank)
         assert plan.blocks.order == order
         found = []
-        for (a, b), stretch in zip(layout.segments[layout.rank], plan.stretches, strict=True):
-            row = own[stretch.rows][0] if own[stretch.rows] else b
+        for (a, b), phi_input in zip(layout.segments[layout.rank], plan.phi_inputs, strict=True):
+            row = own[phi_input.rows][0] if own[phi_input.rows] else b
             assert a <= row
-            for length in stretch.lengths:
+            for length in phi_input.lengths:
                 count = config.num_compressed(length)
                 found += [row + i * config.compress_stride for i in range(count)]
                 row += length
-        assert len(found) == sum(stretch.blocks for stretch in plan.stretches)
+        assert len(found) == sum(phi_input.blocks for phi_input in plan.phi_inputs)
         made.append(found)
     assert [made[part.rank][i] for part in order for i in range(*part.rows.indices(999))] == starts
 
