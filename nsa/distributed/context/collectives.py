@@ -39,6 +39,15 @@ def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
+def check_sendable(name: str, x: Tensor) -> None:
+    """Refuse a tensor without values."""
+    if x.is_meta:
+        raise ShapeError(
+            f"{name}: expected values that ranks can send each other, got the meta device, which "
+            "has none"
+        )
+
+
 class Pending:
     """A collective that is under way."""
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa.core.validate import check_tensor
-from nsa.distributed.context.collectives import rank_and_size
+from nsa.distributed.context.collectives import check_sendable, rank_and_size
 from nsa.distributed.context.transfers import GatherRows, Parts
 from nsa.errors import ShapeError, is_int, show
 
@@ -150,6 +150,7 @@ class Layout:
         """
         self.check_group()
         self.check_rows("x", x, self.rows)
+        check_sendable("x", x)
         gather = GatherRows(self.parts, self.group)
         return gather.receive(gather.send(x))[0]
 

@@ -18,6 +18,7 @@ from nsa.core import sharding
 from nsa.core.compile import outside_graphs
 from nsa.distributed.context.agreement import check_agreement
 from nsa.distributed.context.attention import attend
+from nsa.distributed.context.collectives import check_sendable
 from nsa.distributed.context.layout import Layout
 from nsa.distributed.context.plan import plan_of
 from nsa.errors import ShapeError, show
@@ -76,11 +77,7 @@ class _Sharded:
     def check_call(self, layer: Any, x: Tensor, **given: object) -> None:
         """Its rows are the layout's, and nothing else says where they stand."""
         self.layout.check_rows("x", x, self.layout.rows)
-        if x.is_meta:
-            raise ShapeError(
-                "x: expected a CPU or a GPU under context_parallel, whose ranks send each other "
-                "values, got the meta device, which has none"
-            )
+        check_sendable("x", x)
         if layer.probes is not None:
             raise ShapeError(
                 "context_parallel: expected a layer that nsa.inspection does not watch, got one "

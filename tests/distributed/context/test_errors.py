@@ -70,6 +70,7 @@ def refusals() -> dict[str, str]:
     attend("rows", lambda: layer(x[:, 1:]))
     on_meta = NSAttention(layer.dim, CONFIG, device="meta")
     attend("meta", lambda: on_meta(x.to("meta", torch.float32)))
+    attend("unshard", lambda: layout.unshard(x.to("meta")))
     other = replace(CONFIG, window=CONFIG.window + rank)
     attend("config", lambda: make_layer(other, backend="sdpa")(x))
     segments = [[(0, 12)], [(12, T)]]
@@ -96,6 +97,7 @@ def test_what_is_refused() -> None:
     first, second = run_ranks(refusals, 2)
     assert first == second
     stand = "expected None under context_parallel, whose layout says where rows stand, got"
+    meta = "x: expected values that ranks can send each other, got the meta device, which has none"
     alike = "expected the same on all ranks of context_parallel, got"
     assert first.pop("layout").startswith(f"ConfigError: layout: {alike} '((0, 24), (((0, 12),),")
     assert first.pop("later").startswith(f"ConfigError: layout: {alike} '((0, 24), (((0, 12),),")
@@ -106,8 +108,8 @@ def test_what_is_refused() -> None:
         "record": "ShapeError: context_parallel: expected a layer that nsa.inspection does not "
         "watch, got one that it does; record in one process",
         "rows": "ShapeError: x: expected [B, 12, …] of this layout, got [1, 11, 12]",
-        "meta": "ShapeError: x: expected a CPU or a GPU under context_parallel, whose ranks send "
-        "each other values, got the meta device, which has none",
+        "meta": f"ShapeError: {meta}",
+        "unshard": f"ShapeError: {meta}",
         "config": f"ConfigError: config.window: {alike} 7 on rank 0 and 8 on rank 1",
         "recompute": f"ConfigError: recompute: {alike} True on rank 0 and False on rank 1",
         "evaluation": "nothing",
