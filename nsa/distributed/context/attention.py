@@ -95,7 +95,7 @@ def attend(
 def _halos(layout: Layout, plan: Plan, tokens: KV, window: KV) -> list[KV]:
     """The rows after each segment that φ reads, then those before each that the window reads."""
     if plan.exchange is None:
-        return [KV(*(x[:, :0] for x in tokens))] * (2 * len(plan.stretches))
+        return [KV(*(x[:, :0] for x in tokens))] * (2 * len(plan.phi_inputs))
     transfer = ExchangeRows(plan.exchange, layout.group)
     found = transfer.receive(transfer.send(*tokens, *window))
     return [KV(*found[i : i + 2]) for i in range(0, len(found), 2)]
@@ -106,14 +106,14 @@ def _compress(
 ) -> KV:
     """The blocks that begin in this rank's segments, in their order: ``[B, blocks, K, …]``."""
     streams = [
-        KV(*(torch.cat([x[:, stretch.rows], y], dim=1) for x, y in zip(tokens, halo, strict=True)))
-        for stretch, halo in zip(plan.stretches, halos, strict=False)
+        KV(*(torch.cat([x[:, given.rows], y], dim=1) for x, y in zip(tokens, halo, strict=True)))
+        for given, halo in zip(plan.phi_inputs, halos, strict=False)
     ]
     if layout.packed:
         k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
-        lengths = tuple(n for stretch in plan.stretches for n in stretch.lengths)
+        lengths = tuple(n for given in plan.phi_inputs for n in given.lengths)
         made = [phi(k, v, layout.cu_seqlens(lengths, k.device))]
-        count = sum(stretch.blocks for stretch in plan.stretches)
+        count = sum(given.blocks for given in plan.phi_inputs)
     else:
         made = [phi(k, v, None) for k, v in streams]
         count = None

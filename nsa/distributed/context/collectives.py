@@ -13,9 +13,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nsa.errors import ShapeError, show
+
 # renamed in torch 2.13, whose old names warn
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """The rank of this process in a group, and how many the group has.
+
+    Raises:
+        ShapeError: no group, or one that this process is not in.
+    """
+    if group is None and not dist.is_initialized():
+        raise ShapeError(
+            "group: expected torch.distributed to be initialized (torchrun, init_process_group), "
+            "got no processes; for arithmetic alone give a size or rank"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ShapeError(
+            "group: expected a process group that this process is in, or None, got "
+            f"{show(group)}; a DeviceMesh has mesh.get_group()"
+        )
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def check_sendable(name: str, x: Tensor) -> None:
+    """Refuse a tensor without values."""
+    if x.is_meta:
+        raise ShapeError(
+            f"{name}: expected values that ranks can send each other, got the meta device, which "
+            "has none"
+        )
 
 
 class Pending:

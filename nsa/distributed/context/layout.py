@@ -9,12 +9,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nsa.core.validate import check_tensor
+from nsa.distributed.context.collectives import check_sendable, rank_and_size
 from nsa.distributed.context.transfers import GatherRows, Parts
 from nsa.errors import ShapeError, is_int, show
 
@@ -35,12 +38,12 @@ class Layout:
             T (``cu_seqlens.diff().tolist()``, which reads the device: once for all layers).
         group: the ranks; None is the default group.
         rank: of this process in ``segments``; None takes the group's. With a rank
-            ``torch.distributed`` is not called: such a layout is for arithmetic
+            ``torch.distributed`` is not called: such a layout is for arithmetic alone
             (:func:`nsa.distributed.context_traffic`).
 
     Raises:
-        ShapeError: segments that overlap or leave rows out, a rank without rows, or a group of
-            another size.
+        ShapeError: segments that overlap or leave rows out, a rank without rows, no group, or one
+            of another size.
     """
 
     def __init__(
@@ -56,16 +59,17 @@ class Layout:
         self.offsets = (0, *accumulate(lengths))
         """The first row of each sequence, then T; a regular batch is one sequence."""
         self.longest = max(lengths)
-        self.segments = tuple(tuple((a, b) for a, b in own) for own in segments)
+        self.segments = _segments(segments)
         self.group = group
         self.size = len(self.segments)
+        self.for_arithmetic = rank is not None
         if rank is None:
-            if dist.get_world_size(group) != self.size:
+            rank, size = rank_and_size(group)
+            if size != self.size:
                 raise ShapeError(
-                    f"segments: expected those of {dist.get_world_size(group)} ranks, as the group "
-                    f"has, got those of {self.size}"
+                    f"segments: expected those of {size} ranks, as the group has, got those of "
+                    f"{self.size}"
                 )
-            rank = dist.get_rank(group)
         self.rank = rank
         self._check()
         self._tensors: dict[Any, Tensor] = {}
@@ -91,8 +95,8 @@ class Layout:
                 multiple of ``select_share``.
             size: so many ranks in place of a group's, for arithmetic; this process is the first.
         """
-        ranks = dist.get_world_size(group) if size is None else size
-        segments = [[x] for x in even_segments(tokens, ranks, multiple)]
+        cut = even_segments(tokens, _size(group, size), multiple)
+        segments = [[segment] for segment in cut]
         return cls(segments, tokens, group=group, rank=None if size is None else 0)
 
     @classmethod
@@ -109,7 +113,7 @@ class Layout:
 
         Arguments as of :meth:`contiguous`.
         """
-        ranks = dist.get_world_size(group) if size is None else size
+        ranks = _size(group, size)
         cut = even_segments(tokens, 2 * ranks, multiple)
         segments = [[cut[r], cut[-1 - r]] for r in range(ranks)]
         return cls(segments, tokens, group=group, rank=None if size is None else 0)
@@ -141,9 +145,12 @@ class Layout:
     def unshard(self, x: Tensor) -> Tensor:
         """The whole ``[B, T, …]`` on every rank, of rows as :meth:`shard` gives them.
 
-        Gradients are summed over the ranks, as for a loss that is the sum of theirs.
+        Gradients are summed over the ranks, as for a loss that is the sum of theirs; ``x`` has them
+        on every rank or on none.
         """
+        self.check_group()
         self.check_rows("x", x, self.rows)
+        check_sendable("x", x)
         gather = GatherRows(self.parts, self.group)
         return gather.receive(gather.send(x))[0]
 
@@ -181,8 +188,8 @@ class Layout:
         return f"Layout({self.total} rows of {kind}, {self.size} ranks: {show(self.segments)})"
 
     def _check(self) -> None:
-        if not 0 <= self.rank < self.size:
-            raise ShapeError(f"rank: expected 0 … {self.size - 1}, got {self.rank}")
+        if not (is_int(self.rank) and 0 <= self.rank < self.size):
+            raise ShapeError(f"rank: expected 0 … {self.size - 1}, got {show(self.rank)}")
         for rank, own in enumerate(self.segments):
             if not any(a < b for a, b in own):
                 raise ShapeError(
@@ -198,8 +205,17 @@ class Layout:
                 f"(start, stop), got {show(ordered)}"
             )
 
+    def check_group(self) -> None:
+        """Refuse to send with a layout that has no ranks to send to."""
+        if self.for_arithmetic:
+            raise ShapeError(
+                "layout: expected the ranks of a process group, got a layout for arithmetic alone; "
+                "make it without size and rank"
+            )
+
     def check_rows(self, name: str, x: Tensor, rows: int) -> None:
         """Refuse what is not ``[B, rows, …]``, B = 1 if packed."""
+        check_tensor(name, x)
         batch_fits = x.ndim >= 2 and (not self.packed or x.shape[0] == 1)
         if not batch_fits or x.shape[1] != rows:
             wanted = f"[{'1' if self.packed else 'B'}, {rows}, …]"
@@ -212,9 +228,7 @@ def even_segments(tokens: int | Sequence[int], count: int, multiple: int = 1) ->
     Raises:
         ShapeError: there are fewer rows than segments.
     """
-    for name, value in (("multiple", multiple), ("size", count)):
-        if not (is_int(value) and value >= 1):
-            raise ShapeError(f"{name}: expected an int >= 1, got {show(value)}")
+    _check_count("multiple", multiple)
     offsets = (0, *accumulate(_lengths(tokens)))
     total = offsets[-1]
     cuts = [0]
@@ -239,3 +253,29 @@ def _lengths(tokens: int | Sequence[int]) -> tuple[int, ...]:
             f"{show(tokens)}"
         )
     return tuple(lengths)
+
+
+def _segments(given: Sequence[Sequence[Segment]]) -> tuple[tuple[Segment, ...], ...]:
+    try:
+        found = tuple(tuple((index(a), index(b)) for a, b in own) for own in given)
+    except (TypeError, ValueError):
+        found = ()
+    if not found:
+        raise ShapeError(
+            "segments: expected a list for each rank, of its segments (start, stop), got "
+            f"{show(given)}"
+        )
+    return found
+
+
+def _check_count(name: str, value: int) -> None:
+    if not (is_int(value) and value >= 1):
+        raise ShapeError(f"{name}: expected an int >= 1, got {show(value)}")
+
+
+def _size(group: dist.ProcessGroup | None, size: int | None) -> int:
+    """How many ranks share a batch: those of the group, unless a number is given."""
+    if size is None:
+        return rank_and_size(group)[1]
+    _check_count("size", size)
+    return size

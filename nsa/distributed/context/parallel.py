@@ -18,6 +18,7 @@ from nsa.core import sharding
 from nsa.core.compile import outside_graphs
 from nsa.distributed.context.agreement import check_agreement
 from nsa.distributed.context.attention import attend
+from nsa.distributed.context.collectives import check_sendable
 from nsa.distributed.context.layout import Layout
 from nsa.distributed.context.plan import plan_of
 from nsa.errors import ShapeError, show
@@ -46,12 +47,19 @@ def context_parallel(layout: Layout) -> Iterator[None]:
     ``fullgraph=True``. The whole process is concerned, not one thread.
 
     Raises:
-        ShapeError: no layout, and, from layers, input that does not fit it.
+        ShapeError: no layout, one for arithmetic alone, or one inside another's ``with``; from
+            layers: input that does not fit it.
         ConfigError: from layers at their first call: ranks have different configurations.
         BackendUnavailable: from layers: a backend that takes whole sequences alone.
     """
     if not isinstance(layout, Layout):
         raise ShapeError(f"layout: expected a Layout, got {show(layout)}")
+    layout.check_group()
+    if sharding.active() is not None:
+        raise ShapeError(
+            "context_parallel: expected none in force, got one inside another; end the outer one "
+            "first, or make one layout for both"
+        )
     before = sharding.activate(_Sharded(layout))
     try:
         yield
@@ -69,11 +77,18 @@ class _Sharded:
     def check_call(self, layer: Any, x: Tensor, **given: object) -> None:
         """Its rows are the layout's, and nothing else says where they stand."""
         self.layout.check_rows("x", x, self.layout.rows)
+        check_sendable("x", x)
         if layer.probes is not None:
-            given["probes"] = layer.probes
+            raise ShapeError(
+                "context_parallel: expected a layer that nsa.inspection does not watch, got one "
+                "that it does; record in one process"
+            )
         for name, value in given.items():
             if value is not None:
-                raise ShapeError(f"{name}: expected None under context_parallel, got some")
+                raise ShapeError(
+                    f"{name}: expected None under context_parallel, whose layout says where rows "
+                    f"stand, got {type(value).__name__}"
+                )
 
     @outside_graphs  # which would make them anew
     def positions(self, device: torch.device) -> Tensor:
@@ -84,12 +99,13 @@ class _Sharded:
     def attend(self, layer: Any, chosen: Resolution, *projected: Any) -> Tensor:
         """φ and the gated sum of the branches."""
         q, tokens, selected, window, gates, *_ = projected
+        of_rank = Projected(q, KV(*tokens), KV(*selected), KV(*window), gates)
         config, settings = layer.config, layer.settings
         plan_of(self.layout, config)  # first what all ranks refuse alike
-        check_agreement(layer, self.layout, chosen, q, every_call=settings.check)
+        check_agreement(layer, self.layout, chosen, of_rank, every_call=settings.check)
         return attend(
             self.layout,
-            Projected(q, KV(*tokens), KV(*selected), KV(*window), gates),
+            of_rank,
             partial(compress_both, layer.compress_k, layer.compress_v),
             chosen,
             config,

@@ -15,8 +15,8 @@ from nsa.distributed.context.layout import Layout, Segment
 from nsa.distributed.context.transfers import Exchange, Parts
 from nsa.errors import ShapeError
 
-COMPRESSED, WINDOW = 0, 1
-"""The pairs of keys and values whose rows are exchanged."""
+TOKENS, WINDOW = 0, 1
+"""The pairs of keys and values whose rows are exchanged: what φ compresses, and the window's."""
 
 
 class Call(NamedTuple):
@@ -28,35 +28,35 @@ class Call(NamedTuple):
     keys: slice
     """Rows of the whole batch that the selected branch may read."""
     blocks: slice
-    """Compressed blocks of the whole batch that they may see."""
+    """Compressed blocks of the whole batch that the rows may see."""
     q_start: int
     """The position of the first row; 0 with whole sequences."""
     window_start: int
     """How many rows before the first the window reads."""
     halo: int
-    """The number of the need that holds them."""
+    """The number of the halo that holds them."""
     lengths: tuple[int, ...] | None
     """Of whole sequences, more than one."""
 
 
-class Stretch(NamedTuple):
-    """The tokens of one segment's compressed blocks: those that begin in the segment."""
+class PhiInput(NamedTuple):
+    """The tokens of the compressed blocks that begin in one segment."""
 
     rows: slice
-    """Of this rank's own."""
+    """Of this rank's own; the halo after the segment follows."""
     lengths: tuple[int, ...]
     """Tokens of each sequence, those of the halo included."""
     blocks: int
 
 
 class Plan(NamedTuple):
-    """The share of one rank."""
+    """The share of one rank, which has s segments."""
 
     calls: tuple[Call, ...]
-    stretches: tuple[Stretch, ...]
-    """One for each segment; need i is the halo after segment i."""
+    phi_inputs: tuple[PhiInput, ...]
+    """One for each segment."""
     exchange: Exchange | None
-    """None where no rank needs anything."""
+    """Halos 0 … s - 1 follow the segments, s … 2s - 1 precede them; None where no rank has any."""
     blocks: Parts
     """Where each rank's compressed blocks stand in the whole batch."""
 
@@ -73,21 +73,19 @@ def plan_of(layout: Layout, config: NSAConfig) -> Plan:
 
 
 def _make_plan(layout: Layout, config: NSAConfig) -> Plan:
-    geometry = Geometry(layout, config)
     _check_share(layout, config)
+    geometry = _Geometry(layout, config)
     own = layout.segments[layout.rank]
+    blocks = [[geometry.blocks_in(segment) for segment in rank] for rank in layout.segments]
     return Plan(
         tuple(geometry.calls(own)),
-        tuple(geometry.stretches(own)),
+        tuple(geometry.phi_inputs(own)),
         _exchange(geometry),
-        Parts.of(
-            layout.segments,
-            [[geometry.blocks_in(segment) for segment in rank] for rank in layout.segments],
-        ),
+        Parts.of(layout.segments, blocks),
     )
 
 
-class Geometry:
+class _Geometry:
     """Sequences, compressed blocks and windows of a layout."""
 
     def __init__(self, layout: Layout, config: NSAConfig) -> None:
@@ -126,27 +124,26 @@ class Geometry:
         return max(first, start - self.config.window + 1), start
 
     def calls(self, segments: tuple[Segment, ...]) -> list[Call]:
-        """At most two for each segment."""
-        found, row = [], 0
+        """At most two for each segment: the rest of a sequence that began before, whole ones."""
+        found, own_row = [], 0
         for i, (start, stop) in enumerate(segments):
-            at, halo = start, len(segments) + i
+            shift, halo = own_row - start, len(segments) + i
+            whole = start  # where whole sequences begin
             s = self.layout.sequence(start)
-            first = self.layout.offsets[s]
-            if start > first:
-                at = min(stop, self.layout.offsets[s + 1])
+            if start > self.layout.offsets[s]:
+                whole = min(stop, self.layout.offsets[s + 1])
                 before = start - self.rows_before((start, stop))[0]
-                found.append(self._call(row - start, (start, at), s, s, before, halo))
-            if at < stop:
-                s, last = self.layout.sequence(at), self.layout.sequence(stop - 1)
-                found.append(self._call(row - start, (at, stop), s, last, 0, halo))
-            row += stop - start
+                found.append(self._call((start, whole), shift, before, halo))
+            if whole < stop:
+                found.append(self._call((whole, stop), shift, 0, halo))
+            own_row += stop - start
         return found
 
-    def _call(
-        self, shift: int, rows: Segment, first: int, last: int, window_start: int, halo: int
-    ) -> Call:
+    def _call(self, rows: Segment, shift: int, window_start: int, halo: int) -> Call:
+        """``shift`` is what makes a row of the whole batch one of this rank's own."""
         offsets, blocks = self.layout.offsets, self.block_offsets
         start, stop = rows
+        first, last = self.layout.sequence(start), self.layout.sequence(stop - 1)
         lengths = tuple(min(offsets[s + 1], stop) - offsets[s] for s in range(first, last + 1))
         seen = blocks[last] + self.config.num_compressed(lengths[-1])
         lengths = tuple(n for n in lengths if n)
@@ -160,9 +157,9 @@ class Geometry:
             lengths=lengths if len(lengths) > 1 else None,
         )
 
-    def stretches(self, segments: tuple[Segment, ...]) -> list[Stretch]:
+    def phi_inputs(self, segments: tuple[Segment, ...]) -> list[PhiInput]:
         """One for each segment."""
-        found, row = [], 0
+        found, own_row = [], 0
         for start, stop in segments:
             s, last = self.layout.sequence(start), self.layout.sequence(stop - 1)
             position = start - self.layout.offsets[s]
@@ -173,43 +170,55 @@ class Geometry:
             begin, end = start + skipped, self.rows_after((start, stop))[1]
             edges = (begin, *self.layout.offsets[s + 1 : last + 1], end)
             lengths = tuple(b - a for a, b in pairwise(edges))
-            rows = slice(row + skipped, row + stop - start)
-            found.append(Stretch(rows, lengths, self.blocks_in((start, stop))))
-            row += stop - start
+            rows = slice(own_row + skipped, own_row + stop - start)
+            found.append(PhiInput(rows, lengths, self.blocks_in((start, stop))))
+            own_row += stop - start
         return found
 
+    def halos(self, segments: tuple[Segment, ...]) -> list[tuple[int, Segment]]:
+        """Which rows, of which pair, a rank with these segments reads beside them."""
+        after = [(TOKENS, self.rows_after(segment)) for segment in segments]
+        before = [(WINDOW, self.rows_before(segment)) for segment in segments]
+        return after + before
 
-def _exchange(geometry: Geometry) -> Exchange | None:
-    """What goes to and comes from each rank; a need is a pair and the rows of it."""
-    layout = geometry.layout
-    held = _Held(layout)
-    sent: list[list[tuple[int, slice]]] = [[] for _ in layout.segments]
-    received: list[list[tuple[int, int]]] = [[] for _ in layout.segments]
-    needs = [_needs(geometry, own) for own in layout.segments]
-    came: list[list[tuple[int, int]]] = [[] for _ in needs[layout.rank]]
-    for rank, own in enumerate(needs):
-        for need, (pair, wanted) in enumerate(own):
-            for holder, rows in held.parts(wanted):
-                if holder == layout.rank:
-                    sent[rank].append((pair, rows))
-                if rank == layout.rank:
-                    came[need].append((holder, len(received[holder])))
-                    received[holder].append((need, rows.stop - rows.start))
-    if not any(start < stop for own in needs for _, (start, stop) in own):
+
+def _exchange(geometry: _Geometry) -> Exchange | None:
+    """What this rank sends to each other, and where in its halos it puts what comes."""
+    layout, holders = geometry.layout, _Holders(geometry.layout)
+    halos_of = [geometry.halos(segments) for segments in layout.segments]
+    if not any(start < stop for halos in halos_of for _, (start, stop) in halos):
         return None
-    first_of = (0, *accumulate(map(len, received)))
+    sent = [
+        [
+            (pair, slice(first, first + count))
+            for pair, wanted in halos
+            for holder, first, count in holders.parts(wanted)
+            if holder == layout.rank
+        ]
+        for halos in halos_of
+    ]
+    received = [0] * layout.size
+    for _, wanted in halos_of[layout.rank]:
+        for holder, _, count in holders.parts(wanted):
+            received[holder] += count
+    placed = [0, *accumulate(received)]  # rows of each rank follow those of the one before
+    halos = []
+    for pair, wanted in halos_of[layout.rank]:
+        parts = []
+        for holder, _, count in holders.parts(wanted):
+            parts.append(slice(placed[holder], placed[holder] + count))
+            placed[holder] += count
+        halos.append((pair, tuple(parts)))
     return Exchange(
-        tuple(entry for entries in sent for entry in entries),
-        tuple(entry for entries in received for entry in entries),
-        tuple(tuple(first_of[holder] + i for holder, i in entries) for entries in came),
-        tuple(pair for pair, _ in needs[layout.rank]),
-        tuple(sum(rows.stop - rows.start for _, rows in entries) for entries in sent),
-        tuple(sum(count for _, count in entries) for entries in received),
+        sent=tuple(entry for entries in sent for entry in entries),
+        halos=tuple(halos),
+        sent_rows=tuple(sum(rows.stop - rows.start for _, rows in entries) for entries in sent),
+        received_rows=tuple(received),
     )
 
 
-class _Held:
-    """Who holds which rows of a layout."""
+class _Holders:
+    """Which rank holds which rows of a layout."""
 
     def __init__(self, layout: Layout) -> None:
         self._segments = sorted(
@@ -219,21 +228,14 @@ class _Held:
         )
         self._starts = [start for start, *_ in self._segments]
 
-    def parts(self, wanted: Segment) -> Iterator[tuple[int, slice]]:
-        """The holders of rows, in the order of the rows, and which of a holder's own they are."""
+    def parts(self, wanted: Segment) -> Iterator[tuple[int, int, int]]:
+        """Of rows, in their order: the rank that holds them, the first of its own, how many."""
         row, end = wanted
         while row < end:
             start, stop, rank, first = self._segments[bisect_right(self._starts, row) - 1]
             count = min(end, stop) - row
-            yield rank, slice(first + row - start, first + row - start + count)
+            yield rank, first + row - start, count
             row += count
-
-
-def _needs(geometry: Geometry, own: tuple[Segment, ...]) -> list[tuple[int, Segment]]:
-    """A rank's, in the order of pairs and of its segments."""
-    after = [(COMPRESSED, geometry.rows_after(segment)) for segment in own]
-    before = [(WINDOW, geometry.rows_before(segment)) for segment in own]
-    return after + before
 
 
 def _check_share(layout: Layout, config: NSAConfig) -> None:

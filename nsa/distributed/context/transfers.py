@@ -13,6 +13,7 @@ B batch, R ranks, W elements of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
@@ -56,8 +57,8 @@ class Transfer:
 
     def columns(self) -> list[slice]:
         """Of a buffer's rows, those of each tensor."""
-        ends = [sum(self.widths()[: i + 1]) for i in range(len(self.shapes))]
-        return [slice(end - width, end) for end, width in zip(ends, self.widths(), strict=True)]
+        widths = self.widths()
+        return [slice(b - width, b) for b, width in zip(accumulate(widths), widths, strict=True)]
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The buffer that this rank sends."""
@@ -169,9 +170,10 @@ class GatherRows(Transfer):
 
     def unpack(self, received: Tensor) -> tuple[Tensor, ...]:
         """Each tensor in the order of the whole, of ``[R, B, most, W]``."""
+        rows = sum(self.parts.counts)
         return tuple(
             torch.cat([received[p.rank][:, p.rows, columns] for p in self.parts.order], dim=1).view(
-                shape[0], -1, *shape[2:]
+                shape[0], rows, *shape[2:]
             )
             for shape, columns in zip(self.shapes, self.columns(), strict=True)
         )
@@ -202,16 +204,12 @@ class GatherRows(Transfer):
 
 
 class Exchange(NamedTuple):
-    """Which rows one rank sends to each other, and what it makes of those that come."""
+    """Which rows one rank sends to each other, and how its halos are made of those that come."""
 
     sent: tuple[tuple[int, slice], ...]
     """In the order of ranks: a pair of tensors by number, and rows of it."""
-    received: tuple[tuple[int, int], ...]
-    """In the order of ranks: a need by number, and how many rows of it."""
-    order: tuple[tuple[int, ...], ...]
-    """For each need the entries of ``received`` that it is made of, in the order of the whole."""
-    pairs: tuple[int, ...]
-    """For each need the pair of tensors that its rows are of."""
+    halos: tuple[tuple[int, tuple[slice, ...]], ...]
+    """For each halo a pair, and its rows among those received, in the order of the whole."""
     sent_rows: tuple[int, ...]
     """To each rank."""
     received_rows: tuple[int, ...]
@@ -221,7 +219,8 @@ class Exchange(NamedTuple):
 class ExchangeRows(Transfer):
     """Some rows of pairs of tensors (keys and values) from the ranks that hold them.
 
-    All pairs have rows of the same size. :meth:`receive` returns a pair for each need.
+    All pairs have rows of the same size. :meth:`receive` returns a pair for each halo. Buffers are
+    flat, of ``[rows, B, W]``.
     """
 
     def __init__(self, exchange: Exchange, group: dist.ProcessGroup | None) -> None:
@@ -229,43 +228,36 @@ class ExchangeRows(Transfer):
         self.exchange = exchange
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Flat, in the order of the ranks that it goes to."""
+        """The rows for each rank, in the order of ranks."""
         parts = [
-            self._row_major([x[:, rows] for x in tensors[2 * pair : 2 * pair + 2]])
+            _side_by_side([x[:, rows] for x in tensors[2 * pair : 2 * pair + 2]])
             for pair, rows in self.exchange.sent
         ]
-        return torch.cat(parts) if parts else tensors[0].new_empty(0)
+        return torch.cat(parts).flatten() if parts else tensors[0].new_empty(0)
 
     def begin(self, buffer: Tensor) -> Pending:
         """All-to-all; ranks that need nothing of each other send nothing."""
         return all_to_all(buffer, *self._splits(), self.group)
 
     def unpack(self, received: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of each need."""
-        B, W = self.shapes[0][0], sum(self.widths()[:2])
-        entries = received.split([B * rows * W for _, rows in self.exchange.received])
-        found = []
-        for pair, numbers in zip(self.exchange.pairs, self.exchange.order, strict=True):
-            parts = [entries[i].view(B, -1, W) for i in numbers]
-            whole = torch.cat(parts, dim=1) if parts else received.new_empty(B, 0, W)
-            shapes = self.shapes[2 * pair : 2 * pair + 2]
-            halves = whole.split([prod(shape[2:]) for shape in shapes], dim=2)
-            found += [
-                half.reshape(B, -1, *shape[2:]) for half, shape in zip(halves, shapes, strict=True)
-            ]
+        """Keys and values of each halo."""
+        rows = self._rows(received, self.exchange.received_rows)
+        found: list[Tensor] = []
+        for pair, parts in self.exchange.halos:
+            halo = torch.cat([rows[:, :0], *(rows[:, part] for part in parts)], dim=1)
+            found += self._keys_and_values(halo, pair)
         return tuple(found)
 
     def pack_gradients(self, grads: Sequence[Tensor]) -> Tensor:
-        """Flat, in the order of the ranks that the rows came from."""
-        entries: dict[int, Tensor] = {}
-        for need, numbers in enumerate(self.exchange.order):
-            row = 0
-            for i in numbers:
-                end = row + self.exchange.received[i][1]
-                halves = [x[:, row:end] for x in grads[2 * need : 2 * need + 2]]
-                entries[i] = self._row_major(halves)
+        """The rows of each rank, in the order of ranks."""
+        buffer = grads[0].new_empty(sum(self.exchange.received_rows), *self._row_shape())
+        for i, (_, parts) in enumerate(self.exchange.halos):
+            row, halo = 0, _side_by_side(grads[2 * i : 2 * i + 2])
+            for part in parts:
+                end = row + part.stop - part.start
+                buffer[part] = halo[row:end]
                 row = end
-        return torch.cat([entries[i] for i in sorted(entries)]) if entries else grads[0].flatten()
+        return buffer.flatten()
 
     def begin_transposed(self, buffer: Tensor) -> Pending:
         """All-to-all, back."""
@@ -275,27 +267,38 @@ class ExchangeRows(Transfer):
     def unpack_gradients(self, received: Tensor) -> tuple[Tensor, ...]:
         """Zero where no rank was sent a row."""
         grads = [received.new_zeros(shape) for shape in self.shapes]
-        W, first = sum(self.widths()[:2]), 0
+        returned, row = self._rows(received, self.exchange.sent_rows), 0
         for pair, rows in self.exchange.sent:
-            shape = self.shapes[2 * pair]
-            count = rows.stop - rows.start
-            size = shape[0] * count * W
-            part = received[first : first + size].view(shape[0], count, W)
-            halves = part.split(self.widths()[2 * pair : 2 * pair + 2], dim=2)
+            end = row + rows.stop - rows.start
+            halves = self._keys_and_values(returned[:, row:end], pair)
             for grad, half in zip(grads[2 * pair : 2 * pair + 2], halves, strict=True):
-                grad[:, rows] += half.view(shape[0], count, *grad.shape[2:])
-            first += size
+                grad[:, rows] += half
+            row = end
         return tuple(grads)
 
     def _splits(self) -> tuple[list[int], list[int]]:
         """Elements sent to and received from each rank."""
-        size = self.shapes[0][0] * sum(self.widths()[:2])
+        size = prod(self._row_shape())
         return (
             [rows * size for rows in self.exchange.sent_rows],
             [rows * size for rows in self.exchange.received_rows],
         )
 
-    @staticmethod
-    def _row_major(pair: Sequence[Tensor]) -> Tensor:
-        """Keys and values side by side, flat."""
-        return torch.cat([x.flatten(2) for x in pair], dim=2).flatten()
+    def _row_shape(self) -> tuple[int, int]:
+        """B and W."""
+        return self.shapes[0][0], sum(self.widths()[:2])
+
+    def _rows(self, buffer: Tensor, of_rank: tuple[int, ...]) -> Tensor:
+        """A buffer as ``[B, rows, W]``."""
+        return buffer.view(sum(of_rank), *self._row_shape()).transpose(0, 1)
+
+    def _keys_and_values(self, rows: Tensor, pair: int) -> list[Tensor]:
+        """``[B, rows, W]`` as those of a pair."""
+        shapes = [shape[2:] for shape in self.shapes[2 * pair : 2 * pair + 2]]
+        halves = rows.split([prod(shape) for shape in shapes], dim=2)
+        return [half.unflatten(2, shape) for half, shape in zip(halves, shapes, strict=True)]
+
+
+def _side_by_side(pair: Sequence[Tensor]) -> Tensor:
+    """Keys and values ``[B, rows, …]`` as ``[rows, B, W]``."""
+    return torch.cat([x.flatten(2) for x in pair], dim=2).transpose(0, 1)

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from nsa import NSAConfig, ShapeError
 from nsa.distributed import Layout
 from nsa.distributed.context.layout import even_segments
-from nsa.distributed.context.plan import COMPRESSED, WINDOW, Plan, plan_of
+from nsa.distributed.context.plan import TOKENS, WINDOW, Plan, plan_of
 from tests.support.layers import CONFIG
+
+SEGMENTS = "segments: expected a list for each rank, of its segments (start, stop), got "
 
 
 def test_segments_of_the_constructors() -> None:
@@ -46,6 +48,14 @@ def test_rows_and_positions() -> None:
         (lambda: Layout([[(0, 9), (9, 9)]], 9, rank=0), "expected each of the rows 0 … 8 once"),
         (lambda: Layout([[(0, 9)], []], 9, rank=0), "expected rows for every rank, got none for"),
         (lambda: Layout([[(0, 9)]], 9, rank=1), "rank: expected 0 … 0, got 1"),
+        (lambda: Layout([[(0, 9)]], 9, rank="0"), "rank: expected 0 … 0, got '0'"),
+        (lambda: Layout([(0, 4), (4, 9)], 9, rank=0), f"{SEGMENTS}[(0, 4), (4, 9)]"),
+        (lambda: Layout([[(0, 4.0)], [(4.0, 9)]], 9, rank=0), f"{SEGMENTS}[[(0, 4.0)], [(4.0, 9"),
+        (lambda: Layout([[0, 4], [4, 9]], 9, rank=0), f"{SEGMENTS}[[0, 4], [4, 9]]"),
+        (lambda: Layout([[(0, 4, 9)]], 9, rank=0), f"{SEGMENTS}[[(0, 4, 9)]]"),
+        (lambda: Layout([None, [(4, 9)]], 9, rank=0), f"{SEGMENTS}[None, [(4, 9)]]"),
+        (lambda: Layout(None, 9, rank=0), f"{SEGMENTS}None"),
+        (lambda: Layout([], 9, rank=0), f"{SEGMENTS}[]"),
         (lambda: Layout.contiguous(0, size=1), "tokens: expected T >= 1 of a regular batch or the"),
         (lambda: Layout.contiguous([3, -1], size=1), "tokens: expected T >= 1 of a regular batch"),
         (lambda: Layout.contiguous("9", size=1), "tokens: expected T >= 1 of a regular batch"),
@@ -53,6 +63,9 @@ def test_rows_and_positions() -> None:
         (lambda: Layout.head_tail(9, size=2, multiple=4), "expected enough for 4 segments cut at"),
         (lambda: Layout.head_tail(9, size=2, multiple=0), "multiple: expected an int >= 1, got 0"),
         (lambda: Layout.contiguous(9, size=0), "size: expected an int >= 1, got 0"),
+        (lambda: Layout.head_tail(9, size=0), "size: expected an int >= 1, got 0"),
+        (lambda: Layout.head_tail(9, size="2"), "size: expected an int >= 1, got '2'"),
+        (lambda: Layout.head_tail(9, size=1.5), "size: expected an int >= 1, got 1.5"),
     ],
 )
 def test_a_bad_layout_is_refused(make: Any, text: str) -> None:
@@ -65,6 +78,8 @@ def test_a_bad_layout_is_refused(make: Any, text: str) -> None:
     [
         (torch.zeros(2, 8), "x: expected [B, 9, …] of this layout, got [2, 8]"),
         (torch.zeros(9), "x: expected [B, 9, …] of this layout, got [9]"),
+        ([1, 2, 3], "x: expected a tensor, got list"),
+        (torch.zeros(2, 9).to_sparse(), "x: expected a dense tensor, got a sparse_coo one"),
     ],
 )
 def test_another_batch_is_refused(x: torch.Tensor, text: str) -> None:
@@ -117,7 +132,7 @@ def rows_of(layout: Layout, rank: int) -> list[int]:
 @given(ranks=layouts())
 @settings(max_examples=60)
 def test_every_rank_gets_the_rows_that_it_needs(ranks: list[Layout]) -> None:
-    """An all-to-all by hand: what comes are the rows after and before each segment."""
+    """An all-to-all by hand: halos made of it are the rows after and before each segment."""
     plans = [plan_of(layout, CONFIG) for layout in ranks]
     exchanges = [plan.exchange for plan in plans]
     if any(exchange is None for exchange in exchanges):
@@ -140,19 +155,19 @@ def test_every_rank_gets_the_rows_that_it_needs(ranks: list[Layout]) -> None:
         assert exchange is not None
         came = [sent[rank][layout.rank] for rank in range(layout.size)]
         assert [len(rows) for rows in came] == list(exchange.received_rows)
-        flat, entries_of = iter([row for rows in came for row in rows]), []
-        for _, count in exchange.received:
-            entries_of.append([next(flat) for _ in range(count)])
-        needs = [[row for i in order for row in entries_of[i]] for order in exchange.order]
+        flat = [row for rows in came for row in rows]
+        halos = [[row for part in parts for row in flat[part]] for _, parts in exchange.halos]
+        pairs = [pair for pair, _ in exchange.halos]
         starts = block_starts(layout, CONFIG)
         wanted = []
         for a, b in layout.segments[layout.rank]:
             end = max([b, *(s + CONFIG.compress_block for s in starts if a <= s < b)])
-            wanted.append([(COMPRESSED, row) for row in range(b, end)])
+            wanted.append([(TOKENS, row) for row in range(b, end)])
         for a, _ in layout.segments[layout.rank]:
             first = max(layout.offsets[layout.sequence(a)], a - CONFIG.window + 1)
             wanted.append([(WINDOW, row) for row in range(first, a)])
-        assert needs == wanted
+        assert halos == wanted
+        assert pairs == [TOKENS] * (len(pairs) // 2) + [WINDOW] * (len(pairs) // 2)
 
 
 @given(ranks=layouts())
@@ -165,14 +180,14 @@ def test_every_block_is_compressed_once(ranks: list[Layout]) -> None:
         plan, own = plan_of(layout, config), rows_of(layout, layout.rank)
         assert plan.blocks.order == order
         found = []
-        for (a, b), stretch in zip(layout.segments[layout.rank], plan.stretches, strict=True):
-            row = own[stretch.rows][0] if own[stretch.rows] else b
+        for (a, b), phi_input in zip(layout.segments[layout.rank], plan.phi_inputs, strict=True):
+            row = own[phi_input.rows][0] if own[phi_input.rows] else b
             assert a <= row
-            for length in stretch.lengths:
+            for length in phi_input.lengths:
                 count = config.num_compressed(length)
                 found += [row + i * config.compress_stride for i in range(count)]
                 row += length
-        assert len(found) == sum(stretch.blocks for stretch in plan.stretches)
+        assert len(found) == sum(phi_input.blocks for phi_input in plan.phi_inputs)
         made.append(found)
     assert [made[part.rank][i] for part in order for i in range(*part.rows.indices(999))] == starts
 

@@ -215,6 +215,22 @@ def test_recomputation_compilation_and_autocast() -> None:
     run_ranks(surroundings, 2)
 
 
+def empty_batch() -> None:
+    layer, layout = make_layer(backend="sdpa"), Layout.head_tail(37)
+    x = torch.zeros(0, layout.rows, layer.dim, dtype=torch.float64, requires_grad=True)
+    with context_parallel(layout):
+        out = layer(x)
+        layout.unshard(out).sum().backward()
+    assert out.shape == x.shape == x.grad.shape  # type: ignore[union-attr]
+    grads = [parameter.grad for parameter in layer.parameters()]
+    assert all(grad is not None and not grad.any() for grad in grads)
+
+
+def test_an_empty_batch() -> None:
+    """As one process computes it: nothing, and gradients of zero."""
+    run_ranks(empty_batch, 2)
+
+
 # A wrong order is seen
 
 
