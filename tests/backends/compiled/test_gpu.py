@@ -112,7 +112,7 @@ def test_parity_of_a_long_sequence(dtype: torch.dtype) -> None:
     assert faults(problem(config, dtype, length=length)) == []
 
 
-@pytest.mark.parametrize("heads", [(8, 2), (2, 2)], ids=["G4", "G1"])
+@pytest.mark.parametrize("heads", [(16, 2), (8, 2), (2, 2)], ids=["G8", "G4", "G1"])
 def test_far_blocks(heads: tuple[int, int]) -> None:
     """Small groups take blocks by key tiles from some position on; the bits are the pack's."""
     from nsa.backends.compiled.selected.tiles import FAR_SINCE
@@ -125,14 +125,15 @@ def test_far_blocks(heads: tuple[int, int]) -> None:
     assert x.block_idx is not None
     q, k, v = x.q.detach(), *(y.detach() for y in x.selected)
     found = compiled.selected_attention(q, k, v, x.block_idx, config, x.cu_seqlens)
-    alone = [y[:, 333:].contiguous() for y in (q, k, v, x.block_idx)]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        want = compiled.selected_attention(*alone, config)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for a, b in zip(found, want, strict=True):
-        assert torch.equal(a[:, 333:], b)
+    for part in (slice(333), slice(333, None)):
+        alone = [y[:, part].contiguous() for y in (q, k, v, x.block_idx)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            want = compiled.selected_attention(*alone, config)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for a, b in zip(found, want, strict=True):
+            assert torch.equal(a[:, part], b)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

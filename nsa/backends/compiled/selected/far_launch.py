@@ -30,6 +30,7 @@ from nsa.backends.compiled.selected.tiles import (
 )
 from nsa.backends.compiled.selected.union import tile_unions
 from nsa.backends.compiled.tiling import launch_options
+from nsa.core.operators import BUILDING
 
 
 class _Slice(NamedTuple):
@@ -65,7 +66,9 @@ def _slices(
     assert far is not None
     (B, T, K, n), G = block_idx.shape, q.shape[2] // block_idx.shape[2]
     num_tokens, num_heads = T, B * K
-    if q_start + T > far.since:  # else no block is far
+    # a rehearsal stands for somewhat longer sequences, too
+    beyond = far.since - BUILDING.get()
+    if q_start + T > beyond:  # else no block is far
         token = part_bytes(n, G, size, q.itemsize)
         num_tokens, num_heads = part_slices(B, T, K, token=token, width=n, room=far.room)
     for b in [slice(b, b + 1) for b in range(B)] if num_tokens < T else [slice(0, B)]:
@@ -82,7 +85,7 @@ def _slices(
             unions = tile_unions(lists, tokens=tiles.tokens, **where)
             index = None
             shape = 0, lists.shape[1], n, G
-            if q_start + first + lists.shape[1] > far.since:
+            if q_start + first + lists.shape[1] > beyond:
                 shape = num_heads, *shape[1:]
                 index = inverse_index(
                     lists, chunk=far.chunk, sequences=sequences, heads=num_heads, **where

@@ -144,8 +144,9 @@ class Row:
     """Warps and stages of the forward's kernel for far blocks; None: all blocks are near."""
     far_dq: tuple[int, int] = (4, 1)
     """Those of dq's."""
-    near_stages: int | None = None
-    """Of the forward's other kernel where far blocks go before it; None: as of :attr:`forward`."""
+    near: tuple[int, int] | None = None
+    """Rows of a tile, on four warps, and stages of the forward's other kernel where far blocks go
+    before it."""
     chunk_rows: int = 0
     """Rows of a chunk of key tiles, where :data:`CHUNK` tokens have fewer."""
     measured: str
@@ -202,7 +203,7 @@ def small_group(row: Row, G: int) -> Row:
         row,
         G=G,
         far=(4, 3),
-        near_stages=2 if G == 1 else 1,
+        near=(128 if G == 8 else row.rows, 2 if G == 1 else 1),
         chunk_rows=max(4096, 1024 * G),
         with_dq=with_dq,
         dq=(32, 2),  # with 64 keys ptxas waits after every matrix instruction
@@ -327,7 +328,7 @@ def tiles_for(
         tokens = max(m for m in range(1, share + 1) if share % m == 0 and m <= most)
     fp32_warps = 8 if wide >= 256 else 4
 
-    def query_tiles(n: int, stages: int, row_size: int) -> QueryTiles:
+    def query_tiles(n: int, stages: int, row_size: int, tokens: int = tokens) -> QueryTiles:
         """``row_size``: elements of a row that stay in shared memory."""
         n = min(keys, n)
         rows = padded(tokens * G)
@@ -384,11 +385,12 @@ def tiles_for(
             ordered=deterministic,
         )
 
-    n, stages = row.forward
+    forward, dq = query_tiles(*row.forward, head_columns(D)), query_tiles(*row.dq, wide)
     far = far_tiles(*(row.far or (1, 1)), head_columns(D))
-    if far is not None and length > far.since:
-        stages = row.near_stages or stages
-    forward, dq = query_tiles(n, stages, head_columns(D)), query_tiles(*row.dq, wide)
+    if far is not None and row.near is not None and length >= far.since:
+        near, stages = tokens_per_tile(G, row.near[0], width), row.near[1]
+        forward = query_tiles(row.forward[0], stages, head_columns(D), near)
+        forward = replace(forward, num_warps=4)
     return SelectedTiles(
         forward=replace(forward, far=far),
         dq=replace(dq, far=far_tiles(*row.far_dq, wide)),
