@@ -22,6 +22,7 @@ from nsa.core.build import backward, build_once, kind, launches_soon, on_meta
 from nsa.core.compile import compile_glue
 from nsa.core.dtypes import accumulation_dtype, autocast_dtype
 from nsa.core.inputs import AttentionInputs, Probe
+from nsa.core.packing import packing_kept
 from nsa.core.sharding import active
 from nsa.core.toolchain import INTERPRETED
 from nsa.errors import ShapeError
@@ -96,7 +97,8 @@ def nsa_attention(
     chosen = plan(problem, backend, settings)
     build_kernels(chosen, inputs, config)
     runner = run_compiled if compiles_itself(chosen, q.device) else run
-    return runner(chosen, inputs, config, nvtx=settings.nvtx)
+    with packing_kept(cu_seqlens):
+        return runner(chosen, inputs, config, nvtx=settings.nvtx)
 
 
 def select_blocks(

@@ -27,7 +27,7 @@ from nsa.core.compile import compile_glue
 from nsa.core.dtypes import accumulation_dtype, autocast_dtype
 from nsa.core.inputs import BRANCHES, AttentionInputs, Probe
 from nsa.core.linear import ROW_ALIGNMENT, joined_product, project, side_by_side
-from nsa.core.packing import packed_tokens
+from nsa.core.packing import packed_tokens, packing_kept
 from nsa.core.rope import Angles, apply_rope, rope_table
 from nsa.core.sharding import active
 from nsa.core.split_heads.op import DTYPES, split_heads, widths
@@ -191,7 +191,9 @@ class NSAttention(nn.Module):
         if sharding is None and compiles_itself(chosen, x.device):
             with in_a_graph() if self.recompute else nullcontext():
                 return _ATTEND_COMPILED(self, x, chosen, dtype, cu_seqlens, max_seqlen, angles)
-        return self._attend(x, chosen, dtype, cu_seqlens, max_seqlen, angles)
+        # what is recomputed must not find what the forward pass kept outside of it
+        with packing_kept(None if self.recompute else cu_seqlens):
+            return self._attend(x, chosen, dtype, cu_seqlens, max_seqlen, angles)
 
     def build_kernels(
         self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
@@ -248,9 +250,8 @@ class NSAttention(nn.Module):
         attend = self._branches if sharding is None else partial(sharding.attend, self)
         branches = partial(attend, chosen)
         if self.recompute and torch.is_grad_enabled():
-            out = recompute(branches, *projected, cu_seqlens, max_seqlen)
-        else:
-            out = branches(*projected, cu_seqlens, max_seqlen)
+            branches = partial(recompute, branches)
+        out = branches(*projected, cu_seqlens, max_seqlen)
         return self.o_proj(out.flatten(2))
 
     def _attend_cached(
@@ -368,27 +369,28 @@ class NSAttention(nn.Module):
         max_seqlen: int | None,
     ) -> Tensor:
         """φ and the gated sum of the branches, ``[B, T, H, V]``."""
-        settings, config = self.settings, self.config
-        k_cmp, v_cmp = compress_both(self.compress_k, self.compress_v, *tokens, cu_seqlens)
-        inputs = AttentionInputs(
-            q,
-            KV(k_cmp.to(q.dtype), v_cmp.to(q.dtype)),
-            selected,
-            window,
-            gates,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-        )
-        if settings.check and not q.is_meta:
-            validate.check_values(inputs, config)
-        return run(
-            chosen,
-            inputs,
-            config,
-            gates_in_unit_interval=GATES[config.gate].in_unit_interval,
-            nvtx=settings.nvtx,
-            probes=self.probes,
-        )
+        with packing_kept(cu_seqlens):
+            settings, config = self.settings, self.config
+            k_cmp, v_cmp = compress_both(self.compress_k, self.compress_v, *tokens, cu_seqlens)
+            inputs = AttentionInputs(
+                q,
+                KV(k_cmp.to(q.dtype), v_cmp.to(q.dtype)),
+                selected,
+                window,
+                gates,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+            )
+            if settings.check and not q.is_meta:
+                validate.check_values(inputs, config)
+            return run(
+                chosen,
+                inputs,
+                config,
+                gates_in_unit_interval=GATES[config.gate].in_unit_interval,
+                nvtx=settings.nvtx,
+                probes=self.probes,
+            )
 
     def _projections(self) -> dict[str, nn.Module]:
         """What the layer's input goes through: "q", "k" and "v" or "k.<branch>" …, "gate".

@@ -33,7 +33,7 @@ from nsa.backends.protocol import STEPS, Problem
 from nsa.backends.shared.select_op import select
 from nsa.config import NSAConfig
 from nsa.core.inputs import AttentionInputs, DecodeInputs
-from nsa.core.packing import block_bounds, packed_tokens
+from nsa.core.packing import block_bounds, sequence_starts
 from nsa.core.toolchain import INTERPRETED, cpu_refusal, gpu_refusal
 from nsa.settings import Settings
 
@@ -223,7 +223,7 @@ def _seq_start(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
     """int32 ``[T]``, the first token of each token's sequence when packed."""
     if cu_seqlens is None:
         return None
-    return packed_tokens(cu_seqlens, total).seq_start.to(torch.int32)
+    return sequence_starts(cu_seqlens, total)
 
 
 def _sequences(cu_seqlens: Tensor | None) -> int:

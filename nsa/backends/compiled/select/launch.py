@@ -27,7 +27,7 @@ from nsa.backends.compiled.tiling import (
     next_power_of_2,
 )
 from nsa.config import NSAConfig
-from nsa.core.packing import packed_blocks, packed_tokens
+from nsa.core.packing import packed_blocks, packed_tokens, sequence_starts
 from nsa.selection.fp8 import quantize
 from nsa.selection.regions import region_keys
 from nsa.selection.rules import least_mass, width
@@ -193,7 +193,7 @@ def _queries(
     if config.select_share > 1:
         leader = leading_tokens(T, config, cu_seqlens).to(torch.int32)
         leaders = leader.shape[0] - 1
-    start = token.seq_start.to(torch.int32)
+    start = sequence_starts(cu_seqlens, T)
     return Queries(q, lse, scale, q_start, leaders, leader, start, token.seq_id)
 
 

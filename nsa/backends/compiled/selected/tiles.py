@@ -203,7 +203,7 @@ def small_group(row: Row, G: int) -> Row:
         row,
         G=G,
         far=(4, 3),
-        near=(128 if G == 8 else row.rows, 2 if G == 1 else 1),
+        near=(128 if G == 8 and row.V <= 128 else row.rows, 2 if G == 1 else 1),
         chunk_rows=max(4096, 1024 * G),
         with_dq=with_dq,
         dq=(32, 2),  # with 64 keys ptxas waits after every matrix instruction
