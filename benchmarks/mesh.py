@@ -3,13 +3,13 @@
     python benchmarks/mesh.py                   # all meshes that the GPUs of this machine allow
     python benchmarks/mesh.py --budget-s 200    # start nothing new after so many seconds
     python benchmarks/mesh.py dp2 tp2           # some of them
-    python benchmarks/mesh.py --per-gpu         # as many tokens on each process of dp, too
+    python benchmarks/mesh.py --batch-size 16   # sequences of a step; 8 by default
     python benchmarks/mesh.py --device cpu --tiny one dp2 tp2
 
 The "small" model (12 layers, width 768, Hq 12, Hkv 2, D 64) on Python's own source, bf16 autocast,
-65,536 tokens a step at T = 8192, whatever the mesh: the seed, and so the batches, are the same.
-With ``--per-gpu`` every mesh of several dp has a second row, ``*dp`` behind its name, of 65,536
-tokens on each process of dp (weak scaling): its losses are of other batches, so they stand alone.
+T = 8192 and as many tokens a step whatever the mesh: the seed, and so the batches, are the same.
+Where a process has less to do than the host takes to launch it, the host is what is measured:
+batches of 8 are that small on two GPUs, those of 16 are not.
 Each mesh is a command of its own, with ``--limit-s`` to end in; one that fails says so and the next
 one starts. One JSON line each as they come, then a table:
 
@@ -48,13 +48,13 @@ MESHES: dict[str, dict[str, int]] = {
     "dp2cp2": {"dp": 2, "cp": 2},
 }
 ORDER = ("one", "dp2", "dp4", "tp2", "dp2tp2", "one+c", "dp2+c", "dp4+c", "cp2", "dp2cp2")
-"""With +c: blocks compiled; with *dp, of --per-gpu: dp times the batch."""
+"""With +c: blocks compiled."""
 SIZES = {"seq_len": 8192, "batch_size": 8, "lr": 1e-3, "warmup": 10}
 TINY = {"seq_len": 128, "batch_size": 4, "lr": 1e-3, "warmup": 10}
 
 
 def mesh_of(name: str) -> dict[str, int]:
-    return MESHES[name.partition("*")[0].partition("+")[0]]
+    return MESHES[name.partition("+")[0]]
 
 
 def gpus_of(name: str) -> int:
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("meshes", nargs="*", metavar="MESH", help=", ".join(ORDER))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="the tiny model and short sequences")
-    parser.add_argument("--per-gpu", action="store_true", help="weak scaling, too")
+    parser.add_argument("--batch-size", type=int, help="sequences of a step, on all processes")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warm-up", type=int, default=8)
     parser.add_argument("--limit-s", type=float, default=100.0, help="seconds for one mesh")
@@ -82,9 +82,6 @@ def main() -> None:
     if available > 1:
         say(run(["-m", "nsa.tools.diagnose", "--all-reduce", "--device", arguments.device], 2, 60))
     names = list(arguments.meshes or ORDER)
-    if arguments.per_gpu:
-        wide = {name: [f"{name}*dp"] * (mesh_of(name).get("dp", 1) > 1) for name in names}
-        names = [row for name in names for row in (name, *wide[name])]
     for name in names:
         left = arguments.budget_s - (time.monotonic() - begun)
         if gpus_of(name) > available:
@@ -103,6 +100,8 @@ def measure(name: str, arguments: argparse.Namespace, limit: float) -> dict[str,
     flags = [os.path.abspath(__file__), "--worker", name, "--device", arguments.device]
     flags += ["--steps", str(arguments.steps), "--warm-up", str(arguments.warm_up)]
     flags += ["--tiny"] * arguments.tiny
+    if arguments.batch_size is not None:
+        flags += ["--batch-size", str(arguments.batch_size)]
     begun = time.monotonic()
     told = run(flags, gpus_of(name), limit)
     seconds = round(time.monotonic() - begun, 1)
@@ -170,7 +169,7 @@ def table(rows: list[dict[str, Any]]) -> None:
             continue
         same = done.get("one+c" if "+c" in name else "one")
         speed = same and f"{row['tokens_per_second'] / same['tokens_per_second']:.2f}"
-        one = None if name.endswith("*dp") else done.get("one")
+        one = done.get("one")
         apart = one and max(abs(a - b) for a, b in zip(one["losses"], row["losses"], strict=True))
         print(
             f"{name:10} {gpus_of(name):4} {row['tokens_per_second']:10,.0f} {speed or '-':>6} "
@@ -196,8 +195,8 @@ def work(arguments: argparse.Namespace) -> None:
     values["steps"] = arguments.steps + arguments.warm_up
     values["precision"] = "bf16" if arguments.device == "cuda" else "fp32"
     values["compile"] = "blocks" if "+c" in name else "none"
-    if name.endswith("*dp"):
-        values["batch_size"] *= sizes["dp"]
+    if arguments.batch_size is not None:
+        values["batch_size"] = arguments.batch_size
     config = RunConfig(model=ModelConfig.preset(preset), train=TrainConfig(**values))
     with launched(lambda text: print("error:", text, flush=True)) as ranks:
         if isinstance(ranks, LaunchedRanks):
