@@ -180,6 +180,7 @@ MUTATIONS = (
     mesh("gradients of the input are not summed", "distributed/sums.py", "return _sum(grad, ctx.group), None", "return grad, None", "distributed/test_shards"),
     mesh("outputs are not summed", "distributed/sums.py", "return _sum(parts, group)", "return parts.clone()", "distributed/test_shards"),
     mesh("a part is split off for each name of a weight", "distributed/tensor_parallel.py", "if parameter not in sharded:", "if True:", "distributed/test_tensor_parallel"),
+    mesh("memory of the whole batch is required", "training/memory.py", 'train.batch_size // sizes["dp"]', "train.batch_size", "training/test_memory"),
     mesh("every process takes the same rows", "distributed/process_mesh.py", "first = min(count, part * self.dp.get_local_rank())", "first = 0"),
     mesh("the norm counts copies", "distributed/process_mesh.py", ".square() / count for", ".square() for"),
     mesh("the loss of one part", "distributed/process_mesh.py", "loss /= self.data.size()", "loss /= 1"),

@@ -36,6 +36,8 @@ class Ranks:
 
     rank = 0
     size = 1
+    size_here = 1
+    """Processes on this machine."""
 
     @property
     def leads(self) -> bool:
@@ -89,6 +91,8 @@ class LaunchedRanks(Ranks):
         self.local_rank = self.rank
         if foreign_variable("LOCAL_RANK") is not None:
             self.local_rank = _variable("LOCAL_RANK", most=self.size - 1)
+        if foreign_variable("LOCAL_WORLD_SIZE") is not None:
+            self.size_here = _variable("LOCAL_WORLD_SIZE", least=1, most=self.size)
         try:
             self._store, *_ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
             dist.init_process_group(

@@ -41,6 +41,7 @@ def error_of_joining(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
         ("RANK", "2", "0 … 1"),
         ("LOCAL_RANK", "abc", "0 … 1"),
         ("LOCAL_RANK", "-1", "0 … 1"),
+        ("LOCAL_WORLD_SIZE", "3", "1 … 2"),
     ],
 )
 def test_variables_that_are_no_numbers(
