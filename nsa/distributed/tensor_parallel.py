@@ -231,9 +231,14 @@ class _Unbound(nn.Module):
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def _forward(unbound: _Unbound, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(unbound: _Unbound, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """Compute this process's part with plain tensors, and sum the parts."""
     _require_no_recompute(unbound.module)
+    if x is None:
+        raise ConfigError(
+            f"{type(unbound.module).__name__}: expected its input as the first argument with "
+            f"tensor parallel, got {', '.join(kwargs) or 'none'}; such a layer cannot be split"
+        )
     names, parameters = zip(*_named_parameters(unbound), strict=True)
     group = parameters[0].device_mesh.get_group().group_name
     parts = dict(zip(names, local_parts(parameters, group), strict=True))

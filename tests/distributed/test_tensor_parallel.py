@@ -181,6 +181,9 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     told["a group to shard over"] = told_by(shard, LanguageModel(CONFIG), "dp")
     parallelize(layer, mesh).recompute = True
     told["recompute, later"] = told_by(layer, example())
+    told["input by another name"] = told_by(
+        lambda: parallelize(attention(), mesh)(hidden_states=example())
+    )
     return told
 
 
@@ -246,6 +249,8 @@ def test_what_is_refused() -> None:
         "torch.distributed.fsdp takes any other",
         "a group to shard over": "mesh: expected a DeviceMesh of one dimension, got 'dp'; "
         'init_device_mesh("cuda", (processes,)) makes one',
+        "input by another name": "NSAttention: expected its input as the first argument with "
+        "tensor parallel, got hidden_states; such a layer cannot be split",
         "recompute, later": "recompute: expected False with tensor parallel, got True; checkpoint "
         "the block instead (activation_checkpointing)",
     }
