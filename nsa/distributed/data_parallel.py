@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from nsa.distributed.checks import require_line
+from nsa.errors import ConfigError
 from nsa.models import LanguageModel
 
 
@@ -22,7 +24,16 @@ def shard(
         mesh: of one dimension.
         policy: what parameters are gathered and gradients reduced in; by default their own dtype,
             so that autocast computes what it computes on one process.
+
+    Raises:
+        ConfigError: another model, or another mesh.
     """
+    if not isinstance(model, LanguageModel):
+        raise ConfigError(
+            f"model: expected a LanguageModel, got {type(model).__name__}; fully_shard of "
+            "torch.distributed.fsdp takes any other"
+        )
+    require_line(mesh)
     policy = policy or MixedPrecisionPolicy()
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)

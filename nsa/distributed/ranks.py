@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from nsa.errors import ConfigError, UsageError, show
 from nsa.settings import foreign_variable
@@ -37,6 +36,8 @@ class Ranks:
 
     rank = 0
     size = 1
+    size_here = 1
+    """Processes on this machine."""
 
     @property
     def leads(self) -> bool:
@@ -59,6 +60,17 @@ class Ranks:
         """
 
 
+def _variable(name: str, *, least: int = 0, most: int | None = None) -> int:
+    """A number that torchrun sets."""
+    text = foreign_variable(name)
+    with contextlib.suppress(ValueError, TypeError):  # a word, or None
+        value = int(text)  # type: ignore[arg-type]
+        if least <= value and (most is None or value <= most):
+            return value
+    wanted = f"an integer >= {least}" if most is None else f"{least} … {most}"
+    raise UsageError(f"{name}: expected {wanted}, which torchrun sets, got {show(text)}")
+
+
 class LaunchedRanks(Ranks):
     """The processes that ``torchrun`` started; made by :func:`launched`.
 
@@ -66,22 +78,39 @@ class LaunchedRanks(Ranks):
     """
 
     def __init__(self) -> None:
+        if not dist.is_available():
+            raise UsageError(
+                "expected a torch with torch.distributed to run on several processes, got one "
+                "built without; start the command without torchrun"
+            )
+        from torch.distributed.rendezvous import rendezvous  # which such a torch cannot import
+
         cuda = torch.cuda.is_available() and dist.is_nccl_available()
+        self.size = _variable("WORLD_SIZE", least=1)
+        self.rank = _variable("RANK", most=self.size - 1)
+        self.local_rank = self.rank
+        if foreign_variable("LOCAL_RANK") is not None:
+            self.local_rank = _variable("LOCAL_RANK", most=self.size - 1)
+        if foreign_variable("LOCAL_WORLD_SIZE") is not None:
+            self.size_here = _variable("LOCAL_WORLD_SIZE", least=1, most=self.size)
         try:
-            found = rendezvous("env://", timeout=TIMEOUT)
-            self._store, self.rank, self.size = next(iter(found))
+            self._store, *_ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=self._store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=TIMEOUT,
+            )
+            self.ring = dist.new_group(backend="gloo", timeout=_FOREVER)
         except ValueError as error:
             raise UsageError(f"expected the variables that torchrun sets, got: {error}") from None
-        if not 0 <= self.rank < self.size:
-            raise UsageError(f"RANK: expected 0 … {self.size - 1}, got {self.rank}")
-        self.local_rank = int(foreign_variable("LOCAL_RANK") or self.rank)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=self._store,
-            rank=self.rank,
-            world_size=self.size,
-            timeout=TIMEOUT,
-        )
+        except RuntimeError as error:
+            address, port = map(foreign_variable, ("MASTER_ADDR", "MASTER_PORT"))
+            reason = str(error).partition("\n")[0]
+            raise UsageError(
+                f"expected to meet the other processes at {address}:{port}, got: {reason}"
+            ) from None
 
     def any(self, flag: bool) -> bool:
         found = torch.tensor(int(flag))
@@ -166,7 +195,7 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True)
         self._ranks, self._say = ranks, say
         self._next = (ranks.rank + 1) % ranks.size
-        self._group = dist.new_group(backend="gloo", timeout=_FOREVER)
+        self._group = ranks.ring
 
     def run(self) -> None:
         try:
@@ -205,7 +234,8 @@ def launched(say: Callable[[str], object]) -> Iterator[Ranks]:
         say: prints the one line of an error, from any thread.
 
     Raises:
-        UsageError: the environment is half torchrun's.
+        UsageError: the environment is half torchrun's, the processes cannot meet, or torch has no
+            ``torch.distributed``.
     """
     if foreign_variable("WORLD_SIZE") in (None, "1"):
         yield Ranks()

@@ -7,7 +7,8 @@ all-reduce of ``[B, T, dim]`` goes forward and one backward, for attention and f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
-    Partial,
     Placement,
     Replicate,
     Shard,
@@ -25,6 +25,8 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from nsa.config import NSAConfig
+from nsa.distributed.checks import require_line
+from nsa.distributed.sums import local_parts, sum_gradients, sum_parts
 from nsa.errors import ConfigError
 from nsa.models.dense import DenseAttention
 from nsa.models.language_model import SwiGLU
@@ -43,6 +45,9 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
     Returns:
         a style by the name of the module, which is "" for the model itself.
+
+    Raises:
+        ConfigError: a layer shares a weight with something outside it.
     """
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
@@ -50,6 +55,7 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
             plan[name] = SplitHeads()
         elif isinstance(module, SwiGLU):
             plan[name] = SplitModule(rows=("gate_proj", "up_proj"), columns=("down_proj",))
+    _require_own_weights(model, plan)
     return plan
 
 
@@ -63,11 +69,36 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         mesh: of one dimension; its size must divide ``num_kv_heads``.
 
     Raises:
-        ConfigError: a layer that cannot be split so.
+        ConfigError: a layer that cannot be split so, or no layer to split.
     """
-    for name, style in tensor_parallel_plan(model).items():
+    require_line(mesh)
+    plan = tensor_parallel_plan(model)
+    if not plan:
+        raise ConfigError(
+            "model: expected a layer to split (NSAttention, DenseAttention or SwiGLU of nsa), got "
+            f"none in {type(model).__name__}; parallelize_module splits others"
+        )
+    for name, style in plan.items():
         parallelize_module(model.get_submodule(name), mesh, style)
     return model
+
+
+def _require_own_weights(model: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse weights that a layer shares: each would get a tensor of its own, and train alone."""
+    inside = {x for layer in layers for x in model.get_submodule(layer).modules()}
+    others = {name: x for name, x in model.named_modules() if x not in inside}
+    found = [(layer, layer, model.get_submodule(layer).named_parameters()) for layer in layers]
+    found += [("", name, x.named_parameters(recurse=False)) for name, x in others.items()]
+    owners: dict[nn.Parameter, tuple[str, str]] = {}
+    for layer, prefix, parameters in found:
+        for leaf, parameter in parameters:
+            name = f"{prefix}.{leaf}"
+            owner, other = owners.setdefault(parameter, (layer, name))
+            if owner != layer:
+                raise ConfigError(
+                    f"{other}: expected a weight of one layer to split, got one that is {name}, "
+                    "too; untie them"
+                )
 
 
 def _require_heads(config: NSAConfig, size: int) -> None:
@@ -78,6 +109,15 @@ def _require_heads(config: NSAConfig, size: int) -> None:
         raise ConfigError(
             f"tp: expected a divisor of num_kv_heads={heads} ({fits}), got {size}: the query "
             "heads of a group stay with their key/value head"
+        )
+
+
+def _require_no_recompute(module: nn.Module) -> None:
+    """Refuse to compute again in backward, where parameters are DTensors once more."""
+    if getattr(module, "recompute", False):
+        raise ConfigError(
+            "recompute: expected False with tensor parallel, got True; checkpoint the block "
+            "instead (activation_checkpointing)"
         )
 
 
@@ -96,19 +136,23 @@ class SplitModule(ParallelStyle):
         self.rows, self.columns = rows, columns
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        require_line(device_mesh)
         placements = self._placements(module, device_mesh)
-        for name, parameter in list(module.named_parameters()):
+        sharded: dict[nn.Parameter, nn.Parameter] = {}
+        for name, parameter in _named_parameters(module):
+            if parameter not in sharded:
+                value = distribute_tensor(parameter.detach(), device_mesh, [placements[name]])
+                sharded[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             parent, _, leaf = name.rpartition(".")
-            value = distribute_tensor(parameter.detach(), device_mesh, [placements[name]])
-            sharded = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            module.get_submodule(parent).register_parameter(leaf, sharded)
-        module.forward = _on_local_parameters(module, device_mesh)
+            module.get_submodule(parent).register_parameter(leaf, sharded[parameter])
+        # of what is copied or pickled with the module, unlike a closure
+        module.forward = functools.partial(_forward, _Unbound(module))
         return module
 
     def _placements(self, module: nn.Module, mesh: DeviceMesh) -> dict[str, Placement]:
         """Of every parameter; what is not split is replicated."""
         found: dict[str, Placement] = {}
-        for name, parameter in module.named_parameters():
+        for name, parameter in _named_parameters(module):
             if isinstance(parameter, DTensor):
                 raise ConfigError(
                     f"{type(module).__name__}.{name}: expected a whole parameter, got a sharded "
@@ -130,6 +174,14 @@ class SplitModule(ParallelStyle):
                             "process would add, got one"
                         )
                     found |= {f"{prefix}.{name}": split for name, _ in linear.named_parameters()}
+        first_names: dict[nn.Parameter, str] = {}
+        for name, parameter in _named_parameters(module):
+            first = first_names.setdefault(parameter, name)
+            if found[name] != found[first]:
+                raise ConfigError(
+                    f"{type(module).__name__}.{name}: expected a weight that is split one way, got "
+                    f"one that is {first}, too; untie them"
+                )
         return found
 
 
@@ -141,13 +193,10 @@ class SplitHeads(SplitModule):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, (NSAttention, DenseAttention))
+        require_line(device_mesh)
         config, size = module.config, device_mesh.size()
         _require_heads(config, size)
-        if getattr(module, "recompute", False):
-            raise ConfigError(
-                "recompute: expected False with tensor parallel, got True; checkpoint the block "
-                "instead (activation_checkpointing)"
-            )
+        _require_no_recompute(module)
         super()._apply(module, device_mesh)
         heads, kv_heads = config.num_heads // size, config.num_kv_heads // size
         module.config = replace(config, num_heads=heads, num_kv_heads=kv_heads)
@@ -182,26 +231,27 @@ class _Unbound(nn.Module):
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def _on_local_parameters(module: nn.Module, mesh: DeviceMesh) -> Callable[..., Tensor]:
-    """A ``forward`` that computes this process's part with plain tensors, and sums the parts."""
-    inner = _Unbound(module)
+def _forward(unbound: _Unbound, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Compute this process's part with plain tensors, and sum the parts."""
+    _require_no_recompute(unbound.module)
+    if x is None:
+        raise ConfigError(
+            f"{type(unbound.module).__name__}: expected its input as the first argument with "
+            f"tensor parallel, got {', '.join(kwargs) or 'none'}; such a layer cannot be split"
+        )
+    names, parameters = zip(*_named_parameters(unbound), strict=True)
+    group = parameters[0].device_mesh.get_group().group_name
+    parts = dict(zip(names, local_parts(parameters, group), strict=True))
+    inputs = sum_gradients(x, group), *args
+    # what is tied has parts of its own; torch would not restore a module that stands twice
+    out = torch.func.functional_call(unbound, parts, inputs, kwargs, tie_weights=False)
+    return sum_parts(out, group)
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parameters = {f"module.{name}": _local(p) for name, p in module.named_parameters()}
-        x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-        x = x.to_local(grad_placements=[Partial()])
-        out = torch.func.functional_call(inner, parameters, (x, *args), kwargs)
-        out = DTensor.from_local(out, mesh, [Partial()], run_check=False)
-        return out.redistribute(placements=[Replicate()]).to_local()
 
-    return forward
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """This process's part of a parameter; gradients of one that is whole everywhere are summed."""
-    assert isinstance(parameter, DTensor)
-    if not parameter.placements[0].is_replicate():
-        return parameter.to_local()
-    # the redistribution changes nothing, but its backward sums
-    whole = parameter.redistribute(placements=[Replicate()])
-    return whole.to_local(grad_placements=[Partial()])
+def _named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Of every module in it once, a weight that several share by each of its names."""
+    return [
+        (f"{name}.{leaf}".removeprefix("."), parameter)
+        for name, child in module.named_modules()
+        for leaf, parameter in child.named_parameters(recurse=False, remove_duplicate=False)
+    ]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 from nsa.core.inputs import BRANCHES
+from nsa.distributed.mesh import ALONE
 from nsa.errors import ConfigError
 from nsa.models import ModelConfig
 from nsa.training.config import RunConfig
@@ -63,27 +66,41 @@ def require_memory_to_load(config: ModelConfig) -> None:
     _require(_FP32 * parameters, f"{parameters:,} parameters", "load it on a larger machine")
 
 
-def require_memory_to_train(config: RunConfig) -> None:
+def require_memory_to_train(
+    config: RunConfig, sizes: Mapping[str, int] = ALONE, processes_here: int = 1
+) -> None:
     """Refuse a run that this machine cannot hold: weights, and of a pass the text and, on a CPU,
     gradients, the optimizer's two averages, logits, and what every compiler keeps for the backward
     pass. A device of its own says itself, and at once, that it is full.
+
+    Args:
+        config: of the run.
+        sizes: of its mesh; each process makes the whole model first, and trains its part of it.
+        processes_here: how many of them share this machine's memory.
 
     Raises:
         ConfigError: what it takes, and what there is.
     """
     train, model = config.train, config.model
     assert model.hidden_dim is not None
-    parameters, tokens = num_parameters(model), train.batch_size * train.seq_len
-    needed = _FP32 * parameters + 2 * _INT64 * tokens  # a window's positions, and its bytes
+    parameters, tokens = num_parameters(model), train.batch_size // sizes["dp"] * train.seq_len
+    needed = _FP32 * parameters
     if train.device == "cpu":
         size = _FP32 if train.precision == "fp32" else _FP32 // 2
         kept = model.dim  # what enters a layer
         if not train.activation_checkpointing:
-            kept += model.dim + 2 * model.hidden_dim + model.nsa.num_heads * model.nsa.head_dim
-        needed += 3 * _FP32 * parameters
-        needed += size * tokens * (model.num_layers * kept + model.vocab_size)
+            split = 2 * model.hidden_dim + model.nsa.num_heads * model.nsa.head_dim
+            kept += model.dim + split // sizes["tp"]
+        numbers = tokens // sizes["cp"] * (model.num_layers * kept + model.vocab_size)
+        part = 4 * _FP32 * parameters // prod(sizes.values())
+        needed = max(needed, part + size * numbers)
+    needed += 2 * _INT64 * tokens  # a window's positions, and its bytes
     what = f"{parameters:,} parameters, {tokens:,} bytes of text in a pass"
-    _require(needed, what, "lower --batch-size, --seq-len or the sizes of the model")
+    if processes_here > 1:
+        what += f" of each of {processes_here} processes"
+    _require(
+        needed * processes_here, what, "lower --batch-size, --seq-len or the sizes of the model"
+    )
 
 
 def _require(needed: int, what: str, fix: str) -> None:

@@ -31,7 +31,8 @@ def require_mesh(config: RunConfig, sizes: Mapping[str, int], compile_cache: str
     fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
     _refuse(heads % tp > 0, "--tp", f"a divisor of --num-kv-heads {heads} ({fits})", tp)
     _refuse(hidden % tp > 0, "--tp", f"a divisor of --hidden-dim {hidden}", tp)
-    _refuse(train.recompute and tp > 1, "--recompute", "none with --tp", tp)
+    text = f"none with --tp {tp} (--activation-checkpointing computes again, too)"
+    _refuse(train.recompute and tp > 1, "--recompute", text, train.recompute)
     dense, length = model.attention == "dense", train.seq_len
     _refuse(cp > 1 and dense, "--cp", "1 with --attention dense", cp)
     least = 2 * cp * nsa.select_share  # as many tokens on every process, cut where lists are shared

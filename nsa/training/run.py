@@ -104,7 +104,7 @@ class Run:
         self._compilation = Compilation(config.train.compile, device, compile_cache)
         self.corpus = load_corpus(config.train.data, config.train.split)
         require_length(self.corpus, config.train.seq_len)
-        require_memory_to_train(config)
+        require_memory_to_train(config, self._mesh.sizes, self._ranks.size_here)
         self.trainer = Trainer(config, self.corpus, self._mesh)
         self._ranks.require_same({"bytes of --data": self.trainer.fingerprint})
         checkpoint = self._share(found)

@@ -60,6 +60,35 @@ def test_the_least_is_no_more_than_it_takes(tmp_path, monkeypatch, changes):
         require_memory_to_train(config)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "least"),
+    [
+        ({"dp": 2}, 16 // 2 * 1000 + 16 * 96 + 4 * 96 * (32 + 32 + 96 + 256)),
+        ({"cp": 2}, 16 // 2 * 1000 + 16 * 192 + 4 * 96 * (32 + 32 + 96 + 256)),
+        ({"tp": 2}, 16 // 2 * 1000 + 16 * 192 + 4 * 192 * (32 + 32 + 48 + 256)),
+        ({"dp": 2, "cp": 2}, 16 // 4 * 1000 + 16 * 96 + 4 * 48 * (32 + 32 + 96 + 256)),
+    ],
+)
+def test_a_process_of_a_mesh_has_its_part(tmp_path, monkeypatch, sizes, least):
+    """One layer of d 32, 2 heads of 16 and a hidden layer of 32, and 4 sequences of 48."""
+    config = config_of(tmp_path, hidden_dim=32, batch_size=4)
+
+    def require(there, parameters=1000, here=1):
+        monkeypatch.setattr(memory, "num_parameters", lambda model: parameters)
+        monkeypatch.setattr(memory, "memory_bytes", lambda: there)
+        require_memory_to_train(config, {"dp": 1, "cp": 1, "tp": 1, **sizes}, here)
+
+    require(least)
+    require(3 * least, here=3)
+    with pytest.raises(ConfigError, match="bytes of text in a pass, which take"):
+        require(least - 1)
+    with pytest.raises(ConfigError, match="in a pass of each of 3 processes, which take"):
+        require(3 * least - 1, here=3)
+    whole = 4 * 10**9 + 16 * 4 // sizes.get("dp", 1) * 48  # of a model that is split later
+    with pytest.raises(ConfigError):
+        require(whole - 1, 10**9)
+
+
 def test_a_gpu_says_itself_that_it_is_full(tmp_path, monkeypatch):
     config = config_of(tmp_path)
     object.__setattr__(config.train, "device", "cuda")

@@ -253,6 +253,10 @@ def test_one_line_from_one_process(tmp_path: Path, data: Path, alone: Path) -> N
     assert told(2, "--cp", 2, "--attention", "dense") == (
         "--cp: expected 1 with --attention dense, got 2"
     )
+    assert told(2, "--tp", 2, "--recompute") == (
+        "--recompute: expected none with --tp 2 (--activation-checkpointing computes again, too), "
+        "got True"
+    )
     assert told(2, "--device", "cuda:1").startswith("--device: expected a device of this machine")
     assert told(2, "--lrr", 1) == "expected a known flag, got --lrr; did you mean --lr?"
     assert told(2, "--tp", 0) == "--tp: expected an int >= 1, got 0"

@@ -58,6 +58,11 @@ def check_attention(name: str, attention: Any) -> None:
                 f"{name}.{part}: expected a projection with a weight, got "
                 f"{type(projection).__name__}: convert before quantising"
             )
+        if hasattr(projection.weight, "placements"):  # a DTensor, without the import of its package
+            raise ConfigError(
+                f"{name}.{part}: expected a whole weight, got a sharded one: convert the whole "
+                "model, then shard it (fully_shard)"
+            )
     for good, expected, got in (
         (not others, f"no parts but {', '.join(known)}", ", ".join(others)),
         (getattr(attention, "is_causal", True), "causal attention", "another"),

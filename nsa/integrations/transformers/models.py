@@ -105,7 +105,16 @@ class _Converted:
 
         Raises:
             CheckpointError: it was not saved from a model of this configuration.
+            ConfigError: heads are to be split over devices, for which there is no plan.
         """
+        distributed = kwargs.get("distributed_config")
+        for name in ("tp_plan", "tp_size"):
+            given = kwargs.get(name) or getattr(distributed, name, None)
+            if given and given != 1:
+                raise ConfigError(
+                    f"{name}: expected None for a converted model, whose heads are not split over "
+                    f"devices, got {show(given)}; fully_shard splits its parameters"
+                )
         model, found = super().from_pretrained(  # type: ignore[misc]
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )

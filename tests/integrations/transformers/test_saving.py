@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaForSequenceClassification,
 )
+from transformers.distributed import DistributedConfig
 
 from nsa import CheckpointError, ConfigError
 from nsa.integrations.transformers import convert, models
@@ -121,6 +122,31 @@ def test_no_plan_for_parallel_tensors():
     """Neither of the layers nor of the head, which the dense model has."""
     assert dense().tp_plan
     assert not converted().tp_plan
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"tp_plan": "auto"}, "tp_plan: expected None .*, got 'auto'"),
+        ({"tp_size": 2}, "tp_size: expected None .*, got 2"),
+        (
+            {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)},
+            "tp_plan: expected None .*, got 'auto'",
+        ),
+    ],
+)
+def test_to_split_heads_over_devices_is_refused(tmp_path, options, got):
+    """transformers would load the whole model on every device."""
+    converted().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"{got}; fully_shard splits its parameters"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+
+
+def test_a_sharded_model_is_not_converted():
+    model = dense()
+    model.model.layers[1].self_attn.k_proj.weight.placements = ()
+    with pytest.raises(ConfigError, match="layers.1.self_attn.k_proj: expected a whole weight"):
+        convert(model, CONFIG)
 
 
 def test_a_classifier(tmp_path):
