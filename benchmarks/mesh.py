@@ -13,8 +13,8 @@ batches of 8 are that small on two GPUs, those of 16 are not.
 Each mesh is a command of its own, with ``--limit-s`` to end in; one that fails says so and the next
 one starts. One JSON line each as they come, then a table:
 
-- tokens/s: of the median of ``--steps`` steps, after ``--warm-up``; x: beside one GPU, compiled as
-  this one is or not;
+- tokens/s: of ``--steps`` steps after ``--warm-up``, the median of fours; x: beside one GPU,
+  compiled as this one is or not;
 - peak GiB: of one GPU, by the allocator, after the first step;
 - NCCL: share of a step's time that the kernels of collectives take on rank 0, by torch.profiler
   (they overlap with others: this is no time lost);
@@ -50,6 +50,8 @@ MESHES: dict[str, dict[str, int]] = {
 ORDER = ("one", "dp2", "dp4", "tp2", "dp2tp2", "one+c", "dp2+c", "dp4+c", "cp2", "dp2cp2")
 """With +c: blocks compiled."""
 SIZES = {"seq_len": 8192, "batch_size": 8, "lr": 1e-3, "warmup": 10}
+TOGETHER = 4
+"""Steps that are timed together, as a run has them: the host is not held up after each."""
 TINY = {"seq_len": 128, "batch_size": 4, "lr": 1e-3, "warmup": 10}
 
 
@@ -192,7 +194,7 @@ def work(arguments: argparse.Namespace) -> None:
     preset = "tiny" if arguments.tiny else "small"
     values = {**PRESETS[preset], **(TINY if arguments.tiny else SIZES)}
     values |= {"data": "stdlib", "device": arguments.device}
-    values["steps"] = arguments.steps + arguments.warm_up
+    values["steps"] = 1 + arguments.warm_up + arguments.steps
     values["precision"] = "bf16" if arguments.device == "cuda" else "fp32"
     values["compile"] = "blocks" if "+c" in name else "none"
     if arguments.batch_size is not None:
@@ -212,14 +214,15 @@ def work(arguments: argparse.Namespace) -> None:
         wait = torch.cuda.synchronize if cuda else (lambda: None)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
+        losses += [trainer.train_step().loss for _ in range(arguments.warm_up)]
         times = []
-        for _ in range(values["steps"] - 1):
+        for _ in range(arguments.steps // TOGETHER):
             wait()
             begun = time.perf_counter()
-            losses.append(trainer.train_step().loss)
+            losses += [trainer.train_step().loss for _ in range(TOGETHER)]
             wait()
-            times.append(time.perf_counter() - begun)
-        step = statistics.median(times[arguments.warm_up - 1 :])
+            times.append((time.perf_counter() - begun) / TOGETHER)
+        step = statistics.median(times)
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
         share = nccl_share(trainer, step) if cuda and ranks.size > 1 else "-"
         row = {
