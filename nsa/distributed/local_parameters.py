@@ -1,7 +1,7 @@
 """What the optimizer of one process updates: its parts of a model's parameters, as plain tensors.
 
 An optimizer of DTensors comes to the same numbers, but asks DTensor's dispatcher about each of
-them at every step: on 300 parameters 18 ms of the host, in place of 7.
+them at every step: 300 parameters take 16 ms of the host, in place of 4.5.
 """
 
 from __future__ import annotations
