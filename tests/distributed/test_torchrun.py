@@ -75,11 +75,10 @@ def test_a_killed_rank_ends_the_other_within_a_minute(torchrun, tmp_path: Path) 
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - begun < 60
     assert process.returncode != 0
-    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert line == (
+    assert [line for line in errors.splitlines() if line.startswith("error:")] == [
         "error: rank 1 of 2 processes is gone (killed, or it lost its machine); the others have "
         "ended, too; --resume continues from the last checkpoint"
-    )
+    ], errors
     for pid in ranks.values():
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
