@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from triton.runtime.interpreter import InterpretedFunction
 
 from nsa import NSAttention, attention, module, nsa_attention
+from nsa.backends.compiled.selected.tiles import FAR_SINCE
 from nsa.core import angles
 from nsa.core.block_tokens import kernels as block_tokens
 from nsa.core.operators import BUILDING
@@ -118,6 +119,25 @@ def test_of_a_layer(
     )
     assert len(launches) > (10 if grad else 5)
     assert launches == rehearsed
+
+
+@pytest.mark.parametrize(("group", "size"), [(8, 128), (4, 48), (1, 48)])
+def test_one_of_a_power_of_two_stands_for_longer_sequences(
+    group: int, size: int, launches: set[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small groups have far blocks from some position on; core.build takes lengths of as many bits
+    for alike."""
+    config = replace(SMALL, num_heads=2 * group, num_kv_heads=2, head_dim=size)
+    layer = NSAttention(DIM, config, backend="compiled", dtype=torch.bfloat16)
+    monkeypatch.setattr(module, "build_once", rehearse_at_once)
+    monkeypatch.setattr(module, "launches_soon", lambda x: True)
+    found = []
+    for length in (FAR_SINCE, FAR_SINCE + 1003, 2 * FAR_SINCE - 1):
+        launches.clear()
+        layer.build_kernels(torch.empty(1, length, DIM, dtype=torch.bfloat16))
+        found.append(launches.copy())
+    assert any(name == "nsa_selected_fwd_far" for name, *_ in found[0])
+    assert found[0] == found[1] == found[2]
 
 
 def test_of_a_function(launches: set[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
