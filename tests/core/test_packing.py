@@ -36,7 +36,9 @@ def test_within_a_call_each_result_is_computed_once(searches: list[int]) -> None
             with packing_kept(cu_seqlens):
                 found = block_bounds(cu_seqlens, 77, 10, config)
             packed_tokens(cu_seqlens, 77)
-    assert sorted(searches) == [10, 77]
+        others = packed_tokens(torch.tensor([0, 5, 77], dtype=torch.int32), 77)
+    assert sorted(searches) == [10, 77, 77]
+    assert others.seq_start[5] == 5
     for one, other in zip(alone, found, strict=True):
         assert torch.equal(one, other)
 
