@@ -96,11 +96,17 @@ def sequence_starts(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 @_once
-def packed_blocks(cu_seqlens: Tensor, rows: int, config: NSAConfig) -> PackedItems:
-    """The sequence and number of each of ``rows`` compressed blocks (surplus rows included)."""
+def block_offsets(cu_seqlens: Tensor, config: NSAConfig) -> Tensor:
+    """int64 ``[n_seq + 1]``, the first compressed block of each sequence, then their number."""
     length = cu_seqlens.long().diff()
     full = (length - config.compress_block).div(config.compress_stride, rounding_mode="floor") + 1
-    return packed_items(counted_offsets(full.clamp_min(0)), rows)
+    return counted_offsets(full.clamp_min(0))
+
+
+@_once
+def packed_blocks(cu_seqlens: Tensor, rows: int, config: NSAConfig) -> PackedItems:
+    """The sequence and number of each of ``rows`` compressed blocks (surplus rows included)."""
+    return packed_items(block_offsets(cu_seqlens, config), rows)
 
 
 @_once

@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa.config import KV, NSAConfig
 from nsa.core.dtypes import autocast_dtype
 from nsa.core.inputs import BRANCHES, AttentionInputs
-from nsa.core.packing import packed_blocks
+from nsa.core.packing import block_offsets, packed_blocks
 from nsa.errors import LINE, ConfigError, DataError, ShapeError, require, show
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -204,7 +204,7 @@ def _check_compressed_rows(
 ) -> None:
     if not (cu_seqlens.device.type == "cpu" or check):
         return
-    needed = packed_blocks(cu_seqlens, 0, config).offsets[-1]
+    needed = block_offsets(cu_seqlens, config)[-1]
     if torch.compiler.is_compiling():
         if check:
             torch._assert_async(needed <= x.shape[1])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nsa.config import NSAConfig
 from nsa.core.inputs import AttentionInputs, Probe
-from nsa.core.packing import packed_blocks
+from nsa.core.packing import block_offsets
 from nsa.errors import ShapeError
 from nsa.module import NSAttention
 
@@ -68,7 +68,7 @@ class LayerCall:
             rows = range(self.q.shape[0] if T else 0)
             return [self._part(b, slice(0, T), slice(0, N)) for b in rows]
         tokens = self.cu_seqlens.tolist()
-        blocks = packed_blocks(self.cu_seqlens, N, self.config).offsets.tolist()
+        blocks = block_offsets(self.cu_seqlens, self.config).tolist()
         return [
             self._part(0, slice(*tokens[i : i + 2]), slice(*blocks[i : i + 2]))
             for i in range(len(tokens) - 1)

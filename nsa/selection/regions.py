@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.core.dtypes import NEG_INF
-from nsa.core.packing import counted_offsets, packed_blocks, packed_items
+from nsa.core.packing import block_offsets, counted_offsets, packed_items
 from nsa.selection.rules import forced_blocks
 
 
@@ -36,7 +36,7 @@ def region_keys(
     if cu_seqlens is None:
         rows, offsets = k_cmp[:, : N // per * per].unflatten(1, (N // per, per)), None
     else:
-        blocks = packed_blocks(cu_seqlens, 0, config).offsets
+        blocks = block_offsets(cu_seqlens, config)
         offsets = counted_offsets(blocks.diff().div(per, rounding_mode="floor"))
         region = packed_items(offsets, N // per)
         first = blocks[region.seq_id] + region.position * per

@@ -18,7 +18,7 @@ from nsa.backends.shared.fold_queries import fold, make_fold, nothing_seen, unfo
 from nsa.backends.shared.workspace import Store
 from nsa.config import NSAConfig
 from nsa.core.dtypes import NEG_INF, accumulation_dtype
-from nsa.core.packing import packed_blocks
+from nsa.core.packing import block_offsets
 from nsa.core.padding import pad_heads
 
 
@@ -57,7 +57,7 @@ class Steps:
             k, v = k[:, : shape.first_row + R], v[:, : shape.first_row + R]
             call = Call(scale=config.softmax_scale, causal=True, max_q=R, max_k=k.shape[1])
         else:
-            cu = packed_blocks(cu_seqlens, N, config).offsets.to(cu_seqlens.dtype)
+            cu = block_offsets(cu_seqlens, config).to(cu_seqlens.dtype)
             longest = config.num_compressed(T if max_seqlen is None else max_seqlen)
             longest = max(1, min(longest, N))
             call = Call(

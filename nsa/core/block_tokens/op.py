@@ -5,13 +5,15 @@ B batch, T tokens, N compressed blocks, K key/value heads, D head size, L tokens
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.core.dtypes import accumulation_dtype
 from nsa.core.operators import config_of, define
-from nsa.core.packing import packed_blocks
+from nsa.core.packing import block_offsets, packed_blocks
 from nsa.core.toolchain import has_triton
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -108,9 +110,9 @@ def _mean_backward(grad: Tensor, cu_seqlens: Tensor | None, T: int, key: str) ->
     return _scatter(shares.expand(-1, -1, -1, block, -1), cu_seqlens, T, key).to(grad.dtype)
 
 
-def _kernels_take(x: Tensor, cu_seqlens: Tensor | None, rows: int, elements: int) -> bool:
+def _kernels_take(x: Tensor, rows: int, elements: int) -> bool:
     """Whether the Triton kernels copy so many rows of so many elements."""
-    if cu_seqlens is not None or x.dtype not in _KERNEL_DTYPES or not has_triton():
+    if x.dtype not in _KERNEL_DTYPES or not has_triton():
         return False
     from nsa.core.block_tokens import kernels
 
@@ -122,20 +124,30 @@ def _gather_cuda(x: Tensor, cu_seqlens: Tensor | None, key: str) -> Tensor:
     config = config_of(key)
     B, T, K, D = x.shape
     N, L = num_rows(T, config, packed=cu_seqlens is not None), config.compress_block
-    if not _kernels_take(x, cu_seqlens, B, N * K * L * D):
+    if not _kernels_take(x, B, N * K * L * D):
         return _gather(x, cu_seqlens, key)
     from nsa.core.block_tokens import kernels
 
-    return kernels.gather(x, L, config.compress_stride, N)
+    return kernels.gather(x, L, config.compress_stride, N, _packing(cu_seqlens, config))
 
 
 def _scatter_cuda(grad: Tensor, cu_seqlens: Tensor | None, T: int, key: str) -> Tensor:
     """The same sums in the same order in one kernel; PyTorch's where that does not take them."""
-    if not _kernels_take(grad, cu_seqlens, grad.shape[0], grad[:1].numel()):
+    if not _kernels_take(grad, grad.shape[0], grad[:1].numel()):
         return _scatter(grad, cu_seqlens, T, key)
     from nsa.core.block_tokens import kernels
 
-    return kernels.scatter(grad, T, config_of(key).compress_stride)
+    config = config_of(key)
+    return kernels.scatter(grad, T, config.compress_stride, _packing(cu_seqlens, config))
+
+
+def _packing(cu_seqlens: Tensor | None, config: NSAConfig) -> Any:
+    """As the kernels take it."""
+    from nsa.core.block_tokens.kernels import Packing
+
+    if cu_seqlens is None:
+        return None
+    return Packing(cu_seqlens.contiguous(), block_offsets(cu_seqlens, config))
 
 
 def _rows(x: Tensor, cu_seqlens: Tensor | None, key: str) -> int:

@@ -27,7 +27,7 @@ from nsa.backends.compiled.tiling import (
     next_power_of_2,
 )
 from nsa.config import NSAConfig
-from nsa.core.packing import packed_blocks, packed_tokens, sequence_starts
+from nsa.core.packing import block_offsets, packed_tokens, sequence_starts
 from nsa.selection.fp8 import quantize
 from nsa.selection.regions import region_keys
 from nsa.selection.rules import least_mass, width
@@ -104,7 +104,7 @@ def select_forward(
         return block_idx
     q, scale, _ = positive(q, config.softmax_scale)
     queries = _queries(q, lse, scale, config, cu_seqlens, q_start)
-    offsets = None if cu_seqlens is None else packed_blocks(cu_seqlens, 0, config).offsets
+    offsets = None if cu_seqlens is None else block_offsets(cu_seqlens, config)
     keys = Keys(k_cmp, offsets)
     C = _constants(q, K, n, config, packed=cu_seqlens is not None)
     of_regions = None
