@@ -49,7 +49,7 @@ test: lint types  ## lint, type check and all tests that need neither a GPU nor 
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then set -x; \
 	  TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/triton_interpreter; \
 	  else echo 'triton is not installed: its kernels go untested'; fi
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15
 
 .PHONY: lint
 lint: env  ## ruff: rules and format

@@ -108,7 +108,11 @@ SHARING = replace(CONFIG, select_share=8, select_block=8)
 """Eight tokens of two heads fill a tile of fp32."""
 
 
-@pytest.mark.parametrize("shape", [{"length": 33}, {"lengths": (17, 0, 9, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param({"length": 33}, marks=pytest.mark.slow), {"lengths": (17, 0, 9, 1)}],
+    ids=str,
+)
 def test_only_selected_lists_are_taken_for_shared(shape: dict[str, object]) -> None:
     x = make_inputs(SHARING, surplus="lengths" in shape, **shape)
     given = attention_parity("compiled", replace(x, block_idx=random_blocks(x, 4)))

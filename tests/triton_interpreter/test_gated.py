@@ -105,7 +105,10 @@ def check(inputs: Inputs, in_unit_interval: bool) -> None:
 
 
 @IN_UNIT_INTERVAL
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+)
 @given(case=cases(max_length=30))
 @settings(max_examples=3)
 def test_obeys_the_accuracy_rule(dtype: torch.dtype, in_unit_interval: bool, case: Case) -> None:

@@ -80,9 +80,9 @@ STEPS = (
 OPTIONS, SHARED = STEPS[5:7], STEPS[9]
 SLOW = {
     # the kernels of the other steps, with other flags
-    "paper": (*STEPS[2:4], *OPTIONS, *STEPS[9:]),
+    "paper": (*STEPS[:4], *OPTIONS, *STEPS[9:]),
     "wide": (STEPS[3], STEPS[13], STEPS[-1]),
-    "small": tuple(step for step in STEPS if step not in (STEPS[1], STEPS[8])),
+    "small": tuple(step for step in STEPS if step != STEPS[8]),
     "eighty": tuple(step for step in STEPS if step != "window backward"),
     "groups": STEPS[8:11],
 }
