@@ -129,11 +129,9 @@ def gather(x: Tensor, block: int, stride: int, N: int, packing: Packing | None =
     blocks = x.new_empty(B, N, K, block, D)
     grid = (triton.cdiv(N * K * block * D, _ELEMENTS), B)
     constants = _constants(K, D, block, stride)
-    sizes = T, N, _num_sequences(packing)
+    where = _pointers(packing), x.stride(), T, N, _num_sequences(packing)
     with torch.cuda.device_of(x):
-        nsa_block_tokens_gather[grid](
-            x, blocks, _pointers(packing), x.stride(), *sizes, **constants
-        )
+        nsa_block_tokens_gather[grid](x, blocks, *where, **constants)
     return blocks
 
 

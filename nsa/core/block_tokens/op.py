@@ -143,10 +143,10 @@ def _scatter_cuda(grad: Tensor, cu_seqlens: Tensor | None, T: int, key: str) -> 
 
 def _packing(cu_seqlens: Tensor | None, config: NSAConfig) -> Any:
     """As the kernels take it."""
-    from nsa.core.block_tokens.kernels import Packing
-
     if cu_seqlens is None:
         return None
+    from nsa.core.block_tokens.kernels import Packing
+
     return Packing(cu_seqlens.contiguous(), block_offsets(cu_seqlens, config))
 
 
