@@ -4,10 +4,12 @@
     python benchmarks/selected_groups.py --large-blocks     # 64/4: l' 128 with n 8 and n 16
 
 All kernels are built first, by several processes; a tiling that cannot be is named and left out.
-Each is held to the results of query tiles alone, in bf16, then timed: medians in milliseconds by
-CUDA events, whole calls, inverse index and unions included. Equal heads have equal FLOPs: ``of
-first`` is the time over that of query tiles on the first shape. Tilings are tried on random lists;
-the choice and query tiles alone also on lists of which neighbours share 65% and 86%.
+Each is held to the results of query tiles alone, in bf16, then timed by ``bench``'s clock: whole
+calls, inverse index and unions included, queued one behind the other, so that no launch is waited
+for; with ``--waited`` each call is waited for, and the host's part of it counts. Medians in
+milliseconds of ``--rounds``, in which shapes take turns. Equal heads have equal FLOPs: ``of first``
+is the time over that of the first shape's choice. Tilings are tried on random lists; the choice and
+query tiles alone also on lists of which neighbours share 65% and 86%.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from statistics import median
 
 import torch
 from kernels_selected import block_lists, median_ms
@@ -30,6 +33,7 @@ from nsa.backends.compiled.selected.launch import selected_backward, selected_fo
 from nsa.backends.compiled.selected.tiles import QueryTiles, SelectedTiles, tiles_for
 from nsa.core.build import build_once
 from nsa.errors import NSAError
+from nsa.tools.bench.timing import Clock, cuda_clock, measure
 
 STAYS = {"random": 0.0, "65%": 0.5, "86%": 0.8}
 """Of lists by what neighbours share: how likely a random block stays for the next token."""
@@ -279,6 +283,8 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--value-dim", type=int, default=128)
     parser.add_argument("--lists", nargs="+", choices=list(STAYS), default=list(STAYS))
+    parser.add_argument("--rounds", type=int, default=3, help="in which shapes take turns")
+    parser.add_argument("--waited", action="store_true", help="wait for each call")
     parser.add_argument("--large-blocks", action="store_true", help="64/4, l' 64 and 128")
     parser.add_argument("--processes", type=int, default=16, help="that build kernels")
     parser.add_argument(
@@ -305,33 +311,62 @@ def main() -> None:
         )
     ]
     made = build(every, args.processes)
-    first: dict[tuple[str, bool], float] = {}
-    for lists, shape in itertools.product(args.lists, shapes):
-        here = [x for x in made if x.shape == shape and (x.chosen or lists == args.lists[0])]
-        problem = Problem(shape, STAYS[lists])
-        problem.attend(union_form(shape.tiles()))
-        want: dict[bool, tuple[Tensor, ...]] = {}
-        for variant in here:
-            call = partial(variant.run, problem)
-            try:
-                found = call()
-                error = worst(found, want.setdefault(variant.backward, found))
-                ms = median_ms(call, 7)
-            except FAILURES as failure:  # the others go on
-                print(
-                    f"{lists:6s} {label(variant)}: {type(failure).__name__}: {failure}", flush=True
-                )
-                continue
-            base = first.setdefault((lists, variant.backward), ms)
-            wrong = "" if error < 1 else f"  WRONG: off by {error:.1f} times the limit"
-            times = f"{lists:6s} {ms:7.2f} ms {ms / base:5.2f} of first"
-            print(f"{times}  {label(variant)}{wrong}", flush=True)
-            if args.kernels and variant.name in ("chosen", "unions"):
-                print(f"{'':8s}{kernels(call)}")
-            del found
-        print(flush=True)
-        del problem, want
+    clock = cuda_clock(torch.device("cuda", torch.cuda.current_device()))
+    for lists in args.lists:
+        here = [x for x in made if x.chosen or lists == args.lists[0]]
+        problems = {shape: Problem(shape, STAYS[lists]) for shape in shapes}
+        for shape, problem in problems.items():
+            problem.attend(union_form(shape.tiles()))
+        wrong = {variant: check(variant, problems, here) for variant in here}
+        times: dict[Variant, list[float]] = {variant: [] for variant in here}
+        for number in range(args.rounds):
+            for variant in here:
+                call = partial(variant.run, problems[variant.shape])
+                if not wrong[variant]:
+                    ms = median_ms(call, 7) if args.waited else queued_ms(call, clock)
+                    times[variant].append(ms)
+            print(f"{lists}: {number + 1} of {args.rounds} rounds", end="\r", flush=True)
+        print_times(lists, here, times, wrong)
+        for variant in here if args.kernels else ():
+            if variant.name in ("chosen", "unions"):
+                print(label(variant), kernels(partial(variant.run, problems[variant.shape])))
+        del problems
         torch.cuda.empty_cache()
+
+
+def check(variant: Variant, problems: dict[Shape, Problem], every: list[Variant]) -> str:
+    """What is wrong with a tiling's results, beside those of the shape's first one."""
+    problem = problems[variant.shape]
+    alike = (x for x in every if (x.shape, x.backward) == (variant.shape, variant.backward))
+    try:
+        error = worst(variant.run(problem), next(alike).run(problem))
+    except FAILURES as failure:  # the others go on
+        return f"{type(failure).__name__}: {failure}"
+    return "" if error < 1 else f"WRONG: off by {error:.1f} times the limit"
+
+
+def queued_ms(call: Callable[[], object], clock: Clock) -> float:
+    return measure(call, clock, seconds=0.1, runs=7).median * 1e3
+
+
+def print_times(
+    lists: str,
+    every: list[Variant],
+    times: dict[Variant, list[float]],
+    wrong: dict[Variant, str],
+) -> None:
+    """A line for each tiling, over the first shape's choice."""
+    first: dict[bool, float] = {}
+    for variant in every:
+        if wrong[variant]:
+            print(f"{lists:6s} {label(variant)}: {wrong[variant]}", flush=True)
+            continue
+        ms = median(times[variant])
+        base = first.setdefault(variant.backward, ms)
+        spread = f"{min(times[variant]):.2f} to {max(times[variant]):.2f}"
+        text = f"{lists:6s} {ms:7.2f} ms ({spread}) {ms / base:5.2f} of first"
+        print(f"{text}  {label(variant)}", flush=True)
+    print(flush=True)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ class Timed:
     """What it is differentiated with respect to; nothing if it has no backward."""
     dout: Tensor | None = None
     """The gradient of its output."""
+    forward_only: bool = False
+    """Whether somebody else's backward is missing, so that no time stands for both passes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from nsa.cache import MAX_STEP
 from nsa.config import PRESETS, NSAConfig
 from nsa.errors import ConfigError, UsageError, show
 from nsa.settings import PROVIDERS
-from nsa.tools.bench.baselines import FLA
 from nsa.tools.bench.cases import BRANCHES, WHOLE
+from nsa.tools.bench.peers import PEERS
 from nsa.tools.common.cli import Parser, choose_device, integer, number, one_of
 from nsa.tools.common.problems import Trial, short
 
@@ -32,7 +32,7 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {**{short(dtype): dtype for dtype in _DTYPES.values()}, **_DTYPES}
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-_BACKENDS = (*TABLE, FLA)
+_BACKENDS = (*TABLE, *PEERS)
 _LAYOUT = re.compile(r"(\d{1,6})/(\d{1,6})(?::(\d{1,6})(?:/(\d{1,6}))?)?", re.ASCII)
 _MOST_TOKENS = 2**31 - 1
 """Kernels count in int32."""
@@ -158,9 +158,10 @@ def make_plan(argv: Sequence[str] | None) -> Plan:
     if given.find_min_len:
         backends = ("sdpa", "fa2-varlen" if packed else "fa2-dense")
         branches = tuple(branch for branch in BRANCHES if branch in DECIDED)
-    if FLA in backends and "selected" not in branches:
-        got = ",".join(branches)
-        raise UsageError(f"--backends fla: expected selected in --branches, got {got!r}")
+    for name, peer in PEERS.items():
+        if name in backends and not set(peer.branches) & set(branches):
+            got, wanted = ",".join(branches), " or ".join(peer.branches)
+            raise UsageError(f"--backends {name}: expected {wanted} in --branches, got {got!r}")
     if given.plot is not None and not set(WHOLE) & set(branches):
         raise UsageError(f"--plot: expected {' or '.join(WHOLE)} in --branches, which is drawn")
     if given.plot is not None and given.plot.suffix not in _PLOT_SUFFIXES:

@@ -20,8 +20,8 @@ from rich.text import Text
 from nsa.backends.fa2.providers import describe
 from nsa.errors import BackendUnavailable
 from nsa.settings import Settings
-from nsa.tools.bench.baselines import installed_fla
 from nsa.tools.bench.cases import BRANCHES, DENSE, WHOLE
+from nsa.tools.bench.peers import PEERS, installed
 from nsa.tools.bench.rows import Row, groups
 from nsa.tools.bench.timing import PASSES, Ceilings
 from nsa.tools.common.failures import OUT_OF_MEMORY
@@ -53,7 +53,7 @@ def header(
         "device_name": torch.cuda.get_device_name(device) if on_cuda else machine.cpu,
         **{name: getattr(machine, name) for name in _OF_MACHINE + _OF_CUDA},
         "python": machine.python.partition(",")[0],
-        "fla": installed_fla(),
+        **{name: installed(name) for name in PEERS},
         "fa2_provider": _provider(settings, device),
         "settings": _changed(settings),
         "ceilings": asdict(ceilings),

@@ -23,7 +23,7 @@ class Row:
 
     trial: Trial
     backend: str
-    """A backend of the table, "fla", or a way to compute dense attention."""
+    """A backend of the table, a peer, or a way to compute dense attention."""
     branch: str
     runs_on: str
     """The backend that computes it; another one than ``backend`` where a flag says so, and for the

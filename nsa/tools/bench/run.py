@@ -12,18 +12,11 @@ import torch
 
 from nsa.backends import TABLE, unavailable
 from nsa.settings import Settings
-from nsa.tools.bench.baselines import (
-    FLA,
-    Baseline,
-    Unsupported,
-    dense_baselines,
-    find_fla,
-    installed_fla,
-    unsupported,
-)
+from nsa.tools.bench.baselines import Baseline, Unsupported, dense_baselines, unsupported
 from nsa.tools.bench.cases import WHOLE, Data, Timed, make_data, timed_branch
 from nsa.tools.bench.flags import Plan
 from nsa.tools.bench.parity import Parity, backend_parity, baseline_parity
+from nsa.tools.bench.peers import PEERS, find_peer, how_to_install, installed
 from nsa.tools.bench.rows import ANY, Row
 from nsa.tools.bench.timing import PASSES, Clock, Measurement, measure_passes
 from nsa.tools.bench.work import work
@@ -99,15 +92,20 @@ class Runner:
     def _find_baselines(self) -> list[Baseline]:
         plan = self._plan
         found: list[Baseline] = []
-        wanted = plan.device.type == "cuda" and "selected" in plan.branches
-        if FLA in plan.backends or (not plan.backends and wanted):
-            if FLA not in plan.backends and installed_fla() is None:
-                self.skipped[FLA] = "not installed: pip install fla-core"
-            else:
-                try:
-                    found.append(find_fla(plan.device))
-                except Unsupported as reason:
-                    found.append(unsupported(FLA, "selected", str(reason)))
+        for name, peer in PEERS.items():
+            branches = [branch for branch in peer.branches if branch in plan.branches]
+            requested = name in plan.backends
+            wanted = requested or (not plan.backends and plan.device.type == "cuda")
+            if not wanted or not branches:
+                continue
+            if not requested and installed(name) is None:
+                self.skipped[name] = f"not installed: {how_to_install(name)}"
+                continue
+            try:
+                kernels = find_peer(name, plan.device)
+                found += [kernels[branch] for branch in branches]
+            except Unsupported as reason:
+                found += [unsupported(name, branch, str(reason)) for branch in branches]
         if not plan.find_min_len:
             found += dense_baselines(plan.device, plan.trials[0].packed, self._settings)
         return found
@@ -155,7 +153,8 @@ class Runner:
         """The row of one kernel; that it refuses is a fault only if it was requested."""
         name = baseline.name
         try:
-            parity = self._parity(name, row.trial, partial(baseline_parity, baseline, row.trial))
+            check = partial(baseline_parity, baseline, row.trial)
+            parity = self._parity(f"{name}, {row.branch}", row.trial, check)
             row = replace(row, parity=parity.worst)
             if parity.fault is not None:
                 return replace(row, note=self._fault(name, parity))

@@ -114,7 +114,7 @@ class Measurement:
     backward: Timing | None = None
     """Alone, on a graph that is kept."""
     both: Timing | None = None
-    """Forward with a graph, then backward; the forward pass alone if there is no backward."""
+    """Forward with a graph, then backward; the forward pass alone where nothing has a backward."""
     peak_bytes: int | None = None
     """By how much ``both`` raises the memory in use at most; None where torch does not count it."""
 
@@ -140,7 +140,8 @@ def measure_passes(
     take = partial(measure, clock=clock, seconds=seconds, runs=runs)
     if not timed.leaves:
         once = take(forward)
-        return Measurement(forward=once, both=once, peak_bytes=peak_memory(forward, device))
+        both_passes = None if timed.forward_only else once
+        return Measurement(forward=once, both=both_passes, peak_bytes=peak_memory(forward, device))
     found = {}
     if "forward" in passes:
         found["forward"] = take(forward)

@@ -1,19 +1,13 @@
-"""What `bench` holds to the oracle before it is timed: backends, dense kernels, the peer."""
-
-import dataclasses
-import sys
-import types
-from typing import ClassVar
+"""What `bench` holds to the oracle before it is timed: backends, dense kernels."""
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from nsa import NSAConfig, reference
+from nsa import NSAConfig
 from nsa.backends import load
 from nsa.settings import Settings
 from nsa.testing.parity import ParityRow
-from nsa.tools.bench import baselines
 from nsa.tools.bench import parity as bench_parity
 from nsa.tools.bench import run as bench_run
 from nsa.tools.bench.baselines import (
@@ -22,14 +16,12 @@ from nsa.tools.bench.baselines import (
     dense_baselines,
     dense_flash,
     dense_kernel,
-    find_fla,
-    fla_selected,
     unsupported,
 )
 from nsa.tools.bench.cases import heads_label
 from nsa.tools.bench.parity import Parity, backend_parity, baseline_parity
 from tests.support import benching
-from tests.support.benching import CPU, ODD, TINY, problem, run_jsonl
+from tests.support.benching import CPU, ODD, problem, run_jsonl
 
 
 @pytest.fixture
@@ -180,99 +172,3 @@ def test_on_a_gpu_both_dense_kernels_get_a_row():
             baseline.name for baseline in dense_baselines(torch.device("cuda"), packed, Settings())
         ]
         assert names == ["dense FA-2", "dense cuDNN"]
-
-
-class FlaLike:
-    """Called as the peer's function is; computes by the oracle, and refuses what that refuses."""
-
-    calls: ClassVar[list] = []
-
-    @classmethod
-    def apply(cls, q, k, v, lists, counts, block_size, scale, cu_seqlens):
-        width = lists.shape[-1]
-        assert width & (width - 1) == 0
-        assert counts == width
-        assert cu_seqlens is None or cu_seqlens.dtype == torch.int64
-        assert (lists >= 0).any(-1).all()  # it divides by what a query sees
-        cls.calls.append((width, cu_seqlens))
-        H, K, D = q.shape[2], k.shape[2], q.shape[3]
-        config = NSAConfig(
-            num_heads=H,
-            num_kv_heads=K,
-            head_dim=D,
-            value_dim=v.shape[3],
-            select_block=block_size,
-            scale=scale,
-            rope_theta=None,
-        )
-        cu_seqlens = None if cu_seqlens is None else cu_seqlens.int()
-        return reference.selected_attention(q, k, v, lists, config, cu_seqlens)[0]
-
-
-WIDE = NSAConfig(num_heads=16, num_kv_heads=1, head_dim=8, num_selected=5, scale=0.3)
-
-
-@pytest.mark.parametrize("sequences", [0, 2])
-def test_the_peer_is_given_what_it_takes(sequences):
-    FlaLike.calls.clear()
-    peer = fla_selected(types.ModuleType("fla"), FlaLike)
-    assert baseline_parity(peer, problem(WIDE, sequences=sequences)).fault is None
-    assert {width for width, _ in FlaLike.calls} == {8, 4}
-    for _, cu_seqlens in FlaLike.calls:
-        assert sequences == 0 or (cu_seqlens.diff() > 0).all()
-
-
-def test_a_peer_that_is_wrong_is_not_timed(capsys, tmp_path, quick, monkeypatch):
-    class Wrong:
-        @staticmethod
-        def apply(q, k, v, *given):
-            return FlaLike.apply(q, k, v, *given) * 1.01
-
-    monkeypatch.setattr(
-        bench_run, "find_fla", lambda device: fla_selected(types.ModuleType("fla"), Wrong)
-    )
-    argv = ("--backends", "fla", "--branches", "selected", "--heads", "16/1:8")
-    code, _, rows, _ = run_jsonl(capsys, tmp_path, *argv)
-    assert code == 1
-    assert rows[0]["backend"] == "fla"
-    assert rows[0]["note"].startswith("fla: parity failed: out is")
-
-
-def test_groups_that_the_peer_does_not_take():
-    peer = fla_selected(types.ModuleType("fla"), FlaLike)
-    for config in (TINY, dataclasses.replace(WIDE, num_heads=24)):
-        with pytest.raises(Unsupported, match="16, 32, 64, … query heads on a key/value head, got"):
-            baseline_parity(peer, problem(config))
-
-
-def test_the_peer_tunes_anew():
-    function = types.SimpleNamespace()
-    tuner = types.SimpleNamespace(configs=[1, 2], cache={"key": 1}, fn=function)
-    tuner.cache_results = True
-    module = types.ModuleType("fla")
-    module.kernel = types.SimpleNamespace(fn=tuner)
-    fla_selected(module, FlaLike).tune()
-    assert (tuner.cache, tuner.cache_results) == ({}, False)
-
-
-def test_a_peer_that_is_not_there(monkeypatch):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(baselines, "version_of", lambda name: None)
-    with pytest.raises(Unsupported, match="pip install fla-core"):
-        find_fla(cuda)
-    monkeypatch.setattr(baselines, "version_of", {"fla-core": "0.6.0"}.get)
-    with pytest.raises(Unsupported, match="fla-core 0.6.0 needs a CUDA device, got cpu"):
-        find_fla(CPU)
-    monkeypatch.setitem(sys.modules, "fla", None)
-    with pytest.raises(Unsupported, match="fla-core 0.6.0 does not import .ModuleNotFoundError: "):
-        find_fla(cuda)
-
-
-def test_an_installed_peer_is_found(monkeypatch):
-    monkeypatch.setattr(baselines, "version_of", {"flash-linear-attention": "0.6.0"}.get)
-    for name in ("fla", "fla.ops", "fla.ops.nsa", "fla.ops.nsa.parallel"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    with pytest.raises(Unsupported, match="does not import .AttributeError"):
-        find_fla(torch.device("cuda"))
-    sys.modules["fla.ops.nsa.parallel"].ParallelNSAFunction = FlaLike
-    assert find_fla(torch.device("cuda")).name == "fla"
