@@ -30,7 +30,12 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from nsa.backends.compiled.selected.launch import selected_backward, selected_forward
-from nsa.backends.compiled.selected.tiles import QueryTiles, SelectedTiles, tiles_for
+from nsa.backends.compiled.selected.tiles import (
+    FAR_SINCE,
+    QueryTiles,
+    SelectedTiles,
+    tiles_for,
+)
 from nsa.core.build import build_once
 from nsa.errors import NSAError
 from nsa.tools.bench.timing import Clock, cuda_clock, measure
@@ -59,13 +64,13 @@ class Shape:
     def group(self) -> int:
         return self.heads // self.kv_heads
 
-    def tiles(self, *, deterministic: bool = False) -> SelectedTiles:
+    def tiles(self, *, deterministic: bool = False, length: int | None = None) -> SelectedTiles:
         return tiles_for(
             *(self.head_dim, self.value_dim, self.group),
             width=self.num_selected,
             select_block=self.select_block,
             dtype=torch.bfloat16,
-            length=self.length,
+            length=self.length if length is None else length,
             deterministic=deterministic,
         )
 
@@ -129,13 +134,15 @@ class Variant:
         self.run(problem)
 
 
-def union_form(tiles: SelectedTiles) -> SelectedTiles:
+def union_form(shape: Shape) -> SelectedTiles:
     """No far blocks, and dq by a kernel of its own: as of large groups."""
+    tiles = shape.tiles()
     if tiles.forward.far is None:
         return tiles
     return replace(
         tiles,
-        forward=replace(tiles.forward, far=None),
+        # as where no block is far yet
+        forward=replace(shape.tiles(length=FAR_SINCE - 1).forward, far=None),
         dq=replace(tiles.dq, far=None, block_n=64),
         dkv=replace(tiles.dkv, with_dq=False, num_stages=3, chunk=256),
     )
@@ -189,7 +196,7 @@ def variants(shape: Shape, *, tune: bool, large_blocks: bool) -> Iterator[Varian
     tiles = shape.tiles()
     for backward in (False, True):
         make = partial(Variant, shape=shape, backward=backward)
-        base = union_form(tiles)
+        base = union_form(shape)
         yield make(name="unions", tiles=base, chosen=True)
         seen = {base}
         if tiles not in seen:
@@ -316,7 +323,7 @@ def main() -> None:
         here = [x for x in made if x.chosen or lists == args.lists[0]]
         problems = {shape: Problem(shape, STAYS[lists]) for shape in shapes}
         for shape, problem in problems.items():
-            problem.attend(union_form(shape.tiles()))
+            problem.attend(union_form(shape))
         wrong = {variant: check(variant, problems, here) for variant in here}
         times: dict[Variant, list[float]] = {variant: [] for variant in here}
         for number in range(args.rounds):
