@@ -166,24 +166,21 @@ def cudnn_window(kernel: Any, handle: Any, inputs: Inputs) -> Timed:
     config = inputs.config
     q, k, v = (x.detach() for x in (inputs.q, *inputs.window))
     out = q.new_empty(*q.shape[:3], v.shape[-1])
-    lengths: tuple[Tensor, ...] = ()
-    offsets: dict[str, Tensor] = {}
+    packing: dict[str, Tensor] = {}
     most: dict[str, int] = {}
     if inputs.cu_seqlens is None:
         tensors = [x.transpose(1, 2) for x in (q, k, v, out)]
     else:
         cu_seqlens, longest = _packed(inputs)
         tensors = [x[0] for x in (q, k, v, out)]
-        lengths = (cu_seqlens.diff(),) * 2
-        most = {"max_seq_len_q": longest, "max_seq_len_kv": longest}
+        packing = dict.fromkeys(("seq_len_q", "seq_len_kv"), cu_seqlens.diff())
         for name, x in zip("qkvo", tensors, strict=True):
-            offsets[f"{name}_ragged_offset"] = cu_seqlens.long() * x.stride(0)
-    sizes = dict(zip(("seq_len_q", "seq_len_kv"), lengths, strict=False))
-    samples = {f"sample_{name}": x for name, x in (sizes | offsets).items()}
-    given = {f"{name}_tensor": x for name, x in (sizes | offsets).items()}
+            packing[f"{name}_ragged_offset"] = cu_seqlens.long() * x.stride(0)
+        most = dict.fromkeys(("max_seq_len_q", "max_seq_len_kv"), longest)
+    given = {f"{name}_tensor": x for name, x in packing.items()}
     built = kernel(
         *tensors,
-        **samples,
+        **{f"sample_{name}": x for name, x in packing.items()},
         **most,
         left_bound=config.window,
         right_bound=0,
