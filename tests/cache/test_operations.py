@@ -197,4 +197,4 @@ def unchanged(before: dict[str, object], after: dict[str, object]) -> bool:
 
 
 TestDecoding = Decoding.TestCase
-TestDecoding.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestDecoding.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)

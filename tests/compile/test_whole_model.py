@@ -54,8 +54,7 @@ QUICK = {("compiled", True)}
 
 
 def runs() -> Iterator[Any]:
-    """Backend, packed, warm-up. All but one take patience, the shortest inputs of others than
-    ``compiled`` most."""
+    """Backend, packed, warm-up. All but one take patience, the shortest inputs most."""
     for backend, packed in (
         ("sdpa", False),
         ("sdpa", True),
@@ -66,11 +65,8 @@ def runs() -> Iterator[Any]:
     ):
         name = f"{backend}-{'packed' if packed else 'regular'}"
         marks = [] if (backend, packed) in QUICK else [pytest.mark.slow]
-        if backend == "compiled":
-            yield pytest.param(backend, packed, WARM_UP, id=name, marks=marks)
-        else:
-            yield pytest.param(backend, packed, WARM_UP[2:], id=f"{name}-from-32", marks=marks)
-            yield pytest.param(backend, packed, WARM_UP, id=name, marks=pytest.mark.slow)
+        yield pytest.param(backend, packed, WARM_UP[2:], id=f"{name}-from-32", marks=marks)
+        yield pytest.param(backend, packed, WARM_UP, id=name, marks=pytest.mark.slow)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

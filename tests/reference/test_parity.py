@@ -11,7 +11,7 @@ from nsa.config import KV, NSAConfig
 from tests.support import numpy_oracle as oracle
 from tests.support.reference_cases import Case, cases
 
-EXAMPLES = settings(max_examples=100)
+EXAMPLES = settings(max_examples=max(60, settings.default.max_examples))
 OVERLAPPING = NSAConfig(compress_block=4, compress_stride=2, select_block=6)
 
 

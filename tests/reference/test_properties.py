@@ -17,7 +17,7 @@ from tests.support import numpy_oracle as oracle
 from tests.support.reference_cases import Case, cases
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-EXAMPLES = settings(max_examples=50)
+EXAMPLES = settings(max_examples=max(40, settings.default.max_examples))
 
 CONFIG = NSAConfig(
     num_heads=4,
